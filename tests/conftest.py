@@ -1,0 +1,5 @@
+"""Set-up shared by all tests."""
+
+import torchvision_shim
+
+torchvision_shim.install()
