@@ -1,0 +1,5 @@
+"""Factorisations of a dense weight: tensors in, tensors out."""
+
+from sepconv.factorize.svd import SeparableFactors, factorize, full_rank, weight_errors
+
+__all__ = ["SeparableFactors", "factorize", "full_rank", "weight_errors"]

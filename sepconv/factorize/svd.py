@@ -1,0 +1,136 @@
+"""Depthwise separable factors of a dense weight, from the weight alone.
+
+A dense weight is, for each input channel c, a matrix W_c [K, R*S]. Rank T depthwise separable
+form replaces it by P_c D_c, T filters D_c [T, R*S] and their mixing weights P_c [K, T]. The best
+such pair in the Frobenius norm is the truncated SVD of each W_c (Eckart and Young 1936; for
+convolutions: Guo et al., "Network Decoupling", 2018). Only the right singular vectors are
+needed, and they are the eigenvectors of a Gram matrix no larger than min(K, R*S).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SeparableFactors(NamedTuple):
+    """Factors of a dense weight [K, C, R, S] at rank T.
+
+    Attributes:
+        weight_dw: [C*T, 1, R, S]; the T filters of a channel stand together.
+        weight_pw: [K, C*T, 1, 1].
+        error: ||W - W'||_F / ||W||_F of the factors before they are rounded to W's dtype.
+    """
+
+    weight_dw: Tensor
+    weight_pw: Tensor
+    error: float
+
+
+def full_rank(weight_shape: torch.Size | tuple[int, ...]) -> int:
+    """The smallest rank at which any weight of this shape [K, C, R, S] is factorised exactly.
+
+    >>> full_rank((64, 3, 3, 3)), full_rank((4, 3, 3, 3))
+    (9, 4)
+    """
+    out_channels, _, *taps = weight_shape
+    return min(out_channels, torch.Size(taps).numel())
+
+
+def factorize(weight: Tensor, rank: int) -> SeparableFactors:
+    """Factorise a dense weight [K, C, R, S]; the algebra runs in float64.
+
+    At `full_rank` and above the factors are exact by construction: the filters are the R*S
+    canonical taps and the mixing weights are the weights themselves (or the other way round
+    where K < R*S), so that not even rounding stands between the two forms.
+
+    Raises:
+        ValueError: `weight` is not a finite 4-D tensor, or `rank` is not a positive int.
+
+    Example:
+        >>> w = torch.randn(16, 8, 3, 3)
+        >>> factors = factorize(w, rank=2)
+        >>> factors.weight_dw.shape, factors.weight_pw.shape
+        (torch.Size([16, 1, 3, 3]), torch.Size([16, 16, 1, 1]))
+        >>> factorize(w, rank=9).error
+        0.0
+    """
+    _check(weight)
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank: expected an int of at least 1, got {rank!r}")
+    if rank >= full_rank(weight.shape):
+        return _exact(weight)
+
+    per_channel = _per_channel(weight)  # [C, K, R*S]
+    filters, energies = _right_singular_vectors(per_channel)
+    kept = filters[:, :rank]  # [C, T, R*S]
+    mixing = per_channel @ kept.mT  # [C, K, T]
+    total = energies.sum()
+    lost = energies[:, rank:].sum()
+    error = float((lost / total).sqrt()) if total > 0 else 0.0
+    return SeparableFactors(*_to_weights(kept, mixing, weight), error)
+
+
+def weight_errors(weight: Tensor) -> Tensor:
+    """Relative squared errors of every rank, without building the factors.
+
+    Returns:
+        [full_rank + 1] in float64: entry T is ||W - W'||^2 / ||W||^2 at rank T; entry 0 is 1 and
+        the last entry is 0. Decreasing and convex in T.
+    """
+    _check(weight)
+    _, energies = _right_singular_vectors(_per_channel(weight))
+    by_rank = energies.sum(dim=0)[: full_rank(weight.shape)]
+    total = by_rank.sum()
+    if total == 0:
+        return torch.zeros(len(by_rank) + 1, dtype=torch.float64)
+    lost = total - by_rank.cumsum(0)
+    lost[-1] = 0.0  # exact by construction, whatever the subtraction left
+    return torch.cat([lost.new_ones(1), (lost / total).clamp_(0.0, 1.0)]).cpu()
+
+
+def _check(weight: Tensor) -> None:
+    if weight.dim() != 4:
+        raise ValueError(f"weight: expected 4 dimensions [K, C, R, S], got {list(weight.shape)}")
+    if not weight.is_floating_point():
+        raise ValueError(f"weight: expected a real floating dtype, got {weight.dtype}")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("weight: expected finite values, got NaN or Inf")
+
+
+def _per_channel(weight: Tensor) -> Tensor:
+    """[K, C, R, S] to float64 [C, K, R*S]."""
+    return weight.detach().flatten(2).transpose(0, 1).to(torch.float64)
+
+
+def _right_singular_vectors(per_channel: Tensor) -> tuple[Tensor, Tensor]:
+    """Right singular vectors as rows [C, min, R*S] and squared singular values [C, min], largest first."""
+    _, out_channels, taps = per_channel.shape
+    if taps <= out_channels:
+        energies, vectors = torch.linalg.eigh(per_channel.mT @ per_channel)
+        return vectors.mT.flip(1), energies.flip(1).clamp_(min=0.0)
+    # Fewer outputs than taps: the other Gram matrix is the smaller one, and has U, not V.
+    energies, left = torch.linalg.eigh(per_channel @ per_channel.mT)
+    energies = energies.flip(1).clamp_(min=0.0)
+    projected = left.mT.flip(1) @ per_channel  # rows sigma_i v_i
+    return torch.nn.functional.normalize(projected, dim=2, eps=1e-300), energies
+
+
+def _exact(weight: Tensor) -> SeparableFactors:
+    per_channel = weight.detach().flatten(2).transpose(0, 1)  # [C, K, R*S]
+    channels, out_channels, taps = per_channel.shape
+    if taps <= out_channels:
+        identity = torch.eye(taps, dtype=weight.dtype, device=weight.device)
+        filters, mixing = identity.expand(channels, -1, -1), per_channel
+    else:
+        identity = torch.eye(out_channels, dtype=weight.dtype, device=weight.device)
+        filters, mixing = per_channel, identity.expand(channels, -1, -1)
+    return SeparableFactors(*_to_weights(filters, mixing, weight), 0.0)
+
+
+def _to_weights(filters: Tensor, mixing: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Filters [C, T, R*S] and mixing weights [C, K, T] in the layout and dtype of the ops."""
+    channels, rank, _ = filters.shape
+    weight_dw = filters.reshape(channels * rank, 1, *like.shape[2:])
+    weight_pw = mixing.transpose(0, 1).reshape(like.shape[0], channels * rank, 1, 1)
+    return weight_dw.to(like.dtype).contiguous(), weight_pw.to(like.dtype).contiguous()

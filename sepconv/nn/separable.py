@@ -1,0 +1,206 @@
+"""Depthwise separable convolution as a module that can stand where a convolution stood."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sepconv import ops
+
+IntPair = int | tuple[int, int]
+Padding = IntPair | Literal["same", "valid"]
+
+
+def _pair(value: int | tuple[int, ...], name: str) -> tuple[int, int]:
+    """Repeat an int for height and width; check a pair."""
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
+        raise ValueError(f"{name}: expected an int or a pair of ints, got {value!r}")
+    return pair
+
+
+class SeparableConv2d(nn.Module):
+    """A depthwise convolution with `channel_multiplier` filters a channel, then a pointwise one.
+
+    The two run as one op, and nothing stands between them:
+    `y[n,k,p,q] = bias[k] + sum_g weight_pw[k,g] * (weight_dw[g] * x[n, g // M])[p,q]`
+    with M = `channel_multiplier` and `*` a convolution. A dense convolution factorised at
+    rank T is this module with `channel_multiplier` T.
+
+    The attributes are those of `torch.nn.Conv2d`, so code that reads `stride` or `out_channels`
+    of a convolution reads the same here; `weight` is the dense weight the two factors stand for.
+
+    Args:
+        in_channels: C.
+        out_channels: K.
+        kernel_size: R, S of the depthwise filters.
+        stride: of the depthwise convolution.
+        padding: an int, a pair, `"same"` or `"valid"`, zeros, as in `torch.nn.Conv2d`.
+        dilation: of the depthwise filters.
+        channel_multiplier: M, depthwise filters per input channel.
+        bias: whether a bias [K] is added.
+        channels_last: whether the weights are kept channels_last. By torch's rule the output is
+            then channels_last whatever the input's layout, which is what the ops run fastest in.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        x [N, C, H, W] or [C, H, W]; y [N, K, P, Q] or [K, P, Q].
+
+    Example:
+        >>> conv = SeparableConv2d(8, 16, 3, padding=1, channel_multiplier=2)
+        >>> conv(torch.zeros(1, 8, 5, 5)).shape
+        torch.Size([1, 16, 5, 5])
+        >>> conv.weight.shape
+        torch.Size([16, 8, 3, 3])
+    """
+
+    # What a caller may read off any convolution.
+    groups = 1
+    padding_mode = "zeros"
+    transposed = False
+    _spatial_dims = 2
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntPair,
+        stride: IntPair = 1,
+        padding: Padding = 0,
+        dilation: IntPair = 1,
+        channel_multiplier: int = 1,
+        bias: bool = True,
+        *,
+        channels_last: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("in_channels", in_channels),
+            ("out_channels", out_channels),
+            ("channel_multiplier", channel_multiplier),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive int, got {value!r}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.channel_multiplier = channel_multiplier
+        self._set_geometry(kernel_size, stride, padding, dilation)
+
+        taps = self._op_kernel_size
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+        def parameter(*shape: int) -> nn.Parameter:
+            empty = torch.empty(shape, device=device, dtype=dtype, memory_format=memory_format)
+            return nn.Parameter(empty)
+
+        filters = in_channels * channel_multiplier
+        self.weight_dw = parameter(filters, 1, *taps)
+        self.weight_pw = parameter(out_channels, filters, 1, 1)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def _set_geometry(
+        self, kernel_size: IntPair, stride: IntPair, padding: Padding, dilation: IntPair
+    ) -> None:
+        self.kernel_size: tuple[int, ...] = _pair(kernel_size, "kernel_size")
+        self.stride: tuple[int, ...] = _pair(stride, "stride")
+        self.padding: tuple[int, ...] | str = (
+            padding if isinstance(padding, str) else _pair(padding, "padding")
+        )
+        self.dilation: tuple[int, ...] = _pair(dilation, "dilation")
+        self.output_padding: tuple[int, ...] = (0, 0)
+
+    @property
+    def _op_kernel_size(self) -> tuple[int, int]:
+        return self.kernel_size[0], self.kernel_size[1]
+
+    def reset_parameters(self) -> None:
+        """Draw both factors and the bias as `torch.nn.Conv2d` draws its own."""
+        nn.init.kaiming_uniform_(self.weight_dw, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.weight_pw, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight_pw.shape[1])
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [K, C, R, S] that the factors stand for, computed on each read."""
+        m = self.channel_multiplier
+        pointwise = self.weight_pw.reshape(self.out_channels, self.in_channels, m)
+        depthwise = self.weight_dw.reshape(self.in_channels, m, -1)
+        dense = torch.einsum("kcm,cmt->kct", pointwise, depthwise)
+        return dense.reshape(self.out_channels, self.in_channels, *self.kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x [N, C, H, W] or [C, H, W]."""
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        return ops.separable_conv2d(
+            x,
+            self.weight_dw,
+            self.weight_pw,
+            bias_pw=self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+        )
+
+    def extra_repr(self) -> str:
+        """Shown by `print(module)`."""
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
+        text += f", stride={self.stride}, padding={self.padding!r}, dilation={self.dilation}"
+        text += f", channel_multiplier={self.channel_multiplier}"
+        return text if self.bias is not None else text + ", bias=False"
+
+
+class SeparableConv1d(SeparableConv2d):
+    """The same over sequences: x [N, C, L] or [C, L], run by the 2-D ops with height 1.
+
+    Example:
+        >>> SeparableConv1d(4, 6, 5, padding=2)(torch.zeros(2, 4, 7)).shape
+        torch.Size([2, 6, 7])
+    """
+
+    _spatial_dims = 1
+
+    def _set_geometry(
+        self, kernel_size: IntPair, stride: IntPair, padding: Padding, dilation: IntPair
+    ) -> None:
+        def single(value: int | tuple[int, ...], name: str) -> tuple[int]:
+            values = (value,) if isinstance(value, int) else tuple(value)
+            if len(values) != 1:
+                raise ValueError(f"{name}: expected an int, got {value!r}")
+            return (values[0],)
+
+        self.kernel_size = single(kernel_size, "kernel_size")
+        self.stride = single(stride, "stride")
+        self.padding = padding if isinstance(padding, str) else single(padding, "padding")
+        self.dilation = single(dilation, "dilation")
+        self.output_padding = (0,)
+
+    @property
+    def _op_kernel_size(self) -> tuple[int, int]:
+        return 1, self.kernel_size[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x [N, C, L] or [C, L]."""
+        if x.dim() == 2:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        padding = self.padding if isinstance(self.padding, str) else (0, self.padding[0])
+        y = ops.separable_conv2d(
+            x.unsqueeze(2),
+            self.weight_dw,
+            self.weight_pw,
+            bias_pw=self.bias,
+            stride=(1, self.stride[0]),
+            padding=padding,
+            dilation=(1, self.dilation[0]),
+        )
+        return y.squeeze(2)
