@@ -1,0 +1,71 @@
+"""Block sizes of the kernels: a safe default for every case, and candidates for the tuner."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class ConvShape(NamedTuple):
+    """What a good block size depends on, in cuDNN's letters; `M` = channel multiplier."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    P: int
+    Q: int
+    R: int = 1
+    S: int = 1
+    M: int = 1
+    channels_last: bool = True
+
+
+class DepthwiseConfig(NamedTuple):
+    """A tile of `block_nq` output pixels of one row, in one or more images, by `block_c` channels."""
+
+    block_nq: int
+    block_c: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+class GemmConfig(NamedTuple):
+    """A tile of `block_nq` output pixels by `block_k` channels, summed `block_c` at a time."""
+
+    block_nq: int
+    block_c: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+Config = DepthwiseConfig | GemmConfig
+
+
+def _power_of_2(n: int, low: int, high: int) -> int:
+    return min(max(1 << (n - 1).bit_length(), low), high)
+
+
+def default(op: str, dtype: torch.dtype, shape: ConvShape) -> Config:
+    """A configuration that compiles and fits 48 KB of shared memory on every target.
+
+    Args:
+        op: `depthwise_fwd`, `depthwise_bwd_input`, `depthwise_bwd_weight`, `pointwise_fwd` or
+            `separable_fwd`.
+        dtype: The tensors' type.
+        shape: Sizes of the call.
+    """
+    if op.startswith("depthwise"):
+        channels = shape.C if op == "depthwise_bwd_weight" else shape.K
+        if not shape.channels_last:
+            return DepthwiseConfig(_power_of_2(shape.N * shape.Q, 32, 256), 1)
+        block_c = _power_of_2(channels, 8, 64)
+        if dtype == torch.float64:
+            return DepthwiseConfig(16, min(block_c, 32))
+        return DepthwiseConfig(_power_of_2(shape.N * shape.Q, 8, 2048 // block_c), block_c)
+    block_nq = _power_of_2(shape.N * shape.Q, 16, 64)
+    if dtype.itemsize >= 4:
+        side = 32 if dtype == torch.float64 else 64
+        return GemmConfig(min(block_nq, side), 32, _power_of_2(shape.K, 16, side))
+    return GemmConfig(block_nq, _power_of_2(shape.C, 32, 64), _power_of_2(shape.K, 16, 128))

@@ -1,0 +1,237 @@
+"""Depthwise convolution.
+
+    y[n, g, p, q] = f(bias[g] + sum_rs x[n, g // M, p * STRIDE_H - PAD_TOP + r * DILATION_H,
+                                         q * STRIDE_W - PAD_LEFT + s * DILATION_W] * w[g, r, s])
+
+A program makes `BLOCK_NQ` pixels of output row p, which may continue in the next image, for
+`BLOCK_C` channels. The row is a scalar, so rows outside the image cost no mask arithmetic and small
+images fill the tile. Tensors keep their strides; coalesced loads need channels_last. Weights are
+packed [R, S, G]. Padding is a zero that is multiplied, as in ATen: times an infinite weight it is
+NaN.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sepconv.kernels.activations import apply_activation
+from sepconv.kernels.configs import ConvShape, DepthwiseConfig, default
+from sepconv.kernels.launch import (
+    accumulator,
+    check_axes,
+    empty_output,
+    launch,
+    output_size,
+    pack_depthwise,
+)
+
+
+@triton.jit
+def split_nq(pid_nq, Q, BLOCK_NQ: tl.constexpr):
+    """Images and columns of tile `pid_nq` of the flattened (n, q) axis: two int64 [BLOCK_NQ]."""
+    first = pid_nq * BLOCK_NQ
+    first_n = first // Q
+    first_q = (first % Q).to(tl.int32)
+    # No overflow: an axis is shorter than MAX_AXIS. 32-bit division is several times cheaper.
+    offs = tl.add(first_q, tl.arange(0, BLOCK_NQ), sanitize_overflow=False)
+    return first_n + (offs // Q).to(tl.int64), (offs % Q).to(tl.int64)
+
+
+@triton.jit
+def depthwise_row(
+    acc,  # [BLOCK_NQ, BLOCK_C]
+    x_ptrs,  # [BLOCK_NQ, BLOCK_C], the first tap of this row
+    w_ptrs,  # [BLOCK_C], the first tap of this row
+    w,  # [BLOCK_NQ], column of the first tap
+    mask_nq,
+    mask_c,
+    W,
+    stride_xw,
+    stride_ws,
+    S: tl.constexpr,
+    DILATION_W: tl.constexpr,
+):
+    """Add one filter row's products to `acc`."""
+    if S <= 9:
+        for s in tl.static_range(S):
+            column = w + s * DILATION_W
+            mask = (mask_nq & (column >= 0) & (column < W))[:, None] & mask_c[None, :]
+            x = tl.load(x_ptrs + s * DILATION_W * stride_xw, mask=mask, other=0.0).to(acc.dtype)
+            weight = tl.load(w_ptrs + s * stride_ws, mask=mask_c, other=0.0).to(acc.dtype)
+            acc = tl.fma(x, tl.broadcast_to(weight[None, :], acc.shape), acc)
+    else:
+        for i in range(S):
+            s = tl.cast(i, tl.int64)
+            column = w + s * DILATION_W
+            mask = (mask_nq & (column >= 0) & (column < W))[:, None] & mask_c[None, :]
+            x = tl.load(x_ptrs + s * DILATION_W * stride_xw, mask=mask, other=0.0).to(acc.dtype)
+            weight = tl.load(w_ptrs + s * stride_ws, mask=mask_c, other=0.0).to(acc.dtype)
+            acc = tl.fma(x, tl.broadcast_to(weight[None, :], acc.shape), acc)
+    return acc
+
+
+@triton.jit
+def _depthwise_fwd_kernel(
+    x_ptr,  # [N, C, H, W]
+    w_ptr,  # [R, S, G], contiguous
+    bias_ptr,  # [G] or None
+    y_ptr,  # [N, G, P, Q]
+    N,
+    H,
+    W,
+    G,
+    P,
+    Q,
+    num_g,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    stride_bias,
+    stride_yn,
+    stride_yc,
+    stride_yh,
+    stride_yw,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_TOP: tl.constexpr,
+    PAD_LEFT: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_NQ: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    pid_g = pid % num_g
+    p = pid // num_g % P
+    pid_nq = pid // num_g // P
+
+    n, q = split_nq(pid_nq, Q, BLOCK_NQ)
+    mask_nq = n < N
+    offs_g = pid_g * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_g = offs_g < G
+    h = p * STRIDE_H - PAD_TOP
+    w = q * STRIDE_W - PAD_LEFT
+
+    # [BLOCK_NQ, BLOCK_C]
+    x_ptrs = x_ptr + (n * stride_xn + w * stride_xw)[:, None] + (offs_g // M * stride_xc)[None, :]
+    w_ptrs = w_ptr + offs_g
+    acc = tl.zeros([BLOCK_NQ, BLOCK_C], ACC)
+    if R <= 5:
+        for r in tl.static_range(R):
+            row = h + r * DILATION_H
+            acc = depthwise_row(
+                acc,
+                x_ptrs + row * stride_xh,
+                w_ptrs + r * S * G,
+                w,
+                mask_nq & (row >= 0) & (row < H),
+                mask_g,
+                W,
+                stride_xw,
+                G,
+                S,
+                DILATION_W,
+            )
+    else:
+        for i in range(R):
+            r = tl.cast(i, tl.int64)
+            row = h + r * DILATION_H
+            acc = depthwise_row(
+                acc,
+                x_ptrs + row * stride_xh,
+                w_ptrs + r * S * G,
+                w,
+                mask_nq & (row >= 0) & (row < H),
+                mask_g,
+                W,
+                stride_xw,
+                G,
+                S,
+                DILATION_W,
+            )
+
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_g * stride_bias, mask=mask_g, other=0.0).to(ACC)
+        acc += bias[None, :]
+    y = apply_activation(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
+
+    y_ptrs = y_ptr + (n * stride_yn + p * stride_yh + q * stride_yw)[:, None]
+    y_ptrs += (offs_g * stride_yc)[None, :]
+    tl.store(y_ptrs, y, mask=mask_nq[:, None] & mask_g[None, :])
+
+
+def depthwise_fwd(
+    x: torch.Tensor,
+    weight_dw: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    activation: str | None,
+    *,
+    channels_last: bool,
+    config: DepthwiseConfig | None = None,
+) -> torch.Tensor:
+    """Depthwise convolution, bias and activation in one kernel.
+
+    Args:
+        x: [N, C, H, W], any strides.
+        weight_dw: [C*M, 1, R, S].
+        bias: [C*M] or None.
+        stride: (vertical, horizontal).
+        padding: (top, bottom, left, right).
+        dilation: (vertical, horizontal).
+        activation: `None`, `relu`, `relu6`, `silu`, `hardswish` or `gelu`.
+        channels_last: Memory format of the result.
+        config: Block sizes; None takes the default.
+
+    Returns:
+        y [N, C*M, P, Q].
+    """
+    N, C, H, W = x.shape
+    G, _, R, S = weight_dw.shape
+    P, Q = output_size((H, W), (R, S), stride, padding, dilation)
+    y = empty_output(x, (N, G, P, Q), channels_last)
+    if y.numel() == 0:
+        return y
+    check_axes(x, y)
+    M = G // C
+    if config is None:
+        shape = ConvShape(N, C, H, W, G, P, Q, R, S, M, channels_last)
+        config = default("depthwise_fwd", x.dtype, shape)
+    num_g = triton.cdiv(G, config.block_c)
+    launch(
+        _depthwise_fwd_kernel,
+        num_g * P * triton.cdiv(N * Q, config.block_nq),
+        (x, pack_depthwise(weight_dw, 1), bias, y),
+        (
+            *(N, H, W, G, P, Q, num_g),
+            *x.stride(),
+            0 if bias is None else bias.stride(0),
+            *y.stride(),
+        ),
+        {
+            "M": M,
+            "R": R,
+            "S": S,
+            "STRIDE_H": stride[0],
+            "STRIDE_W": stride[1],
+            "PAD_TOP": padding[0],
+            "PAD_LEFT": padding[2],
+            "DILATION_H": dilation[0],
+            "DILATION_W": dilation[1],
+            "ACTIVATION": activation,
+            "ACC": accumulator(x.dtype),
+            "BLOCK_NQ": config.block_nq,
+            "BLOCK_C": config.block_c,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y

@@ -1,0 +1,147 @@
+"""What every launcher needs on the host: outputs, packed weights, merged axes, the launch itself."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+
+# Offsets inside one axis are 32 bits wide; whole tensors may be larger.
+MAX_AXIS = 2**31 - 2**16
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The type sums are kept in: float64 for float64, float32 for everything else."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def empty_output(
+    x: torch.Tensor, shape: tuple[int, int, int, int], channels_last: bool
+) -> torch.Tensor:
+    """An uninitialised [N, K, P, Q] tensor like `x` in the memory format asked for."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def output_size(
+    size: tuple[int, int],
+    filter_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int]:
+    """(P, Q) of a convolution over (H, W), padding given as (top, bottom, left, right)."""
+    pads = (padding[0] + padding[1], padding[2] + padding[3])
+    P, Q = (
+        (size[i] + pads[i] - dilation[i] * (filter_size[i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    )
+    return P, Q
+
+
+def check_axes(*tensors: torch.Tensor) -> None:
+    """Raise NotImplementedError for an axis too long for the 32-bit offsets inside an axis."""
+    for tensor in tensors:
+        if max(tensor.shape) > MAX_AXIS:
+            raise NotImplementedError(
+                f"an axis longer than {MAX_AXIS} elements: got shape {tuple(tensor.shape)}"
+            )
+
+
+def collapse(sizes: Sequence[int], *strides: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+    """Merge axes that every tensor walks through evenly.
+
+    Args:
+        sizes: The common shape.
+        strides: One sequence of strides per tensor.
+
+    Returns:
+        At least three sizes, outermost first in the first tensor's order (left-padded with ones),
+        and per tensor the strides that belong to them.
+    """
+    order = sorted((i for i in range(len(sizes)) if sizes[i] != 1), key=lambda i: -strides[0][i])
+    merged_sizes: list[int] = []
+    merged_strides: list[list[int]] = [[] for _ in strides]
+    for i in order:
+        if merged_sizes and all(m[-1] == s[i] * sizes[i] for m, s in zip(merged_strides, strides)):
+            merged_sizes[-1] *= sizes[i]
+            for m, s in zip(merged_strides, strides):
+                m[-1] = s[i]
+        else:
+            merged_sizes.append(sizes[i])
+            for m, s in zip(merged_strides, strides):
+                m.append(s[i])
+    missing = max(0, 3 - len(merged_sizes))
+    return [1] * missing + merged_sizes, [[0] * missing + m for m in merged_strides]
+
+
+def pack_depthwise(weight_dw: torch.Tensor, M: int) -> torch.Tensor:
+    """[C*M, 1, R, S] to [R, S, M, C]: the channels of one tap lie side by side.
+
+    A view when the weights are stored that way already, else a copy of C*M*R*S elements.
+    """
+    G, _, R, S = weight_dw.shape
+    return weight_dw.reshape(G // M, M, R, S).permute(2, 3, 1, 0).contiguous()
+
+
+def pack_pointwise(weight_pw: torch.Tensor, M: int) -> torch.Tensor:
+    """[K, C*M, 1, 1] to [K, M, C], the order in which the fused kernel makes its channels."""
+    K, G = weight_pw.shape[:2]
+    if M == 1:
+        return weight_pw.view(K, 1, G)
+    return weight_pw.view(K, G // M, M).transpose(1, 2).contiguous()
+
+
+def dot_options(x: torch.Tensor, allow_tf32: bool) -> dict[str, Any]:
+    """The operand type and precision of `tl.dot` for tensors like `x`.
+
+    The interpreter cannot multiply bfloat16, so on a CPU the operands are widened. AMD back ends
+    accept only their own default precision.
+    """
+    dtypes = {
+        torch.float64: tl.float64,
+        torch.float32: tl.float32,
+        torch.float16: tl.float16,
+        torch.bfloat16: tl.bfloat16,
+    }
+    dtype = dtypes[x.dtype]
+    if not x.is_cuda and dtype == tl.bfloat16:
+        dtype = tl.float32
+    precision = None
+    if x.dtype == torch.float32 and torch.version.hip is None:
+        precision = "tf32" if allow_tf32 else "ieee"
+    return {"DOT": dtype, "PRECISION": precision}
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    tensors: Sequence[torch.Tensor | None],
+    scalars: Sequence[int],
+    constants: dict[str, Any],
+    *,
+    num_warps: int,
+    num_stages: int,
+) -> None:
+    """Run `programs` instances of `kernel` on the device that holds the tensors.
+
+    Neither synchronises nor reads device memory, so it can be captured in a CUDA graph.
+
+    Raises:
+        ValueError: The tensors lie on different devices.
+    """
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"expected every tensor on {device}, got one on {tensor.device}")
+
+    def run() -> None:
+        kernel[(programs,)](
+            *tensors, *scalars, **constants, num_warps=num_warps, num_stages=num_stages
+        )
+
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            run()
+    else:
+        run()

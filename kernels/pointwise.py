@@ -1,0 +1,163 @@
+"""Pointwise (1 x 1) convolution: a GEMM over pixels.
+
+    y[n, k, i] = f(sum_c x[n, c, i] * w[k, c] + bias[k] + residual[n, k, i])
+
+The axes (n, h, w) are merged as far as all tensors allow: channels_last tensors become one
+[pixels, C] x [C, K] product, contiguous ones N of them. A program makes `BLOCK_NQ` pixels x
+`BLOCK_K` channels.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sepconv.kernels.activations import apply_activation
+from sepconv.kernels.configs import ConvShape, GemmConfig, default
+from sepconv.kernels.launch import accumulator, collapse, dot_options, empty_output, launch
+
+
+@triton.jit
+def _pointwise_fwd_kernel(
+    x_ptr,  # [OUTER_0, OUTER_1, INNER, C] through strides
+    w_ptr,  # [K, C]
+    bias_ptr,  # [K] or None
+    residual_ptr,  # like y, or None
+    y_ptr,  # [OUTER_0, OUTER_1, INNER, K] through strides
+    OUTER_1,
+    INNER,
+    C,
+    K,
+    num_k,
+    num_c,
+    num_tiles,
+    stride_x0,
+    stride_x1,
+    stride_x2,
+    stride_xc,
+    stride_wk,
+    stride_wc,
+    stride_bias,
+    stride_r0,
+    stride_r1,
+    stride_r2,
+    stride_rc,
+    stride_y0,
+    stride_y1,
+    stride_y2,
+    stride_yc,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_NQ: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    pid_k = pid % num_k
+    pid_tile = pid // num_k % num_tiles
+    outer = pid // num_k // num_tiles
+    outer_0 = outer // OUTER_1
+    outer_1 = outer % OUTER_1
+
+    offs_nq = pid_tile * BLOCK_NQ + tl.arange(0, BLOCK_NQ)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_c = tl.arange(0, BLOCK_C).to(tl.int64)
+    mask_nq = offs_nq < INNER
+    mask_k = offs_k < K
+
+    x_ptr += outer_0 * stride_x0 + outer_1 * stride_x1
+    x_ptrs = x_ptr + (offs_nq * stride_x2)[:, None] + (offs_c * stride_xc)[None, :]
+    w_ptrs = w_ptr + (offs_c * stride_wc)[:, None] + (offs_k * stride_wk)[None, :]
+    acc = tl.zeros([BLOCK_NQ, BLOCK_K], ACC)
+    for i in range(num_c):
+        first_c = tl.cast(i, tl.int64) * BLOCK_C
+        mask_c = first_c + offs_c < C
+        x = tl.load(
+            x_ptrs + first_c * stride_xc, mask=mask_nq[:, None] & mask_c[None, :], other=0.0
+        )
+        weight = tl.load(
+            w_ptrs + first_c * stride_wc, mask=mask_c[:, None] & mask_k[None, :], other=0.0
+        )
+        acc = tl.dot(x.to(DOT), weight.to(DOT), acc, input_precision=PRECISION, out_dtype=ACC)
+
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_k * stride_bias, mask=mask_k, other=0.0).to(ACC)
+        acc += bias[None, :]
+    mask = mask_nq[:, None] & mask_k[None, :]
+    if residual_ptr is not None:
+        residual_ptr += outer_0 * stride_r0 + outer_1 * stride_r1
+        residual_ptrs = residual_ptr + (offs_nq * stride_r2)[:, None]
+        residual_ptrs += (offs_k * stride_rc)[None, :]
+        acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(ACC)
+    y = apply_activation(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
+
+    y_ptr += outer_0 * stride_y0 + outer_1 * stride_y1
+    y_ptrs = y_ptr + (offs_nq * stride_y2)[:, None] + (offs_k * stride_yc)[None, :]
+    tl.store(y_ptrs, y, mask=mask)
+
+
+def pointwise_fwd(
+    x: torch.Tensor,
+    weight_pw: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    residual: torch.Tensor | None,
+    *,
+    allow_tf32: bool,
+    channels_last: bool,
+    config: GemmConfig | None = None,
+) -> torch.Tensor:
+    """Pointwise convolution, bias, residual and activation in one kernel.
+
+    Args:
+        x: [N, C, H, W], any strides.
+        weight_pw: [K, C, 1, 1], any strides.
+        bias: [K] or None.
+        activation: `None`, `relu`, `relu6`, `silu`, `hardswish` or `gelu`.
+        residual: [N, K, H, W], any strides, added before the activation; or None.
+        allow_tf32: Whether float32 products may use TF32.
+        channels_last: Memory format of the result.
+        config: Block sizes; None takes the default.
+
+    Returns:
+        y [N, K, H, W].
+    """
+    N, C, H, W = x.shape
+    K = weight_pw.shape[0]
+    y = empty_output(x, (N, K, H, W), channels_last)
+    if y.numel() == 0:
+        return y
+    if config is None:
+        shape = ConvShape(N, C, H, W, K, H, W, channels_last=channels_last)
+        config = default("pointwise_fwd", x.dtype, shape)
+    tensors = (x, y, y if residual is None else residual)
+    pixels = [tensor.stride() for tensor in tensors]
+    sizes, strides = collapse((N, H, W), *((s[0], s[2], s[3]) for s in pixels))
+    stride_x, stride_y, stride_r = ([*s, p[1]] for s, p in zip(strides, pixels, strict=True))
+    num_k = triton.cdiv(K, config.block_k)
+    num_tiles = triton.cdiv(sizes[2], config.block_nq)
+    launch(
+        _pointwise_fwd_kernel,
+        num_k * num_tiles * sizes[0] * sizes[1],
+        (x, weight_pw, bias, residual, y),
+        (
+            *(sizes[1], sizes[2], C, K, num_k, triton.cdiv(C, config.block_c), num_tiles),
+            *stride_x,
+            *weight_pw.stride()[:2],
+            0 if bias is None else bias.stride(0),
+            *stride_r,
+            *stride_y,
+        ),
+        {
+            "ACTIVATION": activation,
+            "ACC": accumulator(x.dtype),
+            **dot_options(x, allow_tf32),
+            "BLOCK_NQ": config.block_nq,
+            "BLOCK_C": config.block_c,
+            "BLOCK_K": config.block_k,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y
