@@ -18,3 +18,8 @@ def backend(name: Backend) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def chosen_backend() -> Backend:
+    """Return the backend in force here: `"auto"` outside any `with sepconv.backend(...)`."""
+    return _chosen.get()
