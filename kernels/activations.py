@@ -18,18 +18,19 @@ _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 def apply_activation(z, ACTIVATION: tl.constexpr):
     """`f(z)` for `ACTIVATION` in None, relu, relu6, silu, hardswish, gelu (erf)."""
     if ACTIVATION is None:
-        return z
+        y = z
     elif ACTIVATION == "relu":
-        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "relu6":
-        return _clamp_to_6(z)
+        y = _clamp_to_6(z)
     elif ACTIVATION == "silu":
-        return z / (1.0 + tl.exp(-z))
+        y = z / (1.0 + tl.exp(-z))
     elif ACTIVATION == "hardswish":
-        return z * _clamp_to_6(z + 3.0) / 6.0
+        y = z * _clamp_to_6(z + 3.0) / 6.0
     else:
         tl.static_assert(ACTIVATION == "gelu", "unknown activation")
-        return 0.5 * z * (1.0 + tl.erf(z * _INV_SQRT_2))
+        y = 0.5 * z * (1.0 + tl.erf(z * _INV_SQRT_2))
+    return y
 
 
 @triton.jit
@@ -37,11 +38,12 @@ def activation_slope(z, ACTIVATION: tl.constexpr):
     """`f'(z)` of the smooth activations, NaN where z is NaN."""
     if ACTIVATION == "silu":
         sigmoid = 1.0 / (1.0 + tl.exp(-z))
-        return sigmoid * (1.0 + z * (1.0 - sigmoid))
+        slope = sigmoid * (1.0 + z * (1.0 - sigmoid))
     else:
         tl.static_assert(ACTIVATION == "gelu", "unknown activation")
         cdf = 0.5 * (1.0 + tl.erf(z * _INV_SQRT_2))
-        return cdf + z * _INV_SQRT_2PI * tl.exp(-0.5 * z * z)
+        slope = cdf + z * _INV_SQRT_2PI * tl.exp(-0.5 * z * z)
+    return slope
 
 
 @triton.jit

@@ -22,7 +22,7 @@ class ConvShape(NamedTuple):
 
 
 class DepthwiseConfig(NamedTuple):
-    """A tile of `block_nq` output pixels of one row, in one or more images, by `block_c` channels."""
+    """A tile of `block_nq` pixels of one row (across images) by `block_c` channels."""
 
     block_nq: int
     block_c: int

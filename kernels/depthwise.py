@@ -40,9 +40,9 @@ def split_nq(pid_nq, Q, BLOCK_NQ: tl.constexpr):
 @triton.jit
 def depthwise_row(
     acc,  # [BLOCK_NQ, BLOCK_C]
-    x_ptrs,  # [BLOCK_NQ, BLOCK_C], the first tap of this row
-    w_ptrs,  # [BLOCK_C], the first tap of this row
-    w,  # [BLOCK_NQ], column of the first tap
+    x_ptrs,  # [BLOCK_NQ, BLOCK_C], the first tap of this filter row
+    w_ptrs,  # [BLOCK_C], the first tap of this filter row
+    column,  # [BLOCK_NQ], of the first tap
     mask_nq,
     mask_c,
     W,
@@ -51,22 +51,14 @@ def depthwise_row(
     S: tl.constexpr,
     DILATION_W: tl.constexpr,
 ):
-    """Add one filter row's products to `acc`."""
-    if S <= 9:
-        for s in tl.static_range(S):
-            column = w + s * DILATION_W
-            mask = (mask_nq & (column >= 0) & (column < W))[:, None] & mask_c[None, :]
-            x = tl.load(x_ptrs + s * DILATION_W * stride_xw, mask=mask, other=0.0).to(acc.dtype)
-            weight = tl.load(w_ptrs + s * stride_ws, mask=mask_c, other=0.0).to(acc.dtype)
-            acc = tl.fma(x, tl.broadcast_to(weight[None, :], acc.shape), acc)
-    else:
-        for i in range(S):
-            s = tl.cast(i, tl.int64)
-            column = w + s * DILATION_W
-            mask = (mask_nq & (column >= 0) & (column < W))[:, None] & mask_c[None, :]
-            x = tl.load(x_ptrs + s * DILATION_W * stride_xw, mask=mask, other=0.0).to(acc.dtype)
-            weight = tl.load(w_ptrs + s * stride_ws, mask=mask_c, other=0.0).to(acc.dtype)
-            acc = tl.fma(x, tl.broadcast_to(weight[None, :], acc.shape), acc)
+    """Add the products of one filter row to `acc`."""
+    for i in tl.range(S, loop_unroll_factor=S if S <= 9 else 1):
+        s = tl.cast(i, tl.int64)
+        w = column + s * DILATION_W
+        mask = (mask_nq & (w >= 0) & (w < W))[:, None] & mask_c[None, :]
+        x = tl.load(x_ptrs + s * DILATION_W * stride_xw, mask=mask, other=0.0).to(acc.dtype)
+        weight = tl.load(w_ptrs + s * stride_ws, mask=mask_c, other=0.0).to(acc.dtype)
+        acc += x * weight[None, :]
     return acc
 
 
@@ -122,39 +114,22 @@ def _depthwise_fwd_kernel(
     x_ptrs = x_ptr + (n * stride_xn + w * stride_xw)[:, None] + (offs_g // M * stride_xc)[None, :]
     w_ptrs = w_ptr + offs_g
     acc = tl.zeros([BLOCK_NQ, BLOCK_C], ACC)
-    if R <= 5:
-        for r in tl.static_range(R):
-            row = h + r * DILATION_H
-            acc = depthwise_row(
-                acc,
-                x_ptrs + row * stride_xh,
-                w_ptrs + r * S * G,
-                w,
-                mask_nq & (row >= 0) & (row < H),
-                mask_g,
-                W,
-                stride_xw,
-                G,
-                S,
-                DILATION_W,
-            )
-    else:
-        for i in range(R):
-            r = tl.cast(i, tl.int64)
-            row = h + r * DILATION_H
-            acc = depthwise_row(
-                acc,
-                x_ptrs + row * stride_xh,
-                w_ptrs + r * S * G,
-                w,
-                mask_nq & (row >= 0) & (row < H),
-                mask_g,
-                W,
-                stride_xw,
-                G,
-                S,
-                DILATION_W,
-            )
+    for i in tl.range(R, loop_unroll_factor=R if R <= 5 else 1):
+        r = tl.cast(i, tl.int64)
+        row = h + r * DILATION_H
+        acc = depthwise_row(
+            acc,
+            x_ptrs + row * stride_xh,
+            w_ptrs + r * S * G,
+            w,
+            mask_nq & (row >= 0) & (row < H),
+            mask_g,
+            W,
+            stride_xw,
+            G,
+            S,
+            DILATION_W,
+        )
 
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_g * stride_bias, mask=mask_g, other=0.0).to(ACC)

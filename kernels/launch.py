@@ -1,4 +1,4 @@
-"""What every launcher needs on the host: outputs, packed weights, merged axes, the launch itself."""
+"""What every launcher needs on the host: outputs, packed weights, merged axes, the launch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -59,20 +59,16 @@ def collapse(sizes: Sequence[int], *strides: Sequence[int]) -> tuple[list[int], 
         At least three sizes, outermost first in the first tensor's order (left-padded with ones),
         and per tensor the strides that belong to them.
     """
-    order = sorted((i for i in range(len(sizes)) if sizes[i] != 1), key=lambda i: -strides[0][i])
-    merged_sizes: list[int] = []
-    merged_strides: list[list[int]] = [[] for _ in strides]
-    for i in order:
-        if merged_sizes and all(m[-1] == s[i] * sizes[i] for m, s in zip(merged_strides, strides)):
-            merged_sizes[-1] *= sizes[i]
-            for m, s in zip(merged_strides, strides):
-                m[-1] = s[i]
+    axes = [axis for axis in zip(sizes, *strides, strict=True) if axis[0] != 1]
+    merged: list[list[int]] = []
+    for size, *steps in sorted(axes, key=lambda axis: -axis[1]):
+        if merged and merged[-1][1:] == [step * size for step in steps]:
+            merged[-1] = [merged[-1][0] * size, *steps]
         else:
-            merged_sizes.append(sizes[i])
-            for m, s in zip(merged_strides, strides):
-                m.append(s[i])
-    missing = max(0, 3 - len(merged_sizes))
-    return [1] * missing + merged_sizes, [[0] * missing + m for m in merged_strides]
+            merged.append([size, *steps])
+    padding = [[1] + [0] * len(strides)] * (3 - len(merged))
+    merged_sizes, *merged_strides = (list(column) for column in zip(*padding, *merged, strict=True))
+    return merged_sizes, merged_strides
 
 
 def pack_depthwise(weight_dw: torch.Tensor, M: int) -> torch.Tensor:
@@ -105,7 +101,7 @@ def dot_options(x: torch.Tensor, allow_tf32: bool) -> dict[str, Any]:
         torch.bfloat16: tl.bfloat16,
     }
     dtype = dtypes[x.dtype]
-    if not x.is_cuda and dtype == tl.bfloat16:
+    if x.is_cpu and dtype == tl.bfloat16:
         dtype = tl.float32
     precision = None
     if x.dtype == torch.float32 and torch.version.hip is None:
