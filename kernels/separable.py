@@ -44,8 +44,9 @@ def _separable_fwd_kernel(
     K,
     P,
     Q,
+    G,  # C * M
     num_k,
-    num_c,
+    num_tiles,  # of h: ceil(C / BLOCK_C) * M
     stride_xn,
     stride_xc,
     stride_xh,
@@ -96,7 +97,7 @@ def _separable_fwd_kernel(
     x_pixels = x_ptr + n * stride_xn + w * stride_xw
     acc = tl.zeros([BLOCK_NQ, BLOCK_K], ACC)
     # The M tiles of one block of input channels follow each other, so that x stays cached.
-    for i in range(num_c * M):
+    for i in range(num_tiles):
         m = tl.cast(i, tl.int64) % M
         offs_c = tl.cast(i, tl.int64) // M * BLOCK_C + tl.arange(0, BLOCK_C)
         mask_c = offs_c < C
@@ -109,13 +110,13 @@ def _separable_fwd_kernel(
             mid = depthwise_row(
                 mid,
                 x_pixels[:, None] + (offs_c * stride_xc)[None, :] + row * stride_xh,
-                w_dw_ptr + (r * S * M + m) * C + offs_c,
+                w_dw_ptr + r * S * G + m * C + offs_c,
                 w,
                 mask_nq & (row >= 0) & (row < H),
                 mask_c,
                 W,
                 stride_xw,
-                C * M,
+                G,
                 S,
                 DILATION_W,
             )
@@ -203,7 +204,7 @@ def separable_fwd(
         num_k * P * triton.cdiv(N * Q, config.block_nq),
         (x, pack_depthwise(weight_dw, M), packed_pw, bias_dw, bias_pw, residual, y),
         (
-            *(N, C, H, W, K, P, Q, num_k, triton.cdiv(C, config.block_c)),
+            *(N, C, H, W, K, P, Q, G, num_k, triton.cdiv(C, config.block_c) * M),
             *x.stride(),
             *packed_pw.stride(),
             0 if bias_dw is None else bias_dw.stride(0),
