@@ -1,27 +1,51 @@
-"""The memory-format rule: one place, used by the reference, the fake and the real implementations."""
+"""Torch's memory-format rule for convolutions, in one place for every implementation."""
 
+import torch
 from torch import Tensor
 
 
-def suggests_channels_last(x: Tensor, weight: Tensor) -> bool:
-    """Whether a convolution of `x` with `weight` returns a channels_last tensor, as in torch."""
-    return _has_channels_last_strides(x) or _has_channels_last_strides(weight)
+def is_channels_last(t: Tensor) -> bool:
+    """Whether torch takes a 4-D tensor for a channels_last one.
 
+    This is ATen's `suggest_memory_format`: it judges shapes that fit both formats (one channel, one
+    pixel) by their strides, where `Tensor.is_contiguous` would answer yes twice.
 
-def _has_channels_last_strides(t: Tensor) -> bool:
-    # ATen's `is_channels_last_strides_2d`, which decides ambiguous shapes (one channel, one pixel)
-    # by strides alone, where `Tensor.is_contiguous` would answer yes to both formats.
+    >>> is_channels_last(torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last))
+    True
+    >>> is_channels_last(torch.empty(2, 3, 4, 5)[:, :, ::2])
+    False
+    """
     stride_n, stride_c, stride_h, stride_w = t.stride()
-    if stride_c == 0:
-        return False
     n, c, h, w = t.shape
-    if 0 in (n, c, h, w):
+    # In a dense channels_last tensor each stride covers the extent of the axis inside it.
+    if stride_c == 0 or stride_w < stride_c * c or stride_h < stride_w * w:
         return False
-    least = stride_c * c
-    if stride_w < least:
+    if n == 0 or c == 0 or h == 0 or w == 0:
         return False
-    least = stride_w * w
-    if stride_h < least:
-        return False
-    least = stride_h * h
-    return stride_n >= least and least != stride_c
+    extent = stride_h * h
+    return stride_n >= extent and extent != stride_c
+
+
+def suggests_channels_last(x: Tensor, weight: Tensor) -> bool:
+    """Whether a convolution of `x` with `weight` returns a channels_last tensor."""
+    return is_channels_last(x) or is_channels_last(weight)
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """Torch's name of the layout."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """`x` itself where it is dense and channels_last, else a copy."""
+    # Permuted rather than by `contiguous(memory_format=...)`, which vmap does not know.
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def to_layout(y: Tensor, channels_last: bool) -> Tensor:
+    """`y` with exactly the strides of a new tensor in that layout, copied only if they differ."""
+    if is_channels_last(y) == channels_last:
+        return y
+    if channels_last:
+        return to_channels_last(y)
+    return y.clone(memory_format=torch.contiguous_format)

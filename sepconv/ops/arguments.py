@@ -1,32 +1,243 @@
-"""Arguments as users write them, brought to one form."""
+"""Arguments as users write them: brought to one form, and checked.
+
+Every failure is a `ValueError` that names the argument, what came and what was expected. The checks
+run on each call, so the way through them without a failure is kept short.
+"""
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
-Pair = tuple[int, int]
-Sides = tuple[int, int, int, int]
+import torch
+from torch import Tensor
+
+from sepconv.reference import ACTIVATIONS, Pair, Sides, output_size
+
 IntPair: TypeAlias = int | Sequence[int]
 Padding: TypeAlias = int | str | Sequence[int] | Sequence[Sequence[int]]
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-def pair(value: IntPair) -> Pair:
-    """Return `(height, width)` of an int or a pair."""
+
+def pair(name: str, value: IntPair, least: int = 1) -> Pair:
+    """Return (vertical, horizontal) of an int or a pair of ints.
+
+    >>> pair("stride", 2)
+    (2, 2)
+
+    Raises:
+        ValueError: Not an int or a pair of ints, or one of them below `least`.
+    """
     if isinstance(value, int):
-        return value, value
-    h, w = value
-    return h, w
+        both = (value, value)
+    elif isinstance(value, Sequence) and len(value) == 2:
+        both = (value[0], value[1])
+    else:
+        _fail(name, "an int or a pair of ints", repr(value))
+    if not (isinstance(both[0], int) and isinstance(both[1], int)):
+        _fail(name, "an int or a pair of ints", repr(value))
+    if both[0] < least or both[1] < least:
+        _fail(name, f"at least {least}", repr(value))
+    return both
 
 
-def sides(padding: Padding, kernel_size: Pair, dilation: Pair) -> Sides:
-    """Return `(top, bottom, left, right)`."""
+def sides(padding: Padding, weight_dw: Tensor, stride: Pair, dilation: Pair) -> Sides:
+    """Return (top, bottom, left, right) of a padding.
+
+    Args:
+        padding: An int, (vertical, horizontal), ((top, bottom), (left, right)), `"valid"` for
+            none, or `"same"` for an output of the input's size: stride 1 only, and an odd row or
+            column goes to the bottom or the right, as in torch.
+        weight_dw: The filters [C*M, 1, R, S].
+        stride: Of the convolution.
+        dilation: Of the convolution.
+
+    Raises:
+        ValueError: None of these forms, a negative number, or `"same"` with another stride.
+    """
     if isinstance(padding, int):
+        if padding < 0:
+            _fail("padding", "at least 0", repr(padding))
         return padding, padding, padding, padding
+    if isinstance(padding, str):
+        return _named_sides(padding, weight_dw, stride, dilation)
+    if not isinstance(padding, Sequence) or len(padding) != 2:
+        _fail(
+            "padding",
+            "an int, (vertical, horizontal), ((top, bottom), (left, right)), 'same' or 'valid'",
+            repr(padding),
+        )
+    top, bottom = pair("padding", padding[0], least=0)
+    left, right = pair("padding", padding[1], least=0)
+    return top, bottom, left, right
+
+
+def check_depthwise(
+    x: Tensor,
+    weight_dw: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str | None,
+) -> tuple[int, int, int, int]:
+    """Check normalised arguments of the depthwise convolution; return the shape of its result."""
+    _check_images(x)
+    shape = _check_filters(x, weight_dw, stride, padding, dilation)
+    _check_alike(x, "weight_dw", weight_dw)
+    if bias is not None:
+        _check_shape("bias", bias, (shape[1],))
+        _check_alike(x, "bias", bias)
+    _check_activation("activation", activation)
+    return shape
+
+
+def check_pointwise(
+    x: Tensor,
+    weight_pw: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> tuple[int, int, int, int]:
+    """Check normalised arguments of the pointwise convolution; return the shape of its result."""
+    _check_images(x)
+    return _check_mixing(x, x.shape, "bias", weight_pw, bias, activation, residual)
+
+
+def check_separable(
+    x: Tensor,
+    weight_dw: Tensor,
+    weight_pw: Tensor,
+    bias_dw: Tensor | None,
+    bias_pw: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation_mid: str | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> tuple[int, int, int, int]:
+    """Check normalised arguments of the separable convolution; return the shape of its result."""
+    _check_images(x)
+    middle = _check_filters(x, weight_dw, stride, padding, dilation)
+    _check_alike(x, "weight_dw", weight_dw)
+    if bias_dw is not None:
+        _check_shape("bias_dw", bias_dw, (middle[1],))
+        _check_alike(x, "bias_dw", bias_dw)
+    _check_activation("activation_mid", activation_mid)
+    return _check_mixing(x, middle, "bias_pw", weight_pw, bias_pw, activation, residual)
+
+
+def _fail(name: str, expected: str, got: str) -> NoReturn:
+    raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def _named_sides(padding: str, weight_dw: Tensor, stride: Pair, dilation: Pair) -> Sides:
     if padding == "valid":
         return 0, 0, 0, 0
-    if padding == "same":
-        h, w = ((k - 1) * d for k, d in zip(kernel_size, dilation, strict=True))
-        return h // 2, h - h // 2, w // 2, w - w // 2
-    h, w = padding
-    top, bottom = pair(h)
-    left, right = pair(w)
-    return top, bottom, left, right
+    if padding != "same":
+        _fail("padding", "'same', 'valid' or numbers", repr(padding))
+    if stride != (1, 1):
+        _fail("padding", "numbers where the stride is not 1", f"'same' with stride {stride}")
+    if weight_dw.dim() != 4:
+        _fail("weight_dw", "shape [C*M, 1, R, S]", f"shape {list(weight_dw.shape)}")
+    rows = dilation[0] * (weight_dw.shape[2] - 1)
+    columns = dilation[1] * (weight_dw.shape[3] - 1)
+    return rows // 2, rows - rows // 2, columns // 2, columns - columns // 2
+
+
+def _check_images(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        _fail("x", "a tensor [N, C, H, W]", type(x).__name__)
+    if x.dim() != 4:
+        _fail("x", "shape [N, C, H, W]", f"shape {list(x.shape)}")
+    if x.dtype not in _DTYPES:
+        _fail("x", f"dtype {', '.join(map(_name, _DTYPES))}", f"dtype {_name(x.dtype)}")
+
+
+def _check_filters(
+    x: Tensor,
+    weight_dw: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int, int, int]:
+    if not isinstance(weight_dw, Tensor):
+        _fail("weight_dw", "a tensor [C*M, 1, R, S]", type(weight_dw).__name__)
+    if weight_dw.dim() != 4:
+        _fail("weight_dw", "shape [C*M, 1, R, S]", f"shape {list(weight_dw.shape)}")
+    n, channels, height, width = x.shape
+    filters, one, rows, columns = weight_dw.shape
+    if one != 1 or rows < 1 or columns < 1:
+        _fail("weight_dw", "shape [C*M, 1, R, S]", f"shape {list(weight_dw.shape)}")
+    if filters != channels and (channels == 0 or filters == 0 or filters % channels):
+        _fail("weight_dw", f"a multiple of x's {channels} channels as filters", f"{filters}")
+    # The operators can be reached without `pair` and `sides`.
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+        pair("stride", stride)
+        pair("dilation", dilation)
+        _fail("padding", "at least 0", repr(padding))
+    top, bottom, left, right = padding
+    p, q = output_size(
+        x.shape,
+        weight_dw.shape,
+        (stride[0], stride[1]),
+        (top, bottom, left, right),
+        (dilation[0], dilation[1]),
+    )
+    if p < 0 or q < 0:
+        _fail(
+            "x",
+            f"height and width that hold a {rows} x {columns} filter of dilation {dilation}",
+            f"{height} x {width} with padding {padding}",
+        )
+    return n, filters, p, q
+
+
+def _check_mixing(
+    x: Tensor,
+    middle: Sequence[int],
+    bias_name: str,
+    weight_pw: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> tuple[int, int, int, int]:
+    """Check the pointwise half, which meets activations of shape `middle`."""
+    n, channels, p, q = middle
+    if not isinstance(weight_pw, Tensor):
+        _fail("weight_pw", f"a tensor [K, {channels}, 1, 1]", type(weight_pw).__name__)
+    if weight_pw.dim() != 4 or weight_pw.shape[1:] != (channels, 1, 1):
+        _fail("weight_pw", f"shape [K, {channels}, 1, 1]", f"shape {list(weight_pw.shape)}")
+    _check_alike(x, "weight_pw", weight_pw)
+    shape = (n, weight_pw.shape[0], p, q)
+    if bias is not None:
+        _check_shape(bias_name, bias, shape[1:2])
+        _check_alike(x, bias_name, bias)
+    _check_activation("activation", activation)
+    if residual is not None:
+        _check_shape("residual", residual, shape)
+        _check_alike(x, "residual", residual)
+    return shape
+
+
+def _check_shape(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(t, Tensor):
+        _fail(name, f"a tensor {list(shape)} or None", type(t).__name__)
+    if t.shape != shape:
+        _fail(name, f"shape {list(shape)}", f"shape {list(t.shape)}")
+
+
+def _check_alike(x: Tensor, name: str, t: Tensor) -> None:
+    if t.dtype != x.dtype:
+        _fail(name, f"x's dtype {_name(x.dtype)}", f"dtype {_name(t.dtype)}")
+    if t.device != x.device:
+        _fail(name, f"x's device {x.device}", f"device {t.device}")
+
+
+def _check_activation(name: str, activation: str | None) -> None:
+    if activation is not None and activation not in ACTIVATIONS:
+        _fail(name, f"None or one of {', '.join(ACTIVATIONS)}", repr(activation))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,162 @@
+"""The kernels as operators of torch: `torch.ops.sepconv.*`, opaque to its compilers.
+
+Here are the schemas, what runs on real tensors, and what fake tensors are told. `autograd`,
+`batching` and `flops` add the rest.
+
+On a GPU, and in Triton's interpreter, the kernels run; elsewhere torch's own operators, so that the
+registration can be checked on any machine. `torch.library.Library` rather than `custom_op`, whose
+call costs about twice as much.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sepconv import reference
+from sepconv.layout import memory_format, suggests_channels_last
+from sepconv.ops.arguments import check_depthwise, check_pointwise, check_separable
+from sepconv.ops.autocast import autocast
+from sepconv.ops.backend import can_run_kernels
+
+LIBRARY = torch.library.Library("sepconv", "DEF")
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation"
+
+_SCHEMAS = (
+    "depthwise_conv2d(Tensor x, Tensor weight_dw, Tensor? bias, "
+    f"{_GEOMETRY}, str? activation) -> Tensor",
+    "pointwise_conv2d(Tensor x, Tensor weight_pw, Tensor? bias, str? activation, "
+    "Tensor? residual) -> Tensor",
+    "separable_conv2d(Tensor x, Tensor weight_dw, Tensor weight_pw, Tensor? bias_dw, "
+    f"Tensor? bias_pw, {_GEOMETRY}, str? activation_mid, str? activation, "
+    "Tensor? residual) -> Tensor",
+    "depthwise_conv2d_backward_input(Tensor dy, Tensor weight_dw, SymInt[4] x_shape, "
+    f"{_GEOMETRY}, bool channels_last) -> Tensor",
+    "depthwise_conv2d_backward_weight(Tensor dy, Tensor x, SymInt[4] weight_shape, "
+    f"{_GEOMETRY}) -> Tensor",
+)
+for _schema in _SCHEMAS:
+    LIBRARY.define(_schema, tags=_TAGS)
+
+
+@cache
+def _kernels(name: str) -> ModuleType:
+    # Triton is imported by the first tensor that needs it, not by `import sepconv`.
+    return import_module(f"sepconv.kernels.{name}")
+
+
+def _allows_tf32() -> bool:
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def _real(name: str) -> Callable[..., Any]:
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        return function
+
+    return register
+
+
+def _fake(name: str) -> Callable[..., Any]:
+    return torch.library.register_fake(f"sepconv::{name}", lib=LIBRARY)
+
+
+@_real("depthwise_conv2d")
+def _depthwise(
+    x: Tensor,
+    weight_dw: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str | None,
+) -> Tensor:
+    check_depthwise(x, weight_dw, bias, stride, padding, dilation, activation)
+    arguments = (x, weight_dw, bias, tuple(stride), tuple(padding), tuple(dilation), activation)
+    if not can_run_kernels(x):
+        return reference.depthwise_conv2d(*arguments)
+    channels_last = suggests_channels_last(x, weight_dw)
+    return _kernels("depthwise").depthwise_fwd(*arguments, channels_last=channels_last)
+
+
+@_fake("depthwise_conv2d")
+def _fake_depthwise(x: Tensor, weight_dw: Tensor, *rest: Any) -> Tensor:
+    shape = check_depthwise(x, weight_dw, *rest)
+    return _empty(x, shape, suggests_channels_last(x, weight_dw))
+
+
+@_real("pointwise_conv2d")
+def _pointwise(
+    x: Tensor,
+    weight_pw: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    check_pointwise(x, weight_pw, bias, activation, residual)
+    if not can_run_kernels(x):
+        return reference.pointwise_conv2d(x, weight_pw, bias, activation, residual)
+    return _kernels("pointwise").pointwise_fwd(
+        x,
+        weight_pw,
+        bias,
+        activation,
+        residual,
+        allow_tf32=_allows_tf32(),
+        channels_last=suggests_channels_last(x, weight_pw),
+    )
+
+
+@_fake("pointwise_conv2d")
+def _fake_pointwise(x: Tensor, weight_pw: Tensor, *rest: Any) -> Tensor:
+    shape = check_pointwise(x, weight_pw, *rest)
+    return _empty(x, shape, suggests_channels_last(x, weight_pw))
+
+
+@_real("separable_conv2d")
+def _separable(
+    x: Tensor,
+    weight_dw: Tensor,
+    weight_pw: Tensor,
+    bias_dw: Tensor | None,
+    bias_pw: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation_mid: str | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    arguments = (
+        x,
+        weight_dw,
+        weight_pw,
+        bias_dw,
+        bias_pw,
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        activation_mid,
+        activation,
+        residual,
+    )
+    check_separable(*arguments)
+    if not can_run_kernels(x):
+        return reference.separable_conv2d(*arguments)
+    return _kernels("separable").separable_fwd(
+        *arguments,
+        allow_tf32=_allows_tf32(),
+        channels_last=_separable_channels_last(x, weight_dw, weight_pw),
+    )
+
+
+@_fake("separable_conv2d")
+def _fake_separable(x: Tensor, weight_dw: Tensor, weight_pw: Tensor, *rest: Any) -> Tensor:
+    shape = check_separable(x, weight_dw, weight_pw, *rest)
+    return _empty(x, shape, _separable_channels_last(x, weight_dw, weight_pw))
