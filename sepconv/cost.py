@@ -1,0 +1,247 @@
+"""What a network costs: multiply-adds, parameters and bytes, by layer and by type of layer."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """The cost of one layer, or of all layers of one kind.
+
+    Attributes:
+        name: Of the module, or the kind.
+        kind: `"conv"`, `"depthwise"`, `"pointwise"`, `"grouped"`, `"linear"`, `"matmul"`,
+            `"separable"` (both convolutions in one kernel), `"norm"`, `"other"`; several joined by
+            `+` where one module does more than one thing.
+        macs: Multiply-adds of convolutions and matrix products, and of nothing else.
+        params: Elements of the parameters.
+        bytes: What those operations read and write, each operand once: inputs, weights, biases,
+            outputs.
+    """
+
+    name: str
+    kind: str
+    macs: int = 0
+    params: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a network.
+
+    Attributes:
+        layers: In the order in which they run, then those that only hold parameters; one module
+            may stand there once per kind.
+    """
+
+    layers: tuple[LayerCost, ...]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of all convolutions and matrix products."""
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def params(self) -> int:
+        """Elements of all parameters, a shared one counted once."""
+        return sum(layer.params for layer in self.layers)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the counted operations read and write, each operand once."""
+        return sum(layer.bytes for layer in self.layers)
+
+    @property
+    def by_layer(self) -> dict[str, LayerCost]:
+        """One entry per module, by its name."""
+        return _joined(self.layers, lambda layer: layer.name)
+
+    @property
+    def by_type(self) -> dict[str, LayerCost]:
+        """One entry per kind of layer."""
+        return _joined(self.layers, lambda layer: layer.kind)
+
+
+def cost(model: nn.Module, x: Inputs) -> Cost:
+    """Count the cost of running `model` on `x` in eval mode.
+
+    The model runs once, without gradients; its mode, buffers and the random state stay as they are.
+    Multiply-adds come from the formulas of torch's flop counter (which counts two flops each), so
+    an operation that it does not know costs nothing here.
+
+    Args:
+        model: Any module, on any device (`meta` included).
+        x: One tensor, a tuple or list of positional arguments, or a dict of named arguments.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        >>> total = cost(net, torch.zeros(1, 3, 6, 6))
+        >>> total.macs, total.params  # 4 x 4 pixels x (8 x 27 + 4 x 8)
+        (3968, 252)
+        >>> {kind: layer.macs for kind, layer in total.by_type.items()}
+        {'conv': 3456, 'pointwise': 512}
+
+    Raises:
+        ValueError: `model` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    recorder = _Recorder()
+    watching = recorder.watching(model)
+    with _as_eval(model), torch.no_grad(), torch.random.fork_rng(), watching, recorder:
+        _call(model, x)
+    _add_params(model, recorder)
+    return Cost(tuple(recorder.layers.values()))
+
+
+class _Recorder(TorchDispatchMode):
+    """Counts each operation for the innermost module that is running."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: dict[tuple[str, str], LayerCost] = {}
+        self.operand_shapes: dict[tuple[str, str], set[torch.Size]] = {}
+        self._running = [""]
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Follow which module of `model` runs."""
+        handles = []
+        for name, module in model.named_modules():
+            enter, leave = self._hooks(name)
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        def enter(module: nn.Module, args: Any) -> None:
+            self._running.append(name)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self._running.pop()
+
+        return enter, leave
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            operands = _tensors((args, kwargs))
+            self._add(
+                _kind(func, args),
+                macs=formula(*args, **kwargs, out_val=out) // 2,
+                moved=sum(t.nbytes for t in [*operands, *_tensors(out)]),
+                shapes={t.shape for t in operands},
+            )
+        return out
+
+    def _add(self, kind: str, macs: int, moved: int, shapes: set[torch.Size]) -> None:
+        key = self._running[-1], kind
+        before = self.layers.get(key, LayerCost(*key))
+        self.layers[key] = replace(before, macs=before.macs + macs, bytes=before.bytes + moved)
+        self.operand_shapes.setdefault(key, set()).update(shapes)
+
+
+def _kind(func: Any, args: Sequence[Any]) -> str:
+    name = func._overloadpacket.__name__
+    if name in ("convolution", "_convolution") and not args[6]:
+        channels, weight, groups = args[0].shape[1], args[1], args[8]
+        if groups == 1:
+            return "pointwise" if weight[0, 0].numel() == 1 else "conv"
+        return "depthwise" if groups == channels else "grouped"
+    named = {
+        "depthwise_conv2d": "depthwise",
+        "pointwise_conv2d": "pointwise",
+        "separable_conv2d": "separable",
+        "mm": "linear",
+        "addmm": "linear",
+        "bmm": "matmul",
+        "baddbmm": "matmul",
+    }
+    return named.get(name, "matmul" if "attention" in name else "other")
+
+
+def _add_params(model: nn.Module, recorder: _Recorder) -> None:
+    """Book each parameter where its own module used it, else as a layer of its own."""
+    counted: set[int] = set()
+    for name, module in model.named_modules():
+        kinds = [kind for layer, kind in recorder.layers if layer == name]
+        for param in module.parameters(recurse=False):
+            if id(param) in counted:
+                continue
+            counted.add(id(param))
+            key = name, _kind_of_param(param, module, name, kinds, recorder)
+            before = recorder.layers.get(key, LayerCost(*key))
+            recorder.layers[key] = replace(before, params=before.params + param.numel())
+
+
+def _kind_of_param(
+    param: Tensor, module: nn.Module, name: str, kinds: Sequence[str], recorder: _Recorder
+) -> str:
+    if not kinds:
+        return "norm" if "Norm" in type(module).__name__ else "other"
+    for kind in kinds:
+        if param.shape in recorder.operand_shapes[name, kind]:
+            return kind
+    return kinds[0]
+
+
+def _joined(
+    layers: Iterable[LayerCost], name_of: Callable[[LayerCost], str]
+) -> dict[str, LayerCost]:
+    joined: dict[str, LayerCost] = {}
+    for layer in layers:
+        name = name_of(layer)
+        before = joined.get(name)
+        if before is None:
+            joined[name] = replace(layer, name=name)
+            continue
+        same_kind = layer.kind in before.kind.split("+")
+        joined[name] = LayerCost(
+            name,
+            before.kind if same_kind else f"{before.kind}+{layer.kind}",
+            before.macs + layer.macs,
+            before.params + layer.params,
+            before.bytes + layer.bytes,
+        )
+    return joined
+
+
+@contextmanager
+def _as_eval(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _call(model: nn.Module, x: Inputs) -> None:
+    if isinstance(x, Tensor):
+        model(x)
+    elif isinstance(x, Mapping):
+        model(**x)
+    else:
+        model(*x)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

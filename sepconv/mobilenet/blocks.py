@@ -1,0 +1,142 @@
+"""A convolution with its BatchNorm and activation: alone, and as MobileNet's separable block."""
+
+import torch
+from torch import Tensor, nn
+
+from sepconv.mobilenet.config import Activation, Block, MobileNetV1Config
+from sepconv.mobilenet.folding import FoldCache, foldable, has_hooks
+from sepconv.mobilenet.layers import (
+    DepthwiseConv2d,
+    MobileNetConv,
+    PointwiseConv2d,
+    StandardConv2d,
+    activate_,
+)
+from sepconv.ops import separable_conv2d
+
+
+def conv_norm_act(
+    x: Tensor, conv: MobileNetConv, bn: nn.BatchNorm2d, activation: Activation, folds: FoldCache
+) -> Tensor:
+    """Return `activation(bn(conv(x)))`, as one convolution where `bn` has fixed statistics."""
+    if isinstance(x, Tensor) and foldable(conv, bn):
+        (folded,) = folds.get((conv, bn))
+        return folded(x, activation)
+    return _norm_act(conv(x), bn, activation)
+
+
+class SeparableBlock(nn.Module):
+    """Depthwise 3 x 3, BatchNorm, activation, pointwise 1 x 1, BatchNorm, activation.
+
+    With fixed BatchNorm statistics (`eval`) it is one call of `separable_conv2d`.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        config: MobileNetV1Config,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        c, k = block.in_channels, block.out_channels
+        self.activation = config.activation
+        self.conv_dw = DepthwiseConv2d(
+            c,
+            c,
+            3,
+            block.stride,
+            groups=c,
+            bias=config.bias,
+            padding=config.padding,
+            device=device,
+            dtype=dtype,
+        )
+        self.bn1 = batch_norm(c, config, device, dtype)
+        self.conv_pw = PointwiseConv2d(c, k, 1, bias=config.bias, device=device, dtype=dtype)
+        self.bn2 = batch_norm(k, config, device, dtype)
+        self._folds = FoldCache()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x [N, C, H, W]` to `[N, K, ceil(H / stride), ceil(W / stride)]`."""
+        # fx records the layers as they are written; folded weights would become constants in it.
+        folds = isinstance(x, Tensor)
+        if folds and foldable(self.conv_dw, self.bn1) and foldable(self.conv_pw, self.bn2):
+            return self._fused(x)
+        x = _norm_act(self.conv_dw(x), self.bn1, self.activation)
+        return _norm_act(self.conv_pw(x), self.bn2, self.activation)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        dw, pw = self._folds.get((self.conv_dw, self.bn1), (self.conv_pw, self.bn2))
+        if dw.packs(x):
+            return pw.run_packed(dw.run_packed(x, self.activation), self.activation)
+        top, bottom, left, right = self.conv_dw.sides(x)
+        return separable_conv2d(
+            x,
+            dw.weight,
+            pw.weight,
+            dw.bias,
+            pw.bias,
+            stride=self.conv_dw.stride,
+            padding=((top, bottom), (left, right)),
+            activation_mid=self.activation,
+            activation=self.activation,
+        )
+
+    def train(self, mode: bool = True) -> "SeparableBlock":
+        """Switch between batch and running statistics, and forget folded weights."""
+        self._folds.clear()
+        return super().train(mode)
+
+
+class ConvBlock(nn.Module):
+    """The block of the paper's `Conv MobileNet` (Table 4): a standard 3 x 3 convolution."""
+
+    def __init__(
+        self,
+        block: Block,
+        config: MobileNetV1Config,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.conv = StandardConv2d(
+            block.in_channels,
+            block.out_channels,
+            3,
+            block.stride,
+            bias=config.bias,
+            padding=config.padding,
+            device=device,
+            dtype=dtype,
+        )
+        self.bn1 = batch_norm(block.out_channels, config, device, dtype)
+        self._folds = FoldCache()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x [N, C, H, W]` to `[N, K, ceil(H / stride), ceil(W / stride)]`."""
+        return conv_norm_act(x, self.conv, self.bn1, self.activation, self._folds)
+
+    def train(self, mode: bool = True) -> "ConvBlock":
+        """Switch between batch and running statistics, and forget folded weights."""
+        self._folds.clear()
+        return super().train(mode)
+
+
+def batch_norm(
+    channels: int,
+    config: MobileNetV1Config,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.BatchNorm2d:
+    """Return the BatchNorm that follows every convolution of the network."""
+    return nn.BatchNorm2d(
+        channels, eps=config.bn_eps, momentum=config.bn_momentum, device=device, dtype=dtype
+    )
+
+
+def _norm_act(y: Tensor, bn: nn.BatchNorm2d, activation: Activation) -> Tensor:
+    y = bn(y)
+    # A hook on the BatchNorm may have kept its output: activate a copy.
+    return activate_(y.clone() if has_hooks(bn) else y, activation)

@@ -1,0 +1,193 @@
+"""BatchNorm folded into the convolution in front of it, once, until something changes."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sepconv import onednn
+from sepconv.mobilenet.layers import CONVOLUTIONS, MobileNetConv, activate_
+from sepconv.ops.backend import chosen_backend
+
+
+class FoldedConv:
+    """A convolution that includes its BatchNorm, and an activation if asked for one.
+
+    Args:
+        conv: The convolution, for its geometry.
+        weight: Folded, of the convolution's shape.
+        bias: Folded, `[K]`.
+    """
+
+    def __init__(self, conv: MobileNetConv, weight: Tensor, bias: Tensor) -> None:
+        self.conv = conv
+        self.weight = weight
+        self.bias = bias
+        self._packed: onednn.PackedConv2d | None = None
+
+    def __call__(self, x: Tensor, activation: str | None) -> Tensor:
+        """Convolve `x [N, C, H, W]` into `[N, K, P, Q]`, then activate."""
+        if self.packs(x):
+            return self.run_packed(x, activation)
+        return self.conv.run(x, self.weight, self.bias, activation)
+
+    def packs(self, x: Tensor) -> bool:
+        """Whether this call may run through oneDNN's packed weights."""
+        return chosen_backend() == "auto" and onednn.usable(x, self.weight, self.bias)
+
+    def run_packed(self, x: Tensor, activation: str | None) -> Tensor:
+        """Convolve and activate through packed weights, packing them on the first call."""
+        if self._packed is None:
+            self._packed = onednn.PackedConv2d(
+                self.weight, self.bias, self.conv.stride, self.conv.groups
+            )
+        return activate_(self._packed(x, self.conv.sides(x)), activation)
+
+
+def fold_batch_norm(weight: Tensor, bias: Tensor | None, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Fold a BatchNorm that uses its running statistics into `weight [K, ...]` and `bias [K]`.
+
+    Differentiable in every operand. The arithmetic is at least float32, the result has the dtype
+    of `weight`.
+
+    Example:
+        >>> conv, bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).eval()
+        >>> x = torch.randn(1, 3, 8, 8)
+        >>> folded = fold_batch_norm(conv.weight, conv.bias, bn)
+        >>> torch.allclose(nn.functional.conv2d(x, *folded), bn(conv(x)), atol=1e-5)
+        True
+    """
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    scale = (bn.running_var.to(wide) + bn.eps).rsqrt()
+    if bn.affine:
+        scale = scale * bn.weight.to(wide)
+    shift = -bn.running_mean.to(wide) if bias is None else bias.to(wide) - bn.running_mean.to(wide)
+    shift = shift * scale
+    if bn.affine:
+        shift = shift + bn.bias.to(wide)
+    folded = weight.to(wide) * scale.view(-1, *[1] * (weight.dim() - 1))
+    return folded.to(weight.dtype), shift.to(weight.dtype)
+
+
+def foldable(conv: nn.Module, bn: nn.Module) -> bool:
+    """Whether the pair may run as one convolution: nobody can tell, apart from rounding.
+
+    Not while the BatchNorm uses batch statistics, not where a hook expects to see the values in
+    between, and not where either module was replaced by something else.
+    """
+    return (
+        type(conv) in CONVOLUTIONS
+        and isinstance(bn, _BatchNorm)
+        and not bn.training
+        and bn.running_mean is not None
+        and not has_hooks(conv)
+        and not has_hooks(bn)
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anybody is called when `module` runs."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+Pair = tuple[MobileNetConv, _BatchNorm]
+
+
+class _Source(NamedTuple):
+    """A tensor that went into a fold, and how to see whether it is still the same."""
+
+    tensor: Tensor
+    alias: Tensor  # keeps the storage alive, so that a new one cannot take its address
+    version: int
+    address: int
+
+
+class FoldCache:
+    """Remembers folded convolutions for as long as every tensor they were made from is unchanged.
+
+    A change is a new tensor, an in-place write that autograd counts (optimizer steps,
+    `load_state_dict`, `copy_`), new storage (`.to`, `p.data = ...`), or a call of `train` or
+    `eval`, which the owner reports with `clear`. In-place writes through `.data` leave no trace:
+    call `model.eval()` after them.
+
+    Nothing is remembered where autograd must see the fold, under `torch.compile` and tracing, or
+    where the tensors cannot be watched. Copies and pickles of a cache are empty.
+    """
+
+    def __init__(self) -> None:
+        self._entry: tuple[tuple[_Source, ...], tuple[FoldedConv, ...]] | None = None
+
+    def __deepcopy__(self, memo: object) -> "FoldCache":
+        return FoldCache()
+
+    def __reduce__(self) -> tuple[type["FoldCache"], tuple[()]]:
+        return FoldCache, ()
+
+    def clear(self) -> None:
+        """Forget what was folded."""
+        self._entry = None
+
+    def get(self, *pairs: Pair) -> tuple[FoldedConv, ...]:
+        """Return each `(convolution, BatchNorm)` folded."""
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return _fold(pairs)
+        tensors = _tensors(pairs)
+        entry = self._entry
+        if entry is not None and _unchanged(entry[0], tensors):
+            return entry[1]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return _fold(pairs)
+        sources = _watch(tensors)
+        if sources is None:
+            return _fold(pairs)
+        # A tensor made in inference mode could never be used with autograd afterwards.
+        with torch.inference_mode(False), torch.no_grad():
+            folded = _fold(pairs)
+        if _watch([t for conv in folded for t in (conv.weight, conv.bias)]) is not None:
+            self._entry = sources, folded
+        return folded
+
+
+def _fold(pairs: tuple[Pair, ...]) -> tuple[FoldedConv, ...]:
+    return tuple(
+        FoldedConv(conv, *fold_batch_norm(conv.weight, conv.bias, bn)) for conv, bn in pairs
+    )
+
+
+def _tensors(pairs: tuple[Pair, ...]) -> list[Tensor]:
+    # Straight from the dictionaries: attribute access on modules is the costliest part of a check.
+    found = []
+    for conv, bn in pairs:
+        for values in (conv._parameters, bn._parameters, bn._buffers):
+            for name, value in values.items():
+                if value is not None and name != "num_batches_tracked":
+                    found.append(value)
+    return found
+
+
+def _unchanged(sources: tuple[_Source, ...], tensors: list[Tensor]) -> bool:
+    if len(sources) != len(tensors):
+        return False
+    return all(
+        source.tensor is tensor
+        and source.version == tensor._version
+        and source.address == tensor.data_ptr()
+        for source, tensor in zip(sources, tensors, strict=True)
+    )
+
+
+def _watch(tensors: list[Tensor]) -> tuple[_Source, ...] | None:
+    if not all(type(t) in (Tensor, nn.Parameter) and t.device.type != "meta" for t in tensors):
+        return None
+    try:
+        return tuple(_Source(t, t.detach(), t._version, t.data_ptr()) for t in tensors)
+    except RuntimeError:
+        return None  # inference tensors count no versions, functorch's wrappers have no address

@@ -1,0 +1,92 @@
+"""Inference convolutions on a CPU through oneDNN with weights packed once.
+
+`torch.conv2d` rearranges its weights into oneDNN's blocked layout at every call. The operators that
+`torch.compile` uses for frozen models do it once. They have no autograd, so they only serve tensors
+that need none. Their fused activations are left unused: they turn NaN into 0.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Sides = tuple[int, int, int, int]
+
+
+def _operators() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
+    if not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        namespace: Any = torch.ops.mkldnn
+        return namespace._reorder_convolution_weight, namespace._convolution_pointwise
+    except AttributeError:
+        return None
+
+
+_OPERATORS = _operators()
+
+
+def usable(x: Tensor, *weights: Tensor) -> bool:
+    """Whether a convolution of these tensors may run through packed weights, unnoticed.
+
+    It may not where anything watches or transforms single operators: autograd, autocast,
+    compilation, tracing, functorch, dispatch modes (flop counters, fake tensors).
+
+    Example:
+        >>> usable(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3, requires_grad=True))
+        False
+    """
+    tensors = (x, *weights)
+    return (
+        _OPERATORS is not None
+        and bool(torch.backends.mkldnn.enabled)
+        and all(t.device.type == "cpu" and t.dtype is torch.float32 for t in tensors)
+        and x.numel() > 0
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and type(x) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+class PackedConv2d:
+    """A convolution whose weight lies in oneDNN's own layout.
+
+    Args:
+        weight: `[K, C/groups, R, S]`, float32, on the CPU.
+        bias: `[K]`, or none.
+        stride: Of both dimensions.
+        groups: As in `torch.nn.functional.conv2d`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int, groups: int) -> None:
+        assert _OPERATORS is not None
+        reorder, self._convolve = _OPERATORS
+        self._bias = bias
+        self._stride = [stride, stride]
+        self._groups = groups
+        # The layout chosen without an input size serves every size equally well.
+        self._weight = reorder(weight, [0, 0], self._stride, [1, 1], groups)
+
+    def __call__(self, x: Tensor, padding: Sides) -> Tensor:
+        """Return `x * weight + bias`, channels_last and fresh, for `x [N, C, H, W]`."""
+        top, bottom, left, right = padding
+        if top != bottom or left != right:
+            x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
+        return self._convolve(
+            x.contiguous(memory_format=torch.channels_last),
+            self._weight,
+            self._bias,
+            [top, left],
+            self._stride,
+            [1, 1],
+            self._groups,
+            "none",
+            [],
+            "",
+        )
