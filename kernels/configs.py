@@ -26,6 +26,7 @@ class DepthwiseConfig(NamedTuple):
 
     block_nq: int
     block_c: int
+    rows: int = 0  # output rows of a rolling strip; 0 = the general kernel
     num_warps: int = 4
     num_stages: int = 1
 
@@ -39,6 +40,9 @@ class GemmConfig(NamedTuple):
     num_warps: int = 4
     num_stages: int = 2
 
+
+# Enough programs to keep a large GPU busy.
+_FILLING_PROGRAMS = 1024
 
 Config = DepthwiseConfig | GemmConfig
 
@@ -57,15 +61,23 @@ def default(op: str, dtype: torch.dtype, shape: ConvShape) -> Config:
         shape: Sizes of the call.
     """
     if op.startswith("depthwise"):
-        channels = shape.C if op == "depthwise_bwd_weight" else shape.K
-        if not shape.channels_last:
-            return DepthwiseConfig(_power_of_2(shape.N * shape.Q, 32, 256), 1)
-        block_c = _power_of_2(channels, 8, 64)
-        if dtype == torch.float64:
-            return DepthwiseConfig(16, min(block_c, 32))
-        return DepthwiseConfig(_power_of_2(shape.N * shape.Q, 8, 2048 // block_c), block_c)
+        return _default_depthwise(op, dtype, shape)
     block_nq = _power_of_2(shape.N * shape.Q, 16, 64)
     if dtype.itemsize >= 4:
         side = 32 if dtype == torch.float64 else 64
         return GemmConfig(min(block_nq, side), 32, _power_of_2(shape.K, 16, side))
     return GemmConfig(block_nq, _power_of_2(shape.C, 32, 64), _power_of_2(shape.K, 16, 128))
+
+
+def _default_depthwise(op: str, dtype: torch.dtype, shape: ConvShape) -> DepthwiseConfig:
+    columns = shape.N * (shape.W if op == "depthwise_bwd_input" else shape.Q)
+    height = shape.H if op == "depthwise_bwd_input" else shape.P
+    if shape.channels_last:
+        block_c = _power_of_2(shape.K, 8, 32 if dtype == torch.float64 else 64)
+        block_nq = _power_of_2(columns, 8, 1024 // block_c)
+    else:
+        block_c = 1
+        block_nq = _power_of_2(columns, 32, 256)
+    programs_per_row = -(-shape.K // block_c) * -(-columns // block_nq)
+    rows = min(max(programs_per_row * height // _FILLING_PROGRAMS, 2), 16)
+    return DepthwiseConfig(block_nq, block_c, rows)

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from sepconv.kernels.activations import apply_activation
 from sepconv.kernels.configs import ConvShape, DepthwiseConfig, default
+from sepconv.kernels.depthwise_rolling import depthwise_rolling, fits_rolling
 from sepconv.kernels.launch import (
     accumulator,
     check_axes,
@@ -24,17 +25,7 @@ from sepconv.kernels.launch import (
     output_size,
     pack_depthwise,
 )
-
-
-@triton.jit
-def split_nq(pid_nq, Q, BLOCK_NQ: tl.constexpr):
-    """Images and columns of tile `pid_nq` of the flattened (n, q) axis: two int64 [BLOCK_NQ]."""
-    first = pid_nq * BLOCK_NQ
-    first_n = first // Q
-    first_q = (first % Q).to(tl.int32)
-    # No overflow: an axis is shorter than MAX_AXIS. 32-bit division is several times cheaper.
-    offs = tl.add(first_q, tl.arange(0, BLOCK_NQ), sanitize_overflow=False)
-    return first_n + (offs // Q).to(tl.int64), (offs % Q).to(tl.int64)
+from sepconv.kernels.tiles import split_nq
 
 
 @triton.jit
@@ -180,11 +171,26 @@ def depthwise_fwd(
     if config is None:
         shape = ConvShape(N, C, H, W, G, P, Q, R, S, M, channels_last)
         config = default("depthwise_fwd", x.dtype, shape)
+    packed = pack_depthwise(weight_dw, 1)
+    if config.rows and fits_rolling((R, S), stride[0], dilation[0]):
+        depthwise_rolling(
+            x,
+            packed.squeeze(2),
+            bias,
+            y,
+            stride[1],
+            (padding[0], padding[2]),
+            dilation[1],
+            activation,
+            skip_padding=False,
+            config=config,
+        )
+        return y
     num_g = triton.cdiv(G, config.block_c)
     launch(
         _depthwise_fwd_kernel,
         num_g * P * triton.cdiv(N * Q, config.block_nq),
-        (x, pack_depthwise(weight_dw, 1), bias, y),
+        (x, packed, bias, y),
         (
             *(N, H, W, G, P, Q, num_g),
             *x.stride(),

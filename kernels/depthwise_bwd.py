@@ -8,9 +8,9 @@ Input gradient, a gather over the outputs that read the element:
 
 The taps r that divide evenly form an arithmetic sequence that depends on h only, and those of s on
 w modulo STRIDE_W only. A program therefore makes `BLOCK_NQ` pixels of one row h and one column
-phase, and visits just its own taps: at stride 1 this is the forward convolution with rotated
-weights, at stride 2 the split by parity. Taps outside dy are left out, as in ATen, not multiplied
-by zero.
+phase, and visits just its own taps: at stride 2 this is the split by parity. At stride 1 it is the
+forward convolution with rotated weights, and small filters use the rolling kernel. Taps outside dy
+are left out, as in ATen, not multiplied by zero.
 
 Weight gradient:
 
@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from sepconv.kernels.configs import ConvShape, DepthwiseConfig, default
-from sepconv.kernels.depthwise import split_nq
+from sepconv.kernels.depthwise_rolling import depthwise_rolling, fits_rolling
 from sepconv.kernels.launch import (
     accumulator,
     check_axes,
@@ -37,6 +37,7 @@ from sepconv.kernels.launch import (
     launch,
     pack_depthwise,
 )
+from sepconv.kernels.tiles import split_nq
 
 # Register accumulators of one weight-gradient program; bigger filters take several programs.
 _MAX_TAPS = 9
@@ -203,6 +204,20 @@ def depthwise_bwd_input(
     if config is None:
         shape = ConvShape(N, C, H, W, G, P, Q, R, S, M, channels_last)
         config = default("depthwise_bwd_input", dy.dtype, shape)
+    if config.rows and M == 1 and stride == (1, 1) and fits_rolling((R, S), 1, dilation[0]):
+        depthwise_rolling(
+            dy,
+            pack_depthwise(weight_dw.flip(2, 3), 1).squeeze(2),
+            None,
+            dx,
+            1,
+            (R - 1 - padding[0], dilation[1] * (S - 1) - padding[2]),
+            dilation[1],
+            None,
+            skip_padding=True,
+            config=config,
+        )
+        return dx
     num_c = triton.cdiv(C, config.block_c)
     columns = triton.cdiv(W, stride[1])
     gcd_h, gcd_w = (math.gcd(*pair) for pair in zip(stride, dilation, strict=True))

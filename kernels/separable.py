@@ -15,7 +15,7 @@ import triton.language as tl
 
 from sepconv.kernels.activations import apply_activation
 from sepconv.kernels.configs import ConvShape, GemmConfig, default
-from sepconv.kernels.depthwise import depthwise_row, split_nq
+from sepconv.kernels.depthwise import depthwise_row
 from sepconv.kernels.launch import (
     accumulator,
     check_axes,
@@ -26,6 +26,7 @@ from sepconv.kernels.launch import (
     pack_depthwise,
     pack_pointwise,
 )
+from sepconv.kernels.tiles import split_nq
 
 
 @triton.jit

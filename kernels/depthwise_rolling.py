@@ -1,0 +1,175 @@
+"""Depthwise convolution, vertical stride and dilation 1: each input row is read once.
+
+    y[n, g, p, q] = f(bias[g] + sum_rs x[n, g // M, p - PAD_TOP + r,
+                                         q * STRIDE_W - PAD_LEFT + s * DILATION_W] * w[g, r, s])
+
+A program walks down a strip of `rows` output rows. An input row gives its products to the R output
+rows that need it, whose sums roll through R accumulators: S loads and conversions per output
+instead of R * S. Instruction issue, not memory, bounds the general kernel in 16 bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sepconv.kernels.activations import apply_activation
+from sepconv.kernels.configs import DepthwiseConfig
+from sepconv.kernels.launch import accumulator, launch
+from sepconv.kernels.tiles import split_nq
+
+# The weights stay in registers, eight channels of every tap in each thread.
+MAX_TAPS = 9
+
+
+@triton.jit
+def _depthwise_rolling_kernel(
+    x_ptr,  # [N, C, H, W]
+    w_ptr,  # [R, S, G], contiguous
+    bias_ptr,  # [G] or None
+    y_ptr,  # [N, G, P, Q]
+    N,
+    H,
+    W,
+    G,
+    P,
+    Q,
+    num_g,
+    num_strips,
+    rows,
+    steps,  # rows + R - 1
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    stride_bias,
+    stride_yn,
+    stride_yc,
+    stride_yh,
+    stride_yw,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_TOP: tl.constexpr,
+    PAD_LEFT: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    SKIP_PADDING: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_NQ: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    pid_g = pid % num_g
+    first_p = pid // num_g % num_strips * rows
+    pid_nq = pid // num_g // num_strips
+
+    n, q = split_nq(pid_nq, Q, BLOCK_NQ)
+    mask_nq = n < N
+    offs_g = pid_g * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_g = offs_g < G
+    w = q * STRIDE_W - PAD_LEFT
+
+    # [BLOCK_NQ, BLOCK_C]
+    x_ptrs = x_ptr + (n * stride_xn + w * stride_xw)[:, None] + (offs_g // M * stride_xc)[None, :]
+    y_ptrs = y_ptr + (n * stride_yn + q * stride_yw)[:, None] + (offs_g * stride_yc)[None, :]
+    bias = tl.zeros([BLOCK_C], ACC)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_g * stride_bias, mask=mask_g, other=0.0).to(ACC)
+    weights = ()
+    for tap in tl.static_range(R * S):
+        w_ptrs = w_ptr + tl.cast(G, tl.int64) * tap + offs_g
+        weight = tl.load(w_ptrs, mask=mask_g, other=0.0).to(ACC)
+        # Triton has no starred tuples.
+        weights = weights + (weight[None, :],)  # noqa: RUF005
+
+    # accs[r] is the sum of the output row that meets this input row with filter row r.
+    accs = (tl.zeros([BLOCK_NQ, BLOCK_C], ACC),) * R
+    for i in range(steps):
+        step = tl.cast(i, tl.int64)
+        h = first_p + step - PAD_TOP
+        mask_h = mask_nq & (h >= 0) & (h < H)
+        for s in tl.static_range(S):
+            column = w + s * DILATION_W
+            mask = (mask_h & (column >= 0) & (column < W))[:, None] & mask_g[None, :]
+            tap_ptrs = x_ptrs + (h * stride_xh + tl.cast(stride_xw, tl.int64) * (s * DILATION_W))
+            x = tl.load(tap_ptrs, mask=mask, other=0.0).to(ACC)
+            for r in tl.static_range(R):
+                acc = accs[r] + x * weights[r * S + s]
+                if SKIP_PADDING:
+                    acc = tl.where(mask, acc, accs[r])
+                accs = accs[:r] + (acc,) + accs[r + 1 :]  # noqa: RUF005
+
+        # The strip's first R - 1 steps finish rows that belong to the strip above.
+        p = first_p + step - (R - 1)
+        mask_p = mask_nq & (p >= first_p) & (p < P)
+        y = apply_activation(accs[R - 1] + bias[None, :], ACTIVATION).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptrs + p * stride_yh, y, mask=mask_p[:, None] & mask_g[None, :])
+        accs = (tl.zeros([BLOCK_NQ, BLOCK_C], ACC),) + accs[: R - 1]  # noqa: RUF005
+
+
+def fits_rolling(filter_size: tuple[int, int], stride_h: int, dilation_h: int) -> bool:
+    """Whether the rolling kernel can run this convolution."""
+    R, S = filter_size
+    return stride_h == 1 and dilation_h == 1 and R > 1 and R * S <= MAX_TAPS
+
+
+def depthwise_rolling(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    stride_w: int,
+    padding: tuple[int, int],
+    dilation_w: int,
+    activation: str | None,
+    *,
+    skip_padding: bool,
+    config: DepthwiseConfig,
+) -> None:
+    """Fill `y` by the rolling kernel.
+
+    Args:
+        x: [N, C, H, W], any strides.
+        packed: [R, S, C*M], contiguous.
+        bias: [C*M] or None.
+        y: [N, C*M, P, Q], any strides.
+        stride_w: Horizontal stride.
+        padding: (top, left); negative values crop.
+        dilation_w: Horizontal dilation.
+        activation: `None`, `relu`, `relu6`, `silu`, `hardswish` or `gelu`.
+        skip_padding: Leave padding out instead of multiplying it as zero.
+        config: Block sizes, with `rows` > 0.
+    """
+    N, C, H, W = x.shape
+    R, S, G = packed.shape
+    P, Q = y.shape[2:]
+    num_g = triton.cdiv(G, config.block_c)
+    num_strips = triton.cdiv(P, config.rows)
+    launch(
+        _depthwise_rolling_kernel,
+        num_g * num_strips * triton.cdiv(N * Q, config.block_nq),
+        (x, packed, bias, y),
+        (
+            *(N, H, W, G, P, Q, num_g, num_strips, config.rows, config.rows + R - 1),
+            *x.stride(),
+            0 if bias is None else bias.stride(0),
+            *y.stride(),
+        ),
+        {
+            "M": G // C,
+            "R": R,
+            "S": S,
+            "STRIDE_W": stride_w,
+            "PAD_TOP": padding[0],
+            "PAD_LEFT": padding[1],
+            "DILATION_W": dilation_w,
+            "SKIP_PADDING": skip_padding,
+            "ACTIVATION": activation,
+            "ACC": accumulator(x.dtype),
+            "BLOCK_NQ": config.block_nq,
+            "BLOCK_C": config.block_c,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
