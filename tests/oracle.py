@@ -46,11 +46,14 @@ class Arithmetic:
         tf32: pointwise operands are cut to ten explicit mantissa bits (by rounding or by
             truncation, so up to 2**-10 each).
         composite: every stage stores its result in `dtype`, as separate framework calls do.
+        truncating: storing cuts bits off instead of rounding to nearest, which is how Triton's
+            interpreter makes a bfloat16.
     """
 
     dtype: torch.dtype
     tf32: bool = False
     composite: bool = False
+    truncating: bool = False
 
     @property
     def unit_acc(self) -> float:
@@ -59,7 +62,8 @@ class Arithmetic:
 
     @property
     def unit_out(self) -> float:
-        return torch.finfo(self.dtype).eps / 2
+        eps = torch.finfo(self.dtype).eps
+        return eps if self.truncating else eps / 2
 
     @property
     def smallest_acc(self) -> float:
@@ -87,6 +91,8 @@ def stored(x: Bounded, arithmetic: Arithmetic) -> Bounded:
     error = x.error + arithmetic.unit_out * (x.value.abs() + x.error)
     error = error + torch.finfo(arithmetic.dtype).smallest_normal * arithmetic.unit_out
     known = x.error == 0  # then the rounded value is known too
+    if arithmetic.truncating:
+        known = known & ((rounded == x.value) | ~x.value.isfinite())
     return Bounded(torch.where(known, rounded, x.value), torch.where(known, 0.0, error))
 
 
@@ -500,6 +506,7 @@ class Layout:
         return strides
 
 
+DENSE = Layout()
 CHANNELS_LAST = Layout(order=(0, 2, 3, 1))
 
 

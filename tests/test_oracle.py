@@ -315,8 +315,14 @@ def test_allocations_start_as_nan():
     assert not torch.empty(10**5).isnan().all()
 
 
+@poisoned_allocations()
+def write_beside_an_allocation(distance):
+    y = torch.empty(2, 3)
+    torch.as_strided(y, (1,), (1,), y.storage_offset() + distance).fill_(0.0)
+
+
 @pytest.mark.parametrize("distance", [-1, 6, 100])
 def test_writing_outside_an_allocation_is_noticed(distance):
-    with pytest.raises(AssertionError, match=r"outside a \(2, 3\) tensor"), poisoned_allocations():
-        y = torch.empty(2, 3)
-        torch.as_strided(y, (1,), (1,), y.storage_offset() + distance).fill_(0.0)
+    with pytest.raises(AssertionError, match=r"outside a \(2, 3\) tensor"):
+        write_beside_an_allocation(distance)
+    write_beside_an_allocation(5)

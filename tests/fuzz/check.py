@@ -1,0 +1,121 @@
+"""Runs a case on the kernels and holds what comes back to the oracle."""
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+from fuzz.case import DTYPES, Case
+from oracle import Arithmetic, backward, check, forward, poisoned_allocations
+from torch import Tensor
+
+from sepconv import ops
+from sepconv.kernels import configs, depthwise, depthwise_bwd, pointwise, separable
+from sepconv.ops.backend import Backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_case(case: Case, backend: Backend = "triton") -> float:
+    """Run a case; return its worst error relative to the bound.
+
+    Args:
+        case: what to run.
+        backend: whose result is judged: the kernels, or the framework by the same bound.
+
+    Raises:
+        AssertionError: a result is wrong, or memory that is not the call's own was touched.
+    """
+    placed = case.tensors(DEVICE)
+    tensors = {name: p.tensor for name, p in placed.items()}
+    with poisoned_allocations(), tiles(case), ops.backend(backend):
+        results = call(case, tensors)
+    for name, p in placed.items():
+        p.assert_untouched(name)
+
+    arithmetic = Arithmetic(
+        DTYPES[case.dtype],
+        composite=backend == "reference",
+        truncating=backend == "triton" and DEVICE == "cpu" and case.dtype == "bfloat16",
+    )
+    problem = case.problem(tensors)
+    worst = 0.0
+    # where a weight is not finite, two answers are right at the border (see oracle.forward)
+    meanings = (False,) if case.plant is None else (False, True)
+    expected = [forward(problem, arithmetic, skip_padding=skip) for skip in meanings]
+    y = results.pop("y")
+    assert y.dtype == DTYPES[case.dtype], f"y is {y.dtype}"
+    worst = max(worst, check(y, *expected))
+    if results:
+        dy = tensors["dy"]
+        grads = [backward(problem, dy, arithmetic, skip_padding=skip) for skip in meanings]
+        for name, grad in results.items():
+            assert grad.dtype == DTYPES[case.dtype], f"d{name} is {grad.dtype}"
+            worst = max(worst, check(grad, *(g[name] for g in grads), name=f"d{name}"))
+    return worst
+
+
+def call(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Call the op, and for a backward case differentiate it; results by the names of `Problem`."""
+    inputs = {name: t for name, t in tensors.items() if name != "dy"}
+    wanted = [] if case.direction == "forward" else list(case.wanted or inputs)
+    for name in wanted:
+        inputs[name].requires_grad_()
+    y = _op(case, inputs)
+    results = {"y": y.detach()}
+    if wanted:
+        grads = torch.autograd.grad(y, [inputs[name] for name in wanted], tensors["dy"])
+        results.update(zip(wanted, grads, strict=True))
+    return results
+
+
+def _op(case: Case, t: dict[str, Tensor]) -> Tensor:
+    bias_dw, bias_pw, residual = t.get("bias_dw"), t.get("bias_pw"), t.get("residual")
+    top, bottom, left, right = case.padding
+    padding = ((top, bottom), (left, right))
+    if case.op == "pointwise":
+        return ops.pointwise_conv2d(t["x"], t["weight_pw"], bias_pw, case.activation, residual)
+    if case.op == "depthwise":
+        return ops.depthwise_conv2d(
+            t["x"], t["weight_dw"], bias_dw, case.stride, padding, case.dilation, case.activation
+        )
+    return ops.separable_conv2d(
+        t["x"],
+        t["weight_dw"],
+        t["weight_pw"],
+        bias_dw,
+        bias_pw,
+        case.stride,
+        padding,
+        case.dilation,
+        case.activation_mid,
+        case.activation,
+        residual,
+    )
+
+
+@contextmanager
+def tiles(case: Case) -> Iterator[None]:
+    """Make the launchers take the case's block sizes for their default."""
+    if not case.tiles:
+        yield
+        return
+    nq, c, k, programs = case.tiles
+    plain = configs.default
+    asked = []
+
+    def chosen(op: str, dtype: torch.dtype, shape: configs.ConvShape) -> configs.Config:
+        asked.append(op)
+        config = plain(op, dtype, shape)
+        if isinstance(config, configs.DepthwiseConfig):
+            return config._replace(block_nq=nq, block_c=c)
+        return config._replace(block_nq=nq, block_c=c, block_k=k)
+
+    with ExitStack() as stack:
+        for module in (depthwise, depthwise_bwd, pointwise, separable):
+            stack.enter_context(mock.patch.object(module, "default", chosen))
+        stack.enter_context(mock.patch.object(depthwise_bwd, "_BWD_WEIGHT_PROGRAMS", programs))
+        yield
+    if not asked and math.prod(case.shape_y):
+        raise AssertionError("no launcher asked for a configuration: tiles have no effect")
