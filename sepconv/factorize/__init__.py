@@ -1,5 +1,6 @@
 """Factorisations of a dense weight: tensors in, tensors out."""
 
+from sepconv.factorize.allocate import Option, allocate
 from sepconv.factorize.svd import SeparableFactors, factorize, full_rank, weight_errors
 
-__all__ = ["SeparableFactors", "factorize", "full_rank", "weight_errors"]
+__all__ = ["Option", "SeparableFactors", "allocate", "factorize", "full_rank", "weight_errors"]

@@ -104,7 +104,7 @@ def _per_channel(weight: Tensor) -> Tensor:
 
 
 def _right_singular_vectors(per_channel: Tensor) -> tuple[Tensor, Tensor]:
-    """Right singular vectors as rows [C, min, R*S] and squared singular values [C, min], largest first."""
+    """Right singular vectors as rows [C, min, R*S], squared singular values [C, min], falling."""
     _, out_channels, taps = per_channel.shape
     if taps <= out_channels:
         energies, vectors = torch.linalg.eigh(per_channel.mT @ per_channel)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sepconv import ops
+from sepconv.layout import is_channels_last
 
 IntPair = int | tuple[int, int]
 Padding = IntPair | Literal["same", "valid"]
@@ -60,7 +61,7 @@ class SeparableConv2d(nn.Module):
     groups = 1
     padding_mode = "zeros"
     transposed = False
-    _spatial_dims = 2
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -100,10 +101,8 @@ class SeparableConv2d(nn.Module):
         filters = in_channels * channel_multiplier
         self.weight_dw = parameter(filters, 1, *taps)
         self.weight_pw = parameter(out_channels, filters, 1, 1)
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
+        empty = torch.empty(out_channels, device=device, dtype=dtype)
+        self.register_parameter("bias", nn.Parameter(empty) if bias else None)
         self.reset_parameters()
 
     def _set_geometry(
@@ -138,6 +137,11 @@ class SeparableConv2d(nn.Module):
         dense = torch.einsum("kcm,cmt->kct", pointwise, depthwise)
         return dense.reshape(self.out_channels, self.in_channels, *self.kernel_size)
 
+    @property
+    def keeps_channels_last(self) -> bool:
+        """Whether the weights ask for channels_last outputs."""
+        return is_channels_last(self.weight_pw)
+
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x [N, C, H, W] or [C, H, W]."""
         if x.dim() == 3:
@@ -167,8 +171,6 @@ class SeparableConv1d(SeparableConv2d):
         >>> SeparableConv1d(4, 6, 5, padding=2)(torch.zeros(2, 4, 7)).shape
         torch.Size([2, 6, 7])
     """
-
-    _spatial_dims = 1
 
     def _set_geometry(
         self, kernel_size: IntPair, stride: IntPair, padding: Padding, dilation: IntPair

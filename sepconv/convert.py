@@ -1,0 +1,143 @@
+"""The story: capture, match, select, plan, factorise, rewrite, report."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from sepconv.budget import Budget
+from sepconv.checks import check_options, checked_model
+from sepconv.factorize import SeparableFactors, factorize
+from sepconv.graph import (
+    ExampleInputs,
+    Match,
+    capture,
+    match,
+    rewrite,
+    separable_module,
+)
+from sepconv.latency import measure_latencies
+from sepconv.nn import SeparableConv2d
+from sepconv.optimizers import check_optimizers, update_optimizers
+from sepconv.plan import ranks_asked, ranks_within
+from sepconv.report import attach, attached, layer_report, summarise
+from sepconv.select import FilterFn, RankChoice, select
+
+
+def convert(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    rank: RankChoice = None,
+    budget: Budget | None = None,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = None,
+    filter_fn: FilterFn | None = None,
+    first_conv: bool = False,
+    only_if_faster: bool = False,
+    optimizers: Optimizer | Iterable[Optimizer] | None = None,
+    inplace: bool = False,
+    dryrun: bool = False,
+) -> Any:
+    """Rewrite the standard convolutions of a model into depthwise separable form.
+
+    Every convolution with groups = 1, a filter larger than 1 x 1 and zero padding becomes a
+    `sepconv.nn.SeparableConv2d`: `rank` depthwise filters per input channel and a pointwise
+    convolution, factorised from the trained weight. Everything else stays, and the report
+    (`sepconv.report(model)`) says why.
+
+    Args:
+        model: any module, traceable by torch.fx or not.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments of the
+            model's forward. With them shapes and MACs are known and the latency of every layer
+            is measured in both forms.
+        rank: an int, `"full"` (exact), or a mapping of name patterns to an int, `"full"` or None
+            (leave); layers that a mapping does not name are left. A rank above a layer's full
+            rank, min(K, R*S), means its full rank. Default: 1, the MobileNet form.
+        budget: `Budget(macs=)` (needs `example_inputs`) or `Budget(params=)`; the ranks are then
+            planned, with dense as one of the choices.
+        include: name patterns; only these convolutions are converted.
+        exclude: name patterns; these are not.
+        filter_fn: `(module, name) -> bool`, True to convert.
+        first_conv: whether to convert the network's first convolution too (at most 4 channels).
+            There is little to gain there and accuracy to lose.
+        only_if_faster: keep a layer dense unless its separable form measures faster.
+        optimizers: optimizers over the model's parameters; they will train the result's.
+        inplace: change `model` itself instead of a copy.
+        dryrun: return the `sepconv.report.Report` of what would be done, and do nothing.
+
+    Returns:
+        The converted model: its own class, methods and hooks, with the same dtype, device,
+        `requires_grad` and train/eval flags.
+
+    Raises:
+        ValueError: something was given that cannot be used; nothing has been changed then.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.ReLU())
+        >>> small = convert(net, torch.zeros(1, 16, 8, 8), rank=2)
+        >>> type(small[0]).__name__, small[0].channel_multiplier
+        ('SeparableConv2d', 2)
+        >>> small._sepconv_report.macs_before, small._sepconv_report.macs_after
+        (294912, 83968)
+    """
+    model = checked_model(model)
+    listed = check_optimizers(optimizers)
+    check_options(rank, budget, example_inputs, only_if_faster)
+
+    captured = capture(model, example_inputs)
+    found = match(model, captured)
+    ranks, found = select(model, found, rank, include, exclude, filter_fn, first_conv)
+    matches = [conv for conv in found if isinstance(conv, Match)]
+    params = sum(p.numel() for p in model.parameters())
+    if budget is None:
+        planned = ranks_asked(matches, ranks)
+    else:
+        planned = ranks_within(matches, budget, params, captured.macs)
+
+    factors = {
+        conv: _factorize(conv, rank) for conv in matches if (rank := planned[conv.name]) is not None
+    }
+    replacements = {c: separable_module(c, f, captured.channels_last) for c, f in factors.items()}
+    layers = {
+        conv.name: layer_report(conv, factors.get(conv) if isinstance(conv, Match) else None)
+        for conv in found
+    }
+    if captured.has_shapes:
+        measure_latencies(replacements, layers)
+    if only_if_faster:
+        for conv in list(replacements):
+            if layers[conv.name].keep_unless_faster():
+                del replacements[conv]
+
+    made = summarise(
+        list(layers.values()), captured, params=params, dryrun=dryrun, earlier=attached(model)
+    )
+    if dryrun:
+        return made
+    if not replacements:
+        warnings.warn(f"convert: nothing was converted: {made.reasons()}", stacklevel=2)
+    converted, memo = rewrite(model, replacements, inplace)
+    update_optimizers(listed, _successors(model, replacements, memo))
+    attach(converted, made)
+    return converted
+
+
+def _factorize(conv: Match, rank: int) -> SeparableFactors:
+    try:
+        return factorize(conv.weight_2d, rank)
+    except ValueError as error:
+        raise ValueError(f"model: cannot factorise {conv.name}: {error}") from error
+
+
+def _successors(
+    model: nn.Module, replacements: Mapping[Match, SeparableConv2d], memo: Mapping[int, Any]
+) -> dict[int, list[nn.Parameter]]:
+    """What took the place of each parameter: its copy, or the two factors of a dense weight."""
+    successors = {id(p): [memo[id(p)]] for p in model.parameters() if id(p) in memo}
+    for conv, module in replacements.items():
+        successors[id(conv.weight)] = [module.weight_dw, module.weight_pw]
+    return successors

@@ -1,0 +1,20 @@
+"""Models as graphs: capture, match, rewrite. Knows no weights' values."""
+
+from sepconv.graph.capture import Capture, ConvRun, ExampleInputs, capture, split_inputs
+from sepconv.graph.match import Geometry, Match, Skipped, SkipReason, match
+from sepconv.graph.rewrite import rewrite, separable_module
+
+__all__ = [
+    "Capture",
+    "ConvRun",
+    "ExampleInputs",
+    "Geometry",
+    "Match",
+    "SkipReason",
+    "Skipped",
+    "capture",
+    "match",
+    "rewrite",
+    "separable_module",
+    "split_inputs",
+]

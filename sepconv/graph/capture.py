@@ -1,0 +1,202 @@
+"""What a model computes: its graph, and the convolutions it runs with their shapes."""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from sepconv.graph.state import evaluating, untouched
+from sepconv.graph.tracing import TraceLevel, trace
+
+ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
+
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+
+
+class ConvRun(NamedTuple):
+    """One execution of a convolution: the shapes of its input and output, batch first."""
+
+    x_shape: tuple[int, ...]
+    y_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A model, understood.
+
+    Attributes:
+        level: how much of it fx could trace; see `sepconv.graph.tracing`.
+        why: what kept fx from more, in its own words; empty at level `graph`.
+        graph: the traced graph, None at level `modules`.
+        leaves: submodules that fx could not trace into.
+        runs: executions by `id` of the weight, in order of first execution. Empty where no
+            example inputs were given.
+        macs: multiply-adds of one forward of the example inputs, or None without them.
+        channels_last: whether the convolutions' outputs may be channels_last: false where code
+            behind them calls `view`, which such a tensor can refuse.
+    """
+
+    level: TraceLevel
+    why: str
+    graph: fx.Graph | None
+    leaves: tuple[str, ...]
+    runs: dict[int, list[ConvRun]] = field(default_factory=dict)
+    macs: int | None = None
+    channels_last: bool = True
+
+    @property
+    def has_shapes(self) -> bool:
+        """Whether example inputs were run."""
+        return self.macs is not None
+
+
+def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Capture:
+    """Trace `model` and, given example inputs, run it once to learn shapes and MACs.
+
+    The run is in eval mode, without gradients. The model is left as it was: flags, buffers,
+    attributes, random state.
+
+    Raises:
+        ValueError: the model's forward fails on the example inputs.
+    """
+    args, kwargs = split_inputs(example_inputs)
+    with untouched(model):
+        given = None if example_inputs is None else _names_given(model, args, kwargs)
+        traced = trace(model, given)
+    if example_inputs is None:
+        safe = traced.level == "graph" and not _calls_view(traced.graph)
+        return Capture(traced.level, traced.why, traced.graph, traced.leaves, channels_last=safe)
+
+    runner = _runnable(model)
+    with untouched(runner), evaluating(runner):
+        try:
+            recorder, safe = _record(runner, args, kwargs)
+        except Exception as error:
+            raise ValueError(
+                f"example_inputs: the model's forward fails on {_describe(example_inputs)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    runs = recorder.runs if runner is model else _translate(recorder.runs, runner, model)
+    return Capture(traced.level, traced.why, traced.graph, traced.leaves, runs, recorder.macs, safe)
+
+
+def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the model's forward.
+
+    A dict is keyword arguments, a tuple or list positional ones, anything else the only one.
+    """
+    if example_inputs is None:
+        return (), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+class _ConvRecorder(TorchFunctionMode):
+    """Notes every convolution call, whichever way the model makes it."""
+
+    def __init__(self, force_channels_last: bool) -> None:
+        super().__init__()
+        self.runs: dict[int, list[ConvRun]] = defaultdict(list)
+        self.macs = 0
+        self._force_channels_last = force_channels_last
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func not in _CONVOLUTIONS:
+            return result
+        x = args[0] if args else kwargs["input"]
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        batched = result.dim() == weight.dim()
+        shapes = (tuple(t.shape) if batched else (1, *t.shape) for t in (x, result))
+        self.runs[id(weight)].append(ConvRun(*shapes))
+        if self._force_channels_last and result.dim() == 4:
+            return result.contiguous(memory_format=torch.channels_last)
+        return result
+
+
+def _record(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[_ConvRecorder, bool]:
+    """Run the model with channels_last convolutions, and only if that fails without."""
+    try:
+        return _run(model, args, kwargs, force_channels_last=True), True
+    except RuntimeError:
+        return _run(model, args, kwargs, force_channels_last=False), False
+
+
+def _run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], force_channels_last: bool
+) -> _ConvRecorder:
+    recorder = _ConvRecorder(force_channels_last)
+    with _counting_macs(recorder), recorder:
+        model(*args, **kwargs)
+    return recorder
+
+
+@contextmanager
+def _counting_macs(recorder: _ConvRecorder) -> Iterator[None]:
+    """Torch's own flop counter; a multiply-add is two of its operations."""
+    with FlopCounterMode(display=False) as counter:
+        yield
+    recorder.macs = counter.get_total_flops() // 2
+
+
+def _names_given(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+    try:
+        return set(inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments)
+    except (TypeError, ValueError):
+        return set(kwargs)  # the arguments do not fit; running the model will say how
+
+
+def _calls_view(graph: fx.Graph | None) -> bool:
+    """Whether a `view` stands behind a convolution: it may refuse a channels_last tensor."""
+    return graph is None or any(
+        node.op == "call_method" and node.target in ("view", "view_as", "as_strided", "stride")
+        for node in graph.nodes
+    )
+
+
+def _runnable(model: nn.Module) -> nn.Module:
+    """The model, or a copy where running it would give its lazy modules their final form."""
+    lazy = any(isinstance(p, nn.UninitializedParameter) for p in model.parameters())
+    return deepcopy(model) if lazy else model
+
+
+def _translate(
+    runs: dict[int, list[ConvRun]], copy: nn.Module, model: nn.Module
+) -> dict[int, list[ConvRun]]:
+    """Key the runs of a copy by the original's parameters."""
+    originals = dict(model.named_parameters())
+    return {
+        id(originals[name]): runs[id(parameter)]
+        for name, parameter in copy.named_parameters()
+        if id(parameter) in runs
+    }
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{list(value.shape)} {value.dtype} on {value.device}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_describe(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(map(_describe, value)) + ")"
+    return repr(value)

@@ -1,0 +1,328 @@
+"""Which convolutions of a model can be made separable, and why the others cannot."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from sepconv.graph.capture import Capture, ConvRun
+from sepconv.graph.functional import forward_graph
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_SPATIAL_DIMS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+_STANDARD = {nn.Conv1d: 1, nn.Conv2d: 2}
+
+
+class SkipReason(StrEnum):
+    """Why a convolution is left as it is."""
+
+    POINTWISE = "1x1"  # already pointwise
+    GROUPED = "groups > 1"
+    FIRST = "first convolution"  # of the network, in_channels <= 4; ask with first_conv=True
+    TRANSPOSED = "transposed"
+    THREE_D = "3-D"
+    PADDING_MODE = "padding_mode"  # not zeros
+    SUBCLASS = "own forward"  # a subclass, or an instance whose forward was replaced
+    PARAMETRIZED = "parametrized"  # weight_norm, spectral_norm, pruning, any extra state
+    PRE_HOOK = "forward pre-hook"  # it may change the weight or the input
+    DTYPE = "dtype"  # not float16, bfloat16, float32 or float64
+    SHARED_WEIGHT = "shared weight"  # with another module or another functional call
+    COMPUTED_WEIGHT = "computed weight"  # of a functional call, so not a parameter
+    FUNCTIONAL = "functional call"  # in a forward that cannot be rewritten safely
+    EXCLUDED = "excluded"  # by the caller
+
+
+class Skipped(NamedTuple):
+    """A convolution that is left as it is; `macs` is None without example inputs."""
+
+    name: str
+    reason: SkipReason
+    params: int
+    macs: int | None
+
+
+class Geometry(NamedTuple):
+    """The arguments of a convolution, in torch's own form, one entry per spatial axis."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """A standard convolution that can be made separable.
+
+    Attributes:
+        name: of the convolution module, or of the weight for a functional call.
+        module: the convolution, or None for a functional call.
+        weight: [K, C, R, S] or, over sequences, [K, C, S].
+        bias: [K] or None.
+        geometry: stride, padding, dilation.
+        runs: shapes of its executions; empty without example inputs.
+        calls: graph nodes that call it; empty where fx could not trace.
+        owner: for a functional call, the name of the module whose forward makes it.
+        first: whether it reads the network's input and has at most 4 channels.
+    """
+
+    name: str
+    module: nn.Module | None
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    geometry: Geometry
+    runs: tuple[ConvRun, ...]
+    calls: tuple[fx.Node, ...] = ()
+    owner: str | None = None
+    first: bool = False
+
+    @property
+    def weight_2d(self) -> Tensor:
+        """The weight as [K, C, R, S]; a sequence's filters have R = 1."""
+        return self.weight if self.weight.dim() == 4 else self.weight.unsqueeze(2)
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters of the dense form; the bias stays and is counted in both forms."""
+        return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
+
+    def params(self, rank: int) -> int:
+        """Parameters of the separable form."""
+        return self._factor_size(rank) + (0 if self.bias is None else self.bias.numel())
+
+    @property
+    def dense_macs(self) -> int:
+        """Multiply-adds of the dense form over all its executions."""
+        return _pixels(self.runs) * self.weight.numel()
+
+    def macs(self, rank: int) -> int:
+        """Multiply-adds of the separable form over all its executions."""
+        return _pixels(self.runs) * self._factor_size(rank)
+
+    def _factor_size(self, rank: int) -> int:
+        out_channels, channels, *taps = self.weight.shape
+        return channels * rank * (torch.Size(taps).numel() + out_channels)
+
+
+def match(model: nn.Module, captured: Capture) -> list[Match | Skipped]:
+    """Every convolution of `model`, in order of execution where it is known.
+
+    Never raises on an ineligible convolution: it comes back as `Skipped` with its reason.
+    """
+    finder = _Finder(model, captured)
+    found = [*finder.modules(), *finder.functional_calls()]
+    order = {key: i for i, key in enumerate(captured.runs)}
+    found.sort(key=lambda item: order.get(item[0], len(order)))
+    return [conv for _, conv in found]
+
+
+class _Finder:
+    """One pass over the modules and one over the graph; yields (id of weight, finding)."""
+
+    def __init__(self, model: nn.Module, captured: Capture) -> None:
+        self.captured = captured
+        self.by_name = dict(model.named_modules(remove_duplicate=False))
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.nodes = list(captured.graph.nodes) if captured.graph is not None else []
+        self.uses = Counter(
+            id(p) for m in model.modules() for p in m._parameters.values() if p is not None
+        )
+        for node in self.nodes:
+            if node.op == "call_function" and node.target in _SPATIAL_DIMS:
+                weight = self._parameter(_arguments(node)["weight"])
+                if weight is not None:
+                    self.uses[id(weight)] += 1
+
+    def modules(self) -> Iterator[tuple[int, Match | Skipped]]:
+        seen: set[int] = set()
+        executed = next(iter(self.captured.runs), None)
+        for name, module in self.by_name.items():
+            if not isinstance(module, _ConvNd) or id(module) in seen:
+                continue
+            first_seen = not seen
+            seen.add(id(module))
+            key = id(getattr(module, "weight", None))
+            runs = tuple(self.captured.runs.get(key, ()))
+            reason = _obstacle(module)
+            if reason is None and self.uses[key] > 1:
+                reason = SkipReason.SHARED_WEIGHT
+            if reason is not None:
+                yield key, _skip(name, reason, module, runs)
+                continue
+            calls = tuple(
+                n
+                for n in self.nodes
+                if n.op == "call_module" and self.by_name[str(n.target)] is module
+            )
+            if calls:
+                first = any(self._reads_input(n) for n in calls)
+            else:
+                first = key == executed if self.captured.runs else first_seen
+            geometry = Geometry(module.stride, module.padding, module.dilation)
+            yield (
+                key,
+                Match(
+                    name,
+                    module,
+                    cast(nn.Parameter, module.weight),
+                    cast(nn.Parameter | None, module.bias),
+                    geometry,
+                    runs,
+                    calls,
+                    first=first and module.in_channels <= 4,
+                ),
+            )
+
+    def functional_calls(self) -> Iterator[tuple[int, Match | Skipped]]:
+        by_weight: dict[str, list[fx.Node]] = {}
+        for node in self.nodes:
+            if node.op == "call_function" and node.target in _SPATIAL_DIMS:
+                weight = _arguments(node)["weight"]
+                name = str(weight.target) if self._parameter(weight) is not None else node.name
+                by_weight.setdefault(name, []).append(node)
+        for name, nodes in by_weight.items():
+            parameter = self.parameters.get(name)
+            key = id(parameter)
+            runs = tuple(self.captured.runs.get(key, ()))
+            conv = self._functional(name, nodes, parameter, runs)
+            if isinstance(conv, SkipReason):
+                size = 0 if parameter is None else parameter.numel()
+                macs = _pixels(runs) * size if runs else None
+                yield key, Skipped(name, conv, size, macs)
+            else:
+                yield key, conv
+        yield from self._untraced(set(by_weight))
+
+    def _functional(
+        self,
+        name: str,
+        nodes: list[fx.Node],
+        weight: nn.Parameter | None,
+        runs: tuple[ConvRun, ...],
+    ) -> Match | SkipReason:
+        arguments = _arguments(nodes[0])
+        spatial = _SPATIAL_DIMS[nodes[0].target]  # type: ignore[index]
+        if weight is None:
+            return SkipReason.COMPUTED_WEIGHT
+        if spatial == 3:
+            return SkipReason.THREE_D
+        holder = self.by_name[name.rpartition(".")[0]]
+        if self.uses[id(weight)] != 2 or isinstance(holder, _ConvNd):
+            return SkipReason.SHARED_WEIGHT
+        bias = self._parameter(arguments["bias"])
+        settings = [arguments[k] for k in ("stride", "padding", "dilation", "groups")]
+        fixed = not any(isinstance(v, fx.Node) for s in settings for v in _flat(s))
+        if not fixed or (bias is None and arguments["bias"] is not None):
+            return SkipReason.FUNCTIONAL
+        reason = _weight_obstacle(weight, arguments["groups"])
+        if reason is not None:
+            return reason
+        stride, padding, dilation = (_spread(s, spatial) for s in settings[:3])
+        # The innermost module whose forward was being traced; none is noted for the root.
+        owner = next(reversed(nodes[0].meta.get("nn_module_stack") or [""]))
+        if forward_graph(self.by_name[owner]) is None:
+            return SkipReason.FUNCTIONAL
+        same_or_valid = isinstance(arguments["padding"], str)
+        geometry = Geometry(stride, arguments["padding"] if same_or_valid else padding, dilation)
+        first = weight.shape[1] <= 4 and self._reads_input(nodes[0])
+        return Match(name, None, weight, bias, geometry, runs, tuple(nodes), owner, first)
+
+    def _untraced(self, traced: set[str]) -> Iterator[tuple[int, Skipped]]:
+        """Parameters that convolutions were seen to run with, in code that fx could not open."""
+        of_modules = {
+            id(getattr(m, "weight", None)) for m in self.by_name.values() if isinstance(m, _ConvNd)
+        }
+        for name, parameter in self.parameters.items():
+            key = id(parameter)
+            if key in self.captured.runs and key not in of_modules and name not in traced:
+                macs = _pixels(tuple(self.captured.runs[key])) * parameter.numel()
+                yield key, Skipped(name, SkipReason.FUNCTIONAL, parameter.numel(), macs)
+
+    def _parameter(self, node: Any) -> nn.Parameter | None:
+        """The parameter that a graph node reads, if it is one."""
+        if isinstance(node, fx.Node) and node.op == "get_attr":
+            return self.parameters.get(str(node.target))
+        return None
+
+    def _reads_input(self, node: fx.Node) -> bool:
+        """Whether no other convolution stands between a call and the model's inputs."""
+        pending, seen = [n for n in node.all_input_nodes if n.op != "get_attr"], set[fx.Node]()
+        while pending:
+            current = pending.pop()
+            if current in seen:
+                continue
+            seen.add(current)
+            if current.op == "call_module":
+                # A leaf that fx could not open may hold anything.
+                inside = self.by_name[str(current.target)].modules()
+                if any(isinstance(m, _ConvNd) for m in inside):
+                    return False
+            elif current.op == "call_function" and current.target in _SPATIAL_DIMS:
+                return False
+            pending.extend(current.all_input_nodes)
+        return True
+
+
+def _obstacle(module: _ConvNd) -> SkipReason | None:
+    """Why a convolution module cannot be replaced, or None."""
+    if isinstance(module, _ConvTransposeNd):
+        return SkipReason.TRANSPOSED
+    if isinstance(module, nn.Conv3d):
+        return SkipReason.THREE_D
+    own = set(module._parameters) == {"weight", "bias"}
+    if parametrize.is_parametrized(module) or not own or module._buffers or module._modules:
+        return SkipReason.PARAMETRIZED
+    if type(module) not in _STANDARD or "forward" in vars(module):
+        return SkipReason.SUBCLASS
+    if module._forward_pre_hooks:
+        return SkipReason.PRE_HOOK
+    if module.padding_mode != "zeros":
+        return SkipReason.PADDING_MODE
+    return _weight_obstacle(module.weight, module.groups)
+
+
+def _weight_obstacle(weight: Tensor, groups: int) -> SkipReason | None:
+    if groups != 1:
+        return SkipReason.GROUPED
+    if weight.shape[2:].numel() == 1:
+        return SkipReason.POINTWISE
+    if weight.dtype not in DTYPES:
+        return SkipReason.DTYPE
+    return None
+
+
+def _skip(name: str, reason: SkipReason, module: _ConvNd, runs: tuple[ConvRun, ...]) -> Skipped:
+    own = [p for p in module.parameters() if not isinstance(p, nn.UninitializedParameter)]
+    # A transposed convolution multiplies at every input position, not every output position.
+    known = runs and not isinstance(module, _ConvTransposeNd | LazyModuleMixin)
+    macs = _pixels(runs) * module.weight.numel() if known else None
+    return Skipped(name, reason, sum(p.numel() for p in own), macs)
+
+
+def _pixels(runs: tuple[ConvRun, ...]) -> int:
+    """Output positions over all images and executions."""
+    return sum(run.y_shape[0] * torch.Size(run.y_shape[2:]).numel() for run in runs)
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a functional convolution by name, with torch's defaults."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _flat(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _spread(value: Any, dims: int) -> tuple[int, ...]:
+    """An int, or a sequence of one or `dims` ints, as one entry per spatial axis."""
+    values = _flat(value)
+    return values * dims if len(values) == 1 else values

@@ -1,0 +1,160 @@
+"""Put separable convolutions in the place of standard ones.
+
+A convolution that is a module is replaced in the module tree, so the model keeps its class, its
+methods and its hooks. A functional call needs a rewritten forward, and then only that of the
+module that makes the call: it becomes a `GraphModule`.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sepconv.factorize import SeparableFactors
+from sepconv.graph.functional import forward_graph
+from sepconv.graph.match import Match
+from sepconv.nn import SeparableConv1d, SeparableConv2d
+
+
+def separable_module(
+    conv: Match, factors: SeparableFactors, channels_last: bool
+) -> SeparableConv2d:
+    """The module that takes the place of `conv`, sharing its bias."""
+    out_channels, channels, *taps = conv.weight.shape
+    make = SeparableConv1d if len(taps) == 1 else SeparableConv2d
+    # On the meta device nothing is drawn: neither time nor the random state is spent on weights
+    # that the factors replace.
+    module = make(
+        channels,
+        out_channels,
+        _argument(tuple(taps)),
+        _argument(conv.geometry.stride),
+        _argument(conv.geometry.padding),
+        _argument(conv.geometry.dilation),
+        channel_multiplier=factors.weight_dw.shape[0] // channels,
+        bias=conv.bias is not None,
+        device="meta",
+        dtype=conv.weight.dtype,
+    )
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    for name in ("weight_dw", "weight_pw"):
+        values: Tensor = getattr(factors, name).to(conv.weight.device)
+        # `contiguous` would keep the strides of a shape that fits both formats.
+        laid_out = torch.empty_like(values, memory_format=memory_format).copy_(values)
+        setattr(module, name, nn.Parameter(laid_out, requires_grad=conv.weight.requires_grad))
+    module.bias = conv.bias
+    return module
+
+
+def rewrite(
+    model: nn.Module, replacements: Mapping[Match, SeparableConv2d], inplace: bool
+) -> tuple[nn.Module, dict[int, Any]]:
+    """Replace each matched convolution, in `model` itself or in a copy.
+
+    The copy never holds the dense weights: the replacements are in its memo from the start.
+
+    Returns:
+        The rewritten model, and the copied objects by `id` of the original (empty in place).
+    """
+    memo: dict[int, Any] = {}
+    for conv, module in replacements.items():
+        if inplace:
+            _carry(conv, module)
+            if conv.module is not None:
+                _become(conv.module, module)
+        elif conv.module is not None:
+            memo[id(conv.module)] = module
+    if not inplace:
+        for conv, module in replacements.items():
+            _carry(conv, module, memo)
+        copied = deepcopy(model, memo)
+    else:
+        copied = model
+
+    by_owner: dict[str, dict[int, SeparableConv2d]] = {}
+    for conv, module in replacements.items():
+        if conv.owner is not None:
+            weight = conv.weight if inplace else memo[id(conv.weight)]
+            by_owner.setdefault(conv.owner, {})[id(weight)] = module
+    for owner, by_weight in by_owner.items():
+        _rewrite_forward(copied.get_submodule(owner), by_weight)
+    return copied, memo
+
+
+def _argument(value: tuple[int, ...] | str) -> Any:
+    return value[0] if len(value) == 1 else value
+
+
+def _carry(conv: Match, module: SeparableConv2d, memo: dict[int, Any] | None = None) -> None:
+    """Take over the bias, and from a convolution module its flags, hooks and own attributes."""
+
+    def own(value: Any) -> Any:
+        return value if memo is None else deepcopy(value, memo)
+
+    if conv.bias is not None:
+        module.bias = own(conv.bias)
+    if conv.module is None:
+        return
+    for key, value in vars(conv.module).items():
+        if "_hook" in key or key == "training" or not hasattr(module, key):
+            vars(module)[key] = own(value)
+
+
+def _become(module: nn.Module, replacement: nn.Module) -> None:
+    """Turn `module` into `replacement`, so that every reference to it follows.
+
+    As `torch.nn.utils.parametrize` and lazy modules do it: the object stays, its class changes.
+    """
+    module.__class__ = replacement.__class__
+    module.__dict__ = replacement.__dict__
+
+
+def _rewrite_forward(owner: nn.Module, by_weight: Mapping[int, SeparableConv2d]) -> None:
+    """Replace functional convolutions in the forward of `owner`, by `id` of their weight."""
+    graph = forward_graph(owner)
+    assert graph is not None, "match() offers only forwards that can be rewritten"
+    parameters = dict(owner.named_parameters(remove_duplicate=False))
+    for node in list(graph.nodes):
+        if node.op != "get_attr" or id(parameters.get(node.target)) not in by_weight:
+            continue
+        module = by_weight[id(parameters[node.target])]
+        name = f"{node.target.replace('.', '_')}_separable"
+        module.training = owner.training
+        owner.add_module(name, module)
+        for call in list(node.users):
+            _call_module_instead(call, name)
+        for attribute in (node.target, _unused(graph, owner, module.bias)):
+            if attribute is not None:
+                holder, _, last = attribute.rpartition(".")
+                del owner.get_submodule(holder)._parameters[last]
+    _drop_unread_attributes(graph)
+    rewritten = fx.GraphModule(owner, graph, type(owner).__name__)
+    for key, value in vars(rewritten).items():
+        vars(owner).setdefault(key, value)
+    owner.__class__ = rewritten.__class__
+    setattr(owner, "graph", graph)  # noqa: B010 - a property of the class it now has
+
+
+def _call_module_instead(call: fx.Node, name: str) -> None:
+    x = call.args[0] if call.args else call.kwargs["input"]
+    with call.graph.inserting_before(call):
+        call.replace_all_uses_with(call.graph.call_module(name, (x,)))
+    call.graph.erase_node(call)
+
+
+def _unused(graph: fx.Graph, owner: nn.Module, bias: nn.Parameter | None) -> str | None:
+    """The name of the bias in `owner`, if nothing in the graph reads it any more."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and not node.users and bias is not None:
+            holder, _, last = node.target.rpartition(".")
+            if owner.get_submodule(holder)._parameters.get(last) is bias:
+                return str(node.target)
+    return None
+
+
+def _drop_unread_attributes(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)

@@ -1,0 +1,67 @@
+"""Look at somebody else's model without leaving a trace in it."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put back attributes, buffers, train/eval flags and random generators afterwards.
+
+    Tracing and example runs execute the model's own Python code, which may count calls, cache
+    tensors or update buffers; every module is therefore left as it was found. Buffers are
+    cloned (they are small: statistics), parameters are not: nothing here writes to them.
+    """
+    modules = list(model.modules())
+    attributes = [
+        {k: dict(v) if k in ("_buffers", "_modules", "_parameters") else v for k, v in items}
+        for items in (vars(m).items() for m in modules)
+    ]
+    # An uninitialised buffer (lazy modules) has no data to keep.
+    buffers = [
+        (b, b.detach().clone())
+        for b in model.buffers()
+        if not isinstance(b, nn.UninitializedBuffer)
+    ]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = sorted({t.device.index for t in model.parameters() if t.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for module, saved in zip(modules, attributes, strict=True):
+            for key in ("_buffers", "_modules", "_parameters"):
+                # The same dict object: references that others hold to it stay valid.
+                own = vars(module)[key]
+                own.clear()
+                own.update(saved[key])
+                saved[key] = own
+            vars(module).clear()
+            vars(module).update(saved)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode and without gradients; each module gets its own flag back.
+
+    The flags are set directly: a model may override `train()`.
+    """
+    flags = [(m, m.training) for m in model.modules()]
+    for module, _ in flags:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

@@ -1,0 +1,109 @@
+"""Any module to an fx graph: as much of it as can be traced.
+
+Three levels. `graph`: the whole model traces. `leaves`: it does once the submodules whose
+forward cannot be traced are taken as leaves. `modules`: the root itself cannot be traced.
+"""
+
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any, Literal, NamedTuple
+
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from sepconv.nn import SeparableConv2d
+
+TraceLevel = Literal["graph", "leaves", "modules"]
+
+
+class Trace(NamedTuple):
+    """What tracing reached.
+
+    Attributes:
+        level: see the module's description.
+        graph: of the model, or None at level `modules`.
+        leaves: names of the submodules that could not be traced into.
+        why: the error that tracing met first, empty at level `graph`.
+    """
+
+    level: TraceLevel
+    graph: fx.Graph | None
+    leaves: tuple[str, ...]
+    why: str
+
+
+class ModuleTracer(fx.Tracer):
+    """Traces down to convolutions, and remembers which module's forward raised.
+
+    Args:
+        opaque: names of modules to take as leaves.
+    """
+
+    def __init__(self, opaque: Collection[str] = ()) -> None:
+        super().__init__()
+        self.opaque = opaque
+        self.failed: str | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Convolutions of any class are leaves: a subclass's own forward is not ours to open."""
+        return (
+            module_qualified_name in self.opaque
+            or isinstance(m, _ConvNd | SeparableConv2d)
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Note the innermost module whose forward fails."""
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed is None:
+                self.failed = self.path_of_module(m)
+            raise
+
+
+def trace(model: nn.Module, given: Collection[str] | None = None) -> Trace:
+    """Trace `model` at the best level it allows; never raises because tracing failed.
+
+    Args:
+        model: any module.
+        given: names of the forward arguments that the caller passes. The others are fixed to
+            their defaults. None: those without a default are passed.
+    """
+    concrete = _unused_defaults(model, given)
+    names = {name: m for name, m in model.named_modules() if name}
+    opaque: set[str] = set()
+    why = ""
+    while True:
+        tracer = ModuleTracer(opaque)
+        try:
+            graph = tracer.trace(model, concrete_args=concrete or None)
+        # The model's own code runs here, so anything at all may be raised.
+        except Exception as error:
+            why = why or f"{type(error).__name__}: {error}".split("\n")[0]
+            if tracer.failed is None or tracer.failed in opaque or tracer.failed not in names:
+                return Trace("modules", None, (), why)
+            # Its siblings of the same class would fail the same way, one attempt each.
+            failed_class = type(names[tracer.failed])
+            opaque.update(name for name, m in names.items() if type(m) is failed_class)
+            continue
+        return Trace("leaves" if opaque else "graph", graph, tuple(sorted(opaque)), why)
+
+
+def _unused_defaults(model: nn.Module, given: Collection[str] | None) -> dict[str, Any]:
+    """Defaults of the forward arguments that nobody passes."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.default is not p.empty and (given is None or p.name not in given)
+    }

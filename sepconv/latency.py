@@ -1,0 +1,85 @@
+"""Time of a convolution in dense and in separable form, measured on the model's device."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+from sepconv.graph import Match
+from sepconv.nn import SeparableConv2d
+from sepconv.progress import track
+from sepconv.report import LayerReport
+
+_MIN_RUN_TIME = 0.02  # seconds a form is repeated for; the median is taken
+
+
+def seconds(run: Callable[[], Any], min_run_time: float = _MIN_RUN_TIME) -> float:
+    """Median time of one call, warmed up, with the threads that torch is set to."""
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    timer.timeit(1)
+    return timer.blocked_autorange(min_run_time=min_run_time).median
+
+
+class LatencyTable:
+    """Latencies of convolutions by shape; a shape is measured once.
+
+    The dense form is timed in both memory formats and the better one counts, so that a gain
+    over it is a gain over the best the library does.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], float] = {}
+
+    def dense(self, conv: Match) -> float:
+        """Seconds the dense form takes in all its executions of one forward."""
+        formats = [torch.contiguous_format]
+        if conv.weight.dim() == 4:
+            formats.append(torch.channels_last)
+        return self._total(conv, "dense", lambda x: min(_dense(conv, x, f) for f in formats))
+
+    def separable(self, conv: Match, module: SeparableConv2d) -> float:
+        """Seconds the separable form takes in all its executions of one forward."""
+
+        def measure(x: Tensor) -> float:
+            # Between converted layers tensors stay in the layout that the module returns.
+            x = _in_format(x, torch.channels_last) if module.keeps_channels_last else x
+            return seconds(lambda: module(x))
+
+        return self._total(conv, module.channel_multiplier, measure)
+
+    def _total(self, conv: Match, form: object, measure: Callable[[Tensor], float]) -> float:
+        total = 0.0
+        for shape, times in Counter(run.x_shape for run in conv.runs).items():
+            weight = conv.weight
+            key = (form, shape, weight.shape, weight.dtype, weight.device, conv.geometry)
+            if key not in self._known:
+                x = torch.randn(shape, device=weight.device).to(weight.dtype)
+                with torch.no_grad():
+                    self._known[key] = measure(x)
+            total += times * self._known[key]
+        return total
+
+
+def _dense(conv: Match, x: Tensor, memory_format: torch.memory_format) -> float:
+    convolve = F.conv1d if conv.weight.dim() == 3 else F.conv2d
+    x, weight = _in_format(x, memory_format), _in_format(conv.weight, memory_format)
+    stride, padding, dilation = conv.geometry
+    return seconds(lambda: convolve(x, weight, conv.bias, stride, padding, dilation))
+
+
+def _in_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
+
+
+def measure_latencies(
+    modules: Mapping[Match, SeparableConv2d], layers: Mapping[str, LayerReport]
+) -> None:
+    """Fill in the latencies of both forms of every layer that would be converted."""
+    table = LatencyTable()
+    for conv, module in track(list(modules.items()), "measuring latency"):
+        layers[conv.name].latency_before = table.dense(conv)
+        layers[conv.name].latency_after = table.separable(conv, module)

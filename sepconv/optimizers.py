@@ -1,0 +1,49 @@
+"""Optimizers that were built before a conversion, brought up to date."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+def check_optimizers(optimizers: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    """Return the optimizers as a list.
+
+    Raises:
+        ValueError: something else than an optimizer is among them.
+    """
+    if optimizers is None:
+        return []
+    listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    for optimizer in listed:
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(
+                f"optimizers: expected torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
+    return listed
+
+
+def update_optimizers(
+    optimizers: Iterable[Optimizer], successors: Mapping[int, list[nn.Parameter]]
+) -> None:
+    """Put the new parameters in the place of the old ones, group by group.
+
+    Args:
+        optimizers: their groups and states are changed in place.
+        successors: by `id` of an old parameter, what took its place. A single successor of the
+            same shape inherits the optimizer's state; factors of a dense weight start afresh.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            updated: dict[int, nn.Parameter] = {}
+            for old in group["params"]:
+                for new in successors.get(id(old), [old]):
+                    updated[id(new)] = new
+            group["params"] = list(updated.values())
+        for old in list(optimizer.state):
+            new = successors.get(id(old))
+            if new is None:
+                continue
+            state = optimizer.state.pop(old)
+            if len(new) == 1 and new[0].shape == old.shape:
+                optimizer.state[new[0]] = state

@@ -1,0 +1,256 @@
+"""What a conversion did, layer by layer."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from sepconv.factorize import SeparableFactors
+from sepconv.graph import Capture, Match, Skipped
+
+Status = Literal["converted", "skipped", "kept"]
+
+_ATTRIBUTE = "_sepconv_report"
+
+
+@dataclass
+class LayerReport:
+    """One convolution.
+
+    Attributes:
+        name: of the convolution module, or of the weight of a functional call.
+        status: `converted`; `skipped`, not a standard convolution or not asked for; `kept`,
+            could be converted but is better left dense.
+        reason: why, for the last two.
+        rank: terms kept, where converted.
+        macs_before: multiply-adds of the dense form for the example inputs, None without them.
+        macs_after: the same after conversion.
+        params_before: parameters of the dense form.
+        params_after: the same after conversion.
+        error: relative error of the weight, ||W - W'|| / ||W||, where converted.
+        latency_before: seconds in the dense form's better memory format, None if not measured.
+        latency_after: seconds in separable form.
+    """
+
+    name: str
+    status: Status
+    reason: str = ""
+    rank: int | None = None
+    macs_before: int | None = None
+    macs_after: int | None = None
+    params_before: int = 0
+    params_after: int = 0
+    error: float | None = None
+    latency_before: float | None = None
+    latency_after: float | None = None
+
+    def keep_unless_faster(self) -> bool:
+        """Turn a converted layer that did not measure faster into a kept one; True if it was."""
+        before, after = self.latency_before, self.latency_after
+        if self.status != "converted" or before is None or after is None or after < before:
+            return False
+        self.status = "kept"
+        self.reason = f"not faster, {_time(before)} > {_time(after)}"
+        self.rank = self.error = None
+        self.macs_after, self.params_after = self.macs_before, self.params_before
+        return True
+
+
+@dataclass
+class Report:
+    """A whole conversion: one entry per convolution, and the model's totals.
+
+    Attributes:
+        layers: in order of execution where it is known.
+        trace_level: `graph`, `leaves` or `modules`; see `sepconv.graph.tracing`.
+        trace_note: what kept fx from tracing more, in its own words.
+        macs_before: multiply-adds of the whole model for the example inputs, None without them.
+        macs_after: the same after conversion.
+        params_before: parameters of the whole model.
+        params_after: the same after conversion.
+        dryrun: whether this is a plan that was not carried out.
+    """
+
+    layers: list[LayerReport] = field(default_factory=list)
+    trace_level: str = "graph"
+    trace_note: str = ""
+    macs_before: int | None = None
+    macs_after: int | None = None
+    params_before: int = 0
+    params_after: int = 0
+    dryrun: bool = False
+
+    @property
+    def converted(self) -> list[LayerReport]:
+        """The layers that were converted (in a dry run: would be)."""
+        return [layer for layer in self.layers if layer.status == "converted"]
+
+    def reasons(self) -> str:
+        """How often each reason for leaving a convolution stands in the report."""
+        counts = Counter(layer.reason for layer in self.layers if layer.status != "converted")
+        found = ", ".join(f"{n} x {reason}" for reason, n in counts.most_common())
+        return found or "the model has no convolution"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python data, as `to_json` writes it."""
+        return asdict(self)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def print(self, console: Console | None = None) -> None:
+        """Print a table of the layers, and the totals."""
+        (console or Console()).print(self._table())
+
+    def __rich__(self) -> Table:
+        return self._table()
+
+    def _table(self) -> Table:
+        shapes = self.macs_before is not None
+        measured = any(layer.latency_before is not None for layer in self.layers)
+        table = Table(
+            title="sepconv plan" if self.dryrun else "sepconv report",
+            box=SIMPLE,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("layer", overflow="fold", min_width=14)
+        table.add_column("status", overflow="fold", min_width=9)
+        for title, shown in (
+            ("rank", True),
+            ("MACs", shapes),
+            ("params", True),
+            ("error", True),
+            ("latency", measured),
+        ):
+            if shown:
+                table.add_column(title, justify="right", no_wrap=True)
+        for layer in self.layers:
+            status = f"{layer.status}: {layer.reason}" if layer.reason else layer.status
+            cells = [layer.name, status, "" if layer.rank is None else str(layer.rank)]
+            if shapes:
+                cells.append(_change(layer.macs_before, layer.macs_after, _count))
+            cells.append(_change(layer.params_before, layer.params_after, _count))
+            cells.append("" if layer.error is None else f"{layer.error:.3f}")
+            if measured:
+                cells.append(_change(layer.latency_before, layer.latency_after, _time))
+            table.add_row(*cells, style=None if layer.status == "converted" else "dim")
+        table.caption = self._totals()
+        return table
+
+    def _totals(self) -> str:
+        parts = [f"{len(self.converted)} of {len(self.layers)} convolutions converted"]
+        for name, before, after in (
+            ("MACs", self.macs_before, self.macs_after),
+            ("parameters", self.params_before, self.params_after),
+        ):
+            if before and after is not None:
+                parts.append(f"{name} {_count(before)} > {_count(after)} ({after / before:.2f}x)")
+        parts.append(f"traced at level {self.trace_level}")
+        return "; ".join(parts)
+
+
+def report(model: nn.Module) -> Report:
+    """The report of the conversion that made `model`.
+
+    Raises:
+        ValueError: `model` was not returned by `sepconv.convert`.
+
+    Example:
+        >>> import sepconv, torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3))
+        >>> sepconv.report(sepconv.convert(net)).layers[0].status
+        'converted'
+    """
+    found = getattr(model, _ATTRIBUTE, None)
+    if not isinstance(found, Report):
+        raise ValueError(
+            f"report: expected a model that sepconv.convert returned, got {type(model).__name__}"
+        )
+    return found
+
+
+def attach(model: nn.Module, made: Report) -> None:
+    """Keep the report with the model; it is copied and pickled with it."""
+    vars(model)[_ATTRIBUTE] = made
+
+
+def attached(model: nn.Module) -> Report | None:
+    """The report an earlier conversion left with the model, if any."""
+    return vars(model).get(_ATTRIBUTE)
+
+
+def layer_report(conv: Match | Skipped, factors: SeparableFactors | None) -> LayerReport:
+    """The entry of one convolution; a match without factors is kept dense."""
+    if isinstance(conv, Skipped):
+        return LayerReport(
+            conv.name,
+            "skipped",
+            str(conv.reason),
+            macs_before=conv.macs,
+            macs_after=conv.macs,
+            params_before=conv.params,
+            params_after=conv.params,
+        )
+    macs = conv.dense_macs if conv.runs else None
+    layer = LayerReport(
+        conv.name,
+        "kept",
+        "better dense",  # within the budget
+        macs_before=macs,
+        macs_after=macs,
+        params_before=conv.dense_params,
+        params_after=conv.dense_params,
+    )
+    if factors is not None:
+        rank = factors.weight_dw.shape[0] // conv.weight.shape[1]
+        layer.status, layer.reason, layer.rank, layer.error = "converted", "", rank, factors.error
+        layer.macs_after = conv.macs(rank) if conv.runs else None
+        layer.params_after = conv.params(rank)
+    return layer
+
+
+def summarise(
+    layers: list[LayerReport],
+    captured: Capture,
+    params: int,
+    dryrun: bool,
+    earlier: Report | None,
+) -> Report:
+    """Add up the layers; those that an earlier conversion made separable stay listed."""
+    saved_params = sum(x.params_before - x.params_after for x in layers)
+    saved_macs = sum((x.macs_before or 0) - (x.macs_after or 0) for x in layers)
+    return Report(
+        layers=[*(earlier.converted if earlier else []), *layers],
+        trace_level=captured.level,
+        trace_note=captured.why,
+        macs_before=captured.macs,
+        macs_after=None if captured.macs is None else captured.macs - saved_macs,
+        params_before=params,
+        params_after=params - saved_params,
+        dryrun=dryrun,
+    )
+
+
+def _change(before: Any, after: Any, show: Any) -> str:
+    if before is None:
+        return ""
+    if after is None or after == before:
+        return str(show(before))
+    return f"{show(before)}>{show(after)}"
+
+
+def _count(value: float) -> str:
+    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def _time(value: float) -> str:
+    return f"{value * 1e3:.3g}ms" if value >= 1e-3 else f"{value * 1e6:.0f}us"
