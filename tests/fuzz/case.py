@@ -43,8 +43,8 @@ class Case:
         values: how numbers are drawn, from `seed`.
         plant: one element that is not a number or infinite.
         wanted: the inputs that ask for a gradient, by the names of `oracle.Problem`; empty for all.
-        tiles: instead of their default, what the kernels take for BLOCK_NQ, BLOCK_C and BLOCK_K,
-            and into how many programs the weight gradient is split.
+        tiles: instead of their default, what the kernels take for BLOCK_NQ, BLOCK_C, BLOCK_K, the
+            rows of a rolling strip, and how many programs the weight gradient is split into.
     """
 
     op: Op

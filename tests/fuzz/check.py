@@ -101,7 +101,7 @@ def tiles(case: Case) -> Iterator[None]:
     if not case.tiles:
         yield
         return
-    nq, c, k, programs = case.tiles
+    nq, c, k, rows, programs = case.tiles
     plain = configs.default
     asked = []
 
@@ -109,7 +109,7 @@ def tiles(case: Case) -> Iterator[None]:
         asked.append(op)
         config = plain(op, dtype, shape)
         if isinstance(config, configs.DepthwiseConfig):
-            return config._replace(block_nq=nq, block_c=c)
+            return config._replace(block_nq=nq, block_c=c, rows=rows)
         return config._replace(block_nq=nq, block_c=c, block_k=k)
 
     with ExitStack() as stack:
