@@ -71,6 +71,9 @@ def activation_backward(dy: Tensor, z: Tensor, activation: str | None) -> Tensor
     if activation == "relu6":
         return aten.hardtanh_backward(dy, z, 0.0, 6.0)
     if activation == "silu":
+        if torch.is_grad_enabled():  # the fused operator has no derivative of its own
+            sigmoid = z.sigmoid()
+            return dy * sigmoid * (1 + z * (1 - sigmoid))
         return aten.silu_backward(dy, z)
     if activation == "hardswish":
         return aten.hardswish_backward(dy, z)
@@ -257,5 +260,8 @@ def _pointwise_of_sets(
     flat = pixels.flatten(0, 2)
     y = torch.mm(flat, first) if bias is None else torch.addmm(bias, flat, first)
     for weight_of_set in rest:
-        y.addmm_(next(sets).permute(0, 2, 3, 1).flatten(0, 2), weight_of_set)
+        flat = next(sets).permute(0, 2, 3, 1).flatten(0, 2)
+        # In place spares a copy; with gradients vmap may be about, which has no rule for it.
+        add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
+        y = add(y, flat, weight_of_set)
     return y.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2)

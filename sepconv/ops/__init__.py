@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sepconv import reference
+from sepconv.ops import batching, flops  # noqa: F401  (registrations)
 from sepconv.ops.arguments import (
     IntPair,
     Padding,
@@ -14,6 +15,7 @@ from sepconv.ops.arguments import (
     sides,
 )
 from sepconv.ops.autocast import cast, cast_optional, is_autocasting
+from sepconv.ops.autograd import split_activation
 from sepconv.ops.backend import backend, chooses_kernels
 
 __all__ = ["backend", "depthwise_conv2d", "pointwise_conv2d", "separable_conv2d"]
@@ -99,7 +101,9 @@ def pointwise_conv2d(
     check_pointwise(x, weight_pw, bias, activation, residual)
     if not chooses_kernels(x):
         return reference.pointwise_conv2d(x, weight_pw, bias, activation, residual)
-    return torch.ops.sepconv.pointwise_conv2d(x, weight_pw, bias, activation, residual)
+    inside, outside = split_activation(activation, x, weight_pw, bias, residual)
+    y = torch.ops.sepconv.pointwise_conv2d(x, weight_pw, bias, inside, residual)
+    return reference.activate(y, outside)
 
 
 def separable_conv2d(
@@ -152,30 +156,11 @@ def separable_conv2d(
         x, residual = cast(x, device), cast_optional(residual, device)
         weight_dw, weight_pw = cast(weight_dw, device), cast(weight_pw, device)
         bias_dw, bias_pw = cast_optional(bias_dw, device), cast_optional(bias_pw, device)
-    check_separable(
-        x,
-        weight_dw,
-        weight_pw,
-        bias_dw,
-        bias_pw,
-        stride,
-        padding,
-        dilation,
-        activation_mid,
-        activation,
-        residual,
-    )
-    run = torch.ops.sepconv.separable_conv2d if chooses_kernels(x) else reference.separable_conv2d
-    return run(
-        x,
-        weight_dw,
-        weight_pw,
-        bias_dw,
-        bias_pw,
-        stride,
-        padding,
-        dilation,
-        activation_mid,
-        activation,
-        residual,
-    )
+    tensors = (x, weight_dw, weight_pw, bias_dw, bias_pw)
+    geometry = (stride, padding, dilation, activation_mid)
+    check_separable(*tensors, *geometry, activation, residual)
+    if not chooses_kernels(x):
+        return reference.separable_conv2d(*tensors, *geometry, activation, residual)
+    inside, outside = split_activation(activation, *tensors, residual)
+    y = torch.ops.sepconv.separable_conv2d(*tensors, *geometry, inside, residual)
+    return reference.activate(y, outside)

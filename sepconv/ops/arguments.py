@@ -5,7 +5,7 @@ run on each call, so the way through them without a failure is kept short.
 """
 
 from collections.abc import Sequence
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -66,8 +66,10 @@ def sides(padding: Padding, weight_dw: Tensor, stride: Pair, dilation: Pair) -> 
             "an int, (vertical, horizontal), ((top, bottom), (left, right)), 'same' or 'valid'",
             repr(padding),
         )
-    top, bottom = pair("padding", padding[0], least=0)
-    left, right = pair("padding", padding[1], least=0)
+    vertical: Any = padding[0]
+    horizontal: Any = padding[1]
+    top, bottom = pair("padding", vertical, least=0)
+    left, right = pair("padding", horizontal, least=0)
     return top, bottom, left, right
 
 

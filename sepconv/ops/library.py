@@ -18,28 +18,28 @@ import torch
 from torch import Tensor
 
 from sepconv import reference
-from sepconv.layout import memory_format, suggests_channels_last
+from sepconv.layout import is_channels_last, memory_format, suggests_channels_last
 from sepconv.ops.arguments import check_depthwise, check_pointwise, check_separable
-from sepconv.ops.autocast import autocast
 from sepconv.ops.backend import can_run_kernels
+from sepconv.reference import Pair, Sides
 
 LIBRARY = torch.library.Library("sepconv", "DEF")
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-_GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation"
+_GEOMETRY_SCHEMA = "int[2] stride, int[4] padding, int[2] dilation"
 
 _SCHEMAS = (
     "depthwise_conv2d(Tensor x, Tensor weight_dw, Tensor? bias, "
-    f"{_GEOMETRY}, str? activation) -> Tensor",
+    f"{_GEOMETRY_SCHEMA}, str? activation) -> Tensor",
     "pointwise_conv2d(Tensor x, Tensor weight_pw, Tensor? bias, str? activation, "
     "Tensor? residual) -> Tensor",
     "separable_conv2d(Tensor x, Tensor weight_dw, Tensor weight_pw, Tensor? bias_dw, "
-    f"Tensor? bias_pw, {_GEOMETRY}, str? activation_mid, str? activation, "
+    f"Tensor? bias_pw, {_GEOMETRY_SCHEMA}, str? activation_mid, str? activation, "
     "Tensor? residual) -> Tensor",
     "depthwise_conv2d_backward_input(Tensor dy, Tensor weight_dw, SymInt[4] x_shape, "
-    f"{_GEOMETRY}, bool channels_last) -> Tensor",
+    f"{_GEOMETRY_SCHEMA}, bool channels_last) -> Tensor",
     "depthwise_conv2d_backward_weight(Tensor dy, Tensor x, SymInt[4] weight_shape, "
-    f"{_GEOMETRY}) -> Tensor",
+    f"{_GEOMETRY_SCHEMA}) -> Tensor",
 )
 for _schema in _SCHEMAS:
     LIBRARY.define(_schema, tags=_TAGS)
@@ -52,7 +52,15 @@ def _kernels(name: str) -> ModuleType:
 
 
 def _allows_tf32() -> bool:
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+def _geometry(
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[Pair, Sides, Pair]:
+    """The dispatcher's lists as the tuples that they were."""
+    top, bottom, left, right = padding
+    return (stride[0], stride[1]), (top, bottom, left, right), (dilation[0], dilation[1])
 
 
 def _real(name: str) -> Callable[..., Any]:
@@ -67,6 +75,15 @@ def _fake(name: str) -> Callable[..., Any]:
     return torch.library.register_fake(f"sepconv::{name}", lib=LIBRARY)
 
 
+def _empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    return torch.empty(
+        shape,
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=memory_format(channels_last),
+    )
+
+
 @_real("depthwise_conv2d")
 def _depthwise(
     x: Tensor,
@@ -78,7 +95,7 @@ def _depthwise(
     activation: str | None,
 ) -> Tensor:
     check_depthwise(x, weight_dw, bias, stride, padding, dilation, activation)
-    arguments = (x, weight_dw, bias, tuple(stride), tuple(padding), tuple(dilation), activation)
+    arguments = (x, weight_dw, bias, *_geometry(stride, padding, dilation), activation)
     if not can_run_kernels(x):
         return reference.depthwise_conv2d(*arguments)
     channels_last = suggests_channels_last(x, weight_dw)
@@ -119,6 +136,10 @@ def _fake_pointwise(x: Tensor, weight_pw: Tensor, *rest: Any) -> Tensor:
     return _empty(x, shape, suggests_channels_last(x, weight_pw))
 
 
+def _separable_channels_last(x: Tensor, weight_dw: Tensor, weight_pw: Tensor) -> bool:
+    return suggests_channels_last(x, weight_dw) or is_channels_last(weight_pw)
+
+
 @_real("separable_conv2d")
 def _separable(
     x: Tensor,
@@ -139,9 +160,7 @@ def _separable(
         weight_pw,
         bias_dw,
         bias_pw,
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
+        *_geometry(stride, padding, dilation),
         activation_mid,
         activation,
         residual,
@@ -160,3 +179,59 @@ def _separable(
 def _fake_separable(x: Tensor, weight_dw: Tensor, weight_pw: Tensor, *rest: Any) -> Tensor:
     shape = check_separable(x, weight_dw, weight_pw, *rest)
     return _empty(x, shape, _separable_channels_last(x, weight_dw, weight_pw))
+
+
+@_real("depthwise_conv2d_backward_input")
+def _depthwise_backward_input(
+    dy: Tensor,
+    weight_dw: Tensor,
+    x_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+) -> Tensor:
+    arguments = (
+        dy,
+        weight_dw,
+        tuple(x_shape),
+        *_geometry(stride, padding, dilation),
+    )
+    if not can_run_kernels(dy):
+        return reference.depthwise_conv2d_backward_input(*arguments, channels_last)
+    return _kernels("depthwise_bwd").depthwise_bwd_input(*arguments, channels_last=channels_last)
+
+
+@_fake("depthwise_conv2d_backward_input")
+def _fake_depthwise_backward_input(
+    dy: Tensor,
+    weight_dw: Tensor,
+    x_shape: Sequence[int],
+    _stride: Sequence[int],
+    _padding: Sequence[int],
+    _dilation: Sequence[int],
+    channels_last: bool,
+) -> Tensor:
+    return _empty(dy, x_shape, channels_last)
+
+
+@_real("depthwise_conv2d_backward_weight")
+def _depthwise_backward_weight(
+    dy: Tensor,
+    x: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    arguments = (dy, x, tuple(weight_shape), *_geometry(stride, padding, dilation))
+    if not can_run_kernels(dy):
+        return reference.depthwise_conv2d_backward_weight(*arguments)
+    return _kernels("depthwise_bwd").depthwise_bwd_weight(*arguments)
+
+
+@_fake("depthwise_conv2d_backward_weight")
+def _fake_depthwise_backward_weight(
+    dy: Tensor, x: Tensor, weight_shape: Sequence[int], *_geometry: Sequence[int]
+) -> Tensor:
+    return dy.new_empty(weight_shape)
