@@ -37,6 +37,7 @@ class GemmConfig(NamedTuple):
     block_nq: int
     block_c: int
     block_k: int
+    rows: int = 1  # the fused kernel makes that many rows of `block_nq` pixels at once
     num_warps: int = 4
     num_stages: int = 2
 

@@ -48,7 +48,7 @@ def depthwise_row(
         w = column + s * DILATION_W
         mask = (mask_nq & (w >= 0) & (w < W))[:, None] & mask_c[None, :]
         x = tl.load(x_ptrs + s * DILATION_W * stride_xw, mask=mask, other=0.0).to(acc.dtype)
-        weight = tl.load(w_ptrs + s * stride_ws, mask=mask_c, other=0.0).to(acc.dtype)
+        weight = tl.load(w_ptrs + s * stride_ws, mask=mask_c, other=0.0)
         acc += x * weight[None, :]
     return acc
 
@@ -56,7 +56,7 @@ def depthwise_row(
 @triton.jit
 def _depthwise_fwd_kernel(
     x_ptr,  # [N, C, H, W]
-    w_ptr,  # [R, S, G], contiguous
+    w_ptr,  # [R, S, G], contiguous, of type ACC
     bias_ptr,  # [G] or None
     y_ptr,  # [N, G, P, Q]
     N,

@@ -69,7 +69,7 @@ def _bwd_input_row(
         mask_s = mask_c & (first_s + j * STEP_S < S)
         mask = (mask_nq & (q >= 0) & (q < Q))[:, None] & mask_s[None, :]
         dy = tl.load(dy_ptrs - j * SHIFT_Q * stride_dyw, mask=mask, other=0.0).to(acc.dtype)
-        weight = tl.load(w_ptrs + j * STEP_S * stride_ws, mask=mask_s, other=0.0).to(acc.dtype)
+        weight = tl.load(w_ptrs + j * STEP_S * stride_ws, mask=mask_s, other=0.0)
         acc = tl.where(mask, acc + dy * weight[None, :], acc)
     return acc
 
@@ -77,7 +77,7 @@ def _bwd_input_row(
 @triton.jit
 def _depthwise_bwd_input_kernel(
     dy_ptr,  # [N, C*M, P, Q]
-    w_ptr,  # [R, S, M, C], contiguous
+    w_ptr,  # [R, S, M, C], contiguous, of type ACC
     dx_ptr,  # [N, C, H, W]
     N,
     C,

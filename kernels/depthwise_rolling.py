@@ -24,7 +24,7 @@ MAX_TAPS = 9
 @triton.jit
 def _depthwise_rolling_kernel(
     x_ptr,  # [N, C, H, W]
-    w_ptr,  # [R, S, G], contiguous
+    w_ptr,  # [R, S, G], contiguous, of type ACC
     bias_ptr,  # [G] or None
     y_ptr,  # [N, G, P, Q]
     N,
@@ -79,7 +79,7 @@ def _depthwise_rolling_kernel(
     weights = ()
     for tap in tl.static_range(R * S):
         w_ptrs = w_ptr + tl.cast(G, tl.int64) * tap + offs_g
-        weight = tl.load(w_ptrs, mask=mask_g, other=0.0).to(ACC)
+        weight = tl.load(w_ptrs, mask=mask_g, other=0.0)
         # Triton has no starred tuples.
         weights = weights + (weight[None, :],)  # noqa: RUF005
 

@@ -72,12 +72,14 @@ def collapse(sizes: Sequence[int], *strides: Sequence[int]) -> tuple[list[int], 
 
 
 def pack_depthwise(weight_dw: torch.Tensor, M: int) -> torch.Tensor:
-    """[C*M, 1, R, S] to [R, S, M, C]: the channels of one tap lie side by side.
+    """[C*M, 1, R, S] to [R, S, M, C], in float32 or float64.
 
-    A view when the weights are stored that way already, else a copy of C*M*R*S elements.
+    The channels of one tap lie side by side and need no conversion in the kernels' inner loops.
     """
     G, _, R, S = weight_dw.shape
-    return weight_dw.reshape(G // M, M, R, S).permute(2, 3, 1, 0).contiguous()
+    view = weight_dw.reshape(G // M, M, R, S).permute(2, 3, 1, 0)
+    dtype = torch.float64 if weight_dw.dtype == torch.float64 else torch.float32
+    return torch.empty(view.shape, dtype=dtype, device=weight_dw.device).copy_(view)
 
 
 def pack_pointwise(weight_pw: torch.Tensor, M: int) -> torch.Tensor:

@@ -3,10 +3,11 @@
     h[n, g, p, q] = f_mid(bias_dw[g] + sum_rs x[n, g // M, ...] * w_dw[g, r, s])
     y[n, k, p, q] = f(sum_g h[n, g, p, q] * w_pw[k, g] + bias_pw[k] + residual[n, k, p, q])
 
-A program makes `BLOCK_NQ` pixels of one output row (see depthwise.py) x `BLOCK_K` channels. It
-makes each [BLOCK_NQ, BLOCK_C] tile of h in registers and feeds it to the matrix unit: h never
-reaches memory, and the M tiles that read the same channels of x find them in the L1 cache.
-Weights are packed [R, S, M, C] and [K, M, C].
+A program makes `BLOCK_NQ` pixels (see depthwise.py) of each of `ROWS` output rows, x `BLOCK_K`
+channels. It makes each [BLOCK_NQ, BLOCK_C] tile of h in registers and feeds it to the matrix unit:
+h never reaches memory, and the M tiles that read the same channels of x find them in the L1 cache.
+Several rows share the loads and conversions of the input rows between them. Weights are packed
+[R, S, M, C] and [K, M, C].
 """
 
 import torch
@@ -28,11 +29,103 @@ from sepconv.kernels.launch import (
 )
 from sepconv.kernels.tiles import split_nq
 
+# Filter rows whose weights a strip keeps in registers.
+_MAX_STRIP_R = 5
+
+
+@triton.jit
+def _mid_strip(
+    x_ptrs,  # [BLOCK_NQ, BLOCK_C], the strip's first tap
+    w_ptrs,  # [BLOCK_C], the first tap
+    h,
+    w,  # [BLOCK_NQ]
+    mask_nq,
+    mask_c,
+    H,
+    W,
+    stride_xh,
+    stride_xw,
+    stride_ws,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_NQ: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Depthwise sums of `ROWS` output rows: that many [BLOCK_NQ, BLOCK_C]."""
+    mids = (tl.zeros([BLOCK_NQ, BLOCK_C], ACC),) * ROWS
+    # A loop over columns, not an unrolled one: unrolled, every tap goes through shared memory.
+    for i in range(S):
+        s = tl.cast(i, tl.int64)
+        column = w + s * DILATION_W
+        mask_w = mask_nq & (column >= 0) & (column < W)
+        weights = ()
+        for r in tl.static_range(R):
+            weight = tl.load(w_ptrs + (r * S + s) * stride_ws, mask=mask_c, other=0.0)
+            # Triton has no starred tuples.
+            weights = weights + (weight[None, :],)  # noqa: RUF005
+        for row in tl.static_range((ROWS - 1) * STRIDE_H + (R - 1) * DILATION_H + 1):
+            mask = (mask_w & (h + row >= 0) & (h + row < H))[:, None] & mask_c[None, :]
+            offset = tl.cast(stride_xh, tl.int64) * row + s * DILATION_W * stride_xw
+            x = tl.load(x_ptrs + offset, mask=mask, other=0.0).to(ACC)
+            for t in tl.static_range(ROWS):
+                for r in tl.static_range(R):
+                    if t * STRIDE_H + r * DILATION_H == row:
+                        mids = mids[:t] + (mids[t] + x * weights[r],) + mids[t + 1 :]  # noqa: RUF005
+    return mids
+
+
+@triton.jit
+def _mid_row(
+    x_ptrs,
+    w_ptrs,
+    h,
+    w,
+    mask_nq,
+    mask_c,
+    H,
+    W,
+    stride_xh,
+    stride_xw,
+    stride_ws,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_NQ: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Depthwise sum [BLOCK_NQ, BLOCK_C] of one output row, any filter; arguments as above."""
+    mid = tl.zeros([BLOCK_NQ, BLOCK_C], ACC)
+    # A loop over rows, not an unrolled one: unrolled, the pipeliner buffers every tap.
+    for i in range(R):
+        r = tl.cast(i, tl.int64)
+        row = r * DILATION_H
+        mid = depthwise_row(
+            mid,
+            x_ptrs + row * stride_xh,
+            w_ptrs + r * S * stride_ws,
+            w,
+            mask_nq & (h + row >= 0) & (h + row < H),
+            mask_c,
+            W,
+            stride_xw,
+            stride_ws,
+            S,
+            DILATION_W,
+        )
+    return mid
+
 
 @triton.jit
 def _separable_fwd_kernel(
     x_ptr,  # [N, C, H, W]
-    w_dw_ptr,  # [R, S, M, C], contiguous
+    w_dw_ptr,  # [R, S, M, C], contiguous, of type ACC
     w_pw_ptr,  # [K, M, C] through strides
     bias_dw_ptr,  # [C*M] or None
     bias_pw_ptr,  # [K] or None
@@ -47,6 +140,7 @@ def _separable_fwd_kernel(
     Q,
     G,  # C * M
     num_k,
+    num_strips,
     num_tiles,  # of h: ceil(C / BLOCK_C) * M
     stride_xn,
     stride_xc,
@@ -82,11 +176,12 @@ def _separable_fwd_kernel(
     BLOCK_NQ: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     pid_k = pid % num_k
-    p = pid // num_k % P
-    pid_nq = pid // num_k // P
+    p = pid // num_k % num_strips * ROWS
+    pid_nq = pid // num_k // num_strips
 
     n, q = split_nq(pid_nq, Q, BLOCK_NQ)
     mask_nq = n < N
@@ -95,57 +190,91 @@ def _separable_fwd_kernel(
     h = p * STRIDE_H - PAD_TOP
     w = q * STRIDE_W - PAD_LEFT
 
-    x_pixels = x_ptr + n * stride_xn + w * stride_xw
-    acc = tl.zeros([BLOCK_NQ, BLOCK_K], ACC)
+    x_pixels = x_ptr + n * stride_xn + h * stride_xh + w * stride_xw
+    # ROWS times [BLOCK_NQ, BLOCK_K]
+    accs = (tl.zeros([BLOCK_NQ, BLOCK_K], ACC),) * ROWS
     # The M tiles of one block of input channels follow each other, so that x stays cached.
     for i in range(num_tiles):
         m = tl.cast(i, tl.int64) % M
         offs_c = tl.cast(i, tl.int64) // M * BLOCK_C + tl.arange(0, BLOCK_C)
         mask_c = offs_c < C
 
-        # A loop over rows, not an unrolled one: unrolled, the pipeliner buffers every tap.
-        mid = tl.zeros([BLOCK_NQ, BLOCK_C], ACC)
-        for j in range(R):
-            r = tl.cast(j, tl.int64)
-            row = h + r * DILATION_H
-            mid = depthwise_row(
-                mid,
-                x_pixels[:, None] + (offs_c * stride_xc)[None, :] + row * stride_xh,
-                w_dw_ptr + r * S * G + m * C + offs_c,
+        # [BLOCK_C, BLOCK_K], asked for early, needed after the depthwise sums.
+        w_pw_ptrs = w_pw_ptr + m * stride_wm + (offs_c * stride_wc)[:, None]
+        w_pw_ptrs += (offs_k * stride_wk)[None, :]
+        w_pw = tl.load(w_pw_ptrs, mask=mask_c[:, None] & mask_k[None, :], other=0.0).to(DOT)
+
+        x_ptrs = x_pixels[:, None] + (offs_c * stride_xc)[None, :]
+        w_dw_ptrs = w_dw_ptr + m * C + offs_c
+        if ROWS == 1:
+            mids = (
+                _mid_row(
+                    x_ptrs,
+                    w_dw_ptrs,
+                    h,
+                    w,
+                    mask_nq,
+                    mask_c,
+                    H,
+                    W,
+                    stride_xh,
+                    stride_xw,
+                    G,
+                    R,
+                    S,
+                    DILATION_H,
+                    DILATION_W,
+                    ACC,
+                    BLOCK_NQ,
+                    BLOCK_C,
+                ),
+            )
+        else:
+            mids = _mid_strip(
+                x_ptrs,
+                w_dw_ptrs,
+                h,
                 w,
-                mask_nq & (row >= 0) & (row < H),
+                mask_nq,
                 mask_c,
+                H,
                 W,
+                stride_xh,
                 stride_xw,
                 G,
+                R,
                 S,
+                STRIDE_H,
+                DILATION_H,
                 DILATION_W,
+                ACC,
+                BLOCK_NQ,
+                BLOCK_C,
+                ROWS,
             )
+        bias_dw = tl.zeros([BLOCK_C], ACC)
         if bias_dw_ptr is not None:
             bias_dw_ptrs = bias_dw_ptr + (offs_c * M + m) * stride_bias_dw
             bias_dw = tl.load(bias_dw_ptrs, mask=mask_c, other=0.0).to(ACC)
-            mid += bias_dw[None, :]
-        mid = apply_activation(mid, ACTIVATION_MID).to(x_ptr.dtype.element_ty)
+        for t in tl.static_range(ROWS):
+            mid = apply_activation(mids[t] + bias_dw[None, :], ACTIVATION_MID)
+            mid = mid.to(x_ptr.dtype.element_ty).to(DOT)
+            acc = tl.dot(mid, w_pw, accs[t], input_precision=PRECISION, out_dtype=ACC)
+            accs = accs[:t] + (acc,) + accs[t + 1 :]  # noqa: RUF005
 
-        # [BLOCK_C, BLOCK_K]
-        w_ptrs = w_pw_ptr + m * stride_wm + (offs_c * stride_wc)[:, None]
-        w_ptrs += (offs_k * stride_wk)[None, :]
-        weight = tl.load(w_ptrs, mask=mask_c[:, None] & mask_k[None, :], other=0.0)
-        acc = tl.dot(mid.to(DOT), weight.to(DOT), acc, input_precision=PRECISION, out_dtype=ACC)
-
+    bias_pw = tl.zeros([BLOCK_K], ACC)
     if bias_pw_ptr is not None:
         bias_pw = tl.load(bias_pw_ptr + offs_k * stride_bias_pw, mask=mask_k, other=0.0).to(ACC)
-        acc += bias_pw[None, :]
-    mask = mask_nq[:, None] & mask_k[None, :]
-    if residual_ptr is not None:
-        residual_ptrs = residual_ptr + (n * stride_rn + p * stride_rh + q * stride_rw)[:, None]
-        residual_ptrs += (offs_k * stride_rc)[None, :]
-        acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(ACC)
-    y = apply_activation(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
-
-    y_ptrs = y_ptr + (n * stride_yn + p * stride_yh + q * stride_yw)[:, None]
-    y_ptrs += (offs_k * stride_yc)[None, :]
-    tl.store(y_ptrs, y, mask=mask)
+    for t in tl.static_range(ROWS):
+        mask = (mask_nq & (p + t < P))[:, None] & mask_k[None, :]
+        acc = accs[t] + bias_pw[None, :]
+        if residual_ptr is not None:
+            residual_ptrs = residual_ptr + n * stride_rn + (p + t) * stride_rh + q * stride_rw
+            residual_ptrs = residual_ptrs[:, None] + (offs_k * stride_rc)[None, :]
+            acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(ACC)
+        y = apply_activation(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
+        y_ptrs = y_ptr + n * stride_yn + (p + t) * stride_yh + q * stride_yw
+        tl.store(y_ptrs[:, None] + (offs_k * stride_yc)[None, :], y, mask=mask)
 
 
 def separable_fwd(
@@ -198,14 +327,17 @@ def separable_fwd(
     if config is None:
         shape = ConvShape(N, C, H, W, K, P, Q, R, S, M, channels_last)
         config = default("separable_fwd", x.dtype, shape)
+    rows = config.rows if R <= _MAX_STRIP_R else 1
     num_k = triton.cdiv(K, config.block_k)
+    num_strips = triton.cdiv(P, rows)
     packed_pw = pack_pointwise(weight_pw, M)
     launch(
         _separable_fwd_kernel,
-        num_k * P * triton.cdiv(N * Q, config.block_nq),
+        num_k * num_strips * triton.cdiv(N * Q, config.block_nq),
         (x, pack_depthwise(weight_dw, M), packed_pw, bias_dw, bias_pw, residual, y),
         (
-            *(N, C, H, W, K, P, Q, G, num_k, triton.cdiv(C, config.block_c) * M),
+            *(N, C, H, W, K, P, Q, G, num_k, num_strips),
+            triton.cdiv(C, config.block_c) * M,
             *x.stride(),
             *packed_pw.stride(),
             0 if bias_dw is None else bias_dw.stride(0),
@@ -230,6 +362,7 @@ def separable_fwd(
             "BLOCK_NQ": config.block_nq,
             "BLOCK_C": config.block_c,
             "BLOCK_K": config.block_k,
+            "ROWS": rows,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
