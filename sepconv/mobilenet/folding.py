@@ -140,11 +140,11 @@ class FoldCache:
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return _fold(pairs)
         tensors = _tensors(pairs)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return _fold(pairs)
         entry = self._entry
         if entry is not None and _unchanged(entry[0], tensors):
             return entry[1]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return _fold(pairs)
         sources = _watch(tensors)
         if sources is None:
             return _fold(pairs)
