@@ -1,12 +1,24 @@
 """Block sizes of the kernels: a safe default for every case, and candidates for the tuner."""
 
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
+DEPTHWISE_OPS = ("depthwise_fwd", "depthwise_bwd_input", "depthwise_bwd_weight")
+GEMM_OPS = ("pointwise_fwd", "separable_fwd")
+
+# Enough programs to keep a large GPU busy.
+_FILLING_PROGRAMS = 1024
+
 
 class ConvShape(NamedTuple):
-    """What a good block size depends on, in cuDNN's letters; `M` = channel multiplier."""
+    """What a good block size depends on, in cuDNN's letters; `M` = channel multiplier.
+
+    `K` is the number of output channels, so C*M for the depthwise ops. `channels_last` says how the
+    tensors that are read lie in memory.
+    """
 
     N: int
     C: int
@@ -42,37 +54,64 @@ class GemmConfig(NamedTuple):
     num_stages: int = 2
 
 
-# Enough programs to keep a large GPU busy.
-_FILLING_PROGRAMS = 1024
-
 Config = DepthwiseConfig | GemmConfig
-
-
-def _power_of_2(n: int, low: int, high: int) -> int:
-    return min(max(1 << (n - 1).bit_length(), low), high)
 
 
 def default(op: str, dtype: torch.dtype, shape: ConvShape) -> Config:
     """A configuration that compiles and fits 48 KB of shared memory on every target.
 
     Args:
-        op: `depthwise_fwd`, `depthwise_bwd_input`, `depthwise_bwd_weight`, `pointwise_fwd` or
-            `separable_fwd`.
+        op: One of `DEPTHWISE_OPS` or `GEMM_OPS`.
         dtype: The tensors' type.
         shape: Sizes of the call.
     """
-    if op.startswith("depthwise"):
+    if op in DEPTHWISE_OPS:
         return _default_depthwise(op, dtype, shape)
-    block_nq = _power_of_2(shape.N * shape.Q, 16, 64)
-    if dtype.itemsize >= 4:
-        side = 32 if dtype == torch.float64 else 64
-        return GemmConfig(min(block_nq, side), 32, _power_of_2(shape.K, 16, side))
-    return GemmConfig(block_nq, _power_of_2(shape.C, 32, 64), _power_of_2(shape.K, 16, 128))
+    pixels = shape.N * shape.P * shape.Q if op == "pointwise_fwd" else shape.N * shape.Q
+    if dtype == torch.float64:
+        return GemmConfig(_power_of_2(pixels, 16, 32), 32, _power_of_2(shape.K, 16, 32))
+    if dtype == torch.float32:
+        return GemmConfig(_power_of_2(pixels, 16, 64), 32, _power_of_2(shape.K, 16, 64))
+    block_nq = _power_of_2(pixels, 16, 64)
+    block_k = _power_of_2(shape.K, 16, 128)
+    if op == "pointwise_fwd":
+        return GemmConfig(block_nq, _power_of_2(shape.C, 32, 64), block_k)
+    rows = 4 if shape.P >= 4 else 1
+    return GemmConfig(block_nq, 32, block_k, rows, num_warps=8 if block_nq * block_k > 2048 else 4)
+
+
+def candidates(
+    op: str, dtype: torch.dtype, shape: ConvShape, shared_limit: int = 99 * 1024
+) -> list[Config]:
+    """The configurations worth timing, the default first.
+
+    Args:
+        op: One of `DEPTHWISE_OPS` or `GEMM_OPS`.
+        dtype: The tensors' type.
+        shape: Sizes of the call.
+        shared_limit: Bytes of shared memory that one program may use on the device.
+    """
+    tried = _depthwise_candidates(op, shape) if op in DEPTHWISE_OPS else _gemm_candidates(op, shape)
+    fitting = [c for c in tried if shared_bytes(op, dtype, c) <= shared_limit]
+    return list(dict.fromkeys([default(op, dtype, shape), *fitting]))
+
+
+def shared_bytes(op: str, dtype: torch.dtype, config: Config) -> int:
+    """Shared memory of one program, in bytes, to a good approximation."""
+    if isinstance(config, DepthwiseConfig):
+        return 4 * config.block_c * config.num_warps if op == "depthwise_bwd_weight" else 0
+    tile = (config.block_nq + config.block_k) * config.block_c * dtype.itemsize
+    return tile * config.num_stages if op == "pointwise_fwd" else tile
+
+
+def _power_of_2(n: int, low: int, high: int) -> int:
+    """The smallest power of two that is no less than `n`, within [low, high]."""
+    return min(max(1 << (n - 1).bit_length(), low), high)
 
 
 def _default_depthwise(op: str, dtype: torch.dtype, shape: ConvShape) -> DepthwiseConfig:
-    columns = shape.N * (shape.W if op == "depthwise_bwd_input" else shape.Q)
-    height = shape.H if op == "depthwise_bwd_input" else shape.P
+    height, width = _written_size(op, shape)
+    columns = shape.N * width
     if shape.channels_last:
         block_c = _power_of_2(shape.K, 8, 32 if dtype == torch.float64 else 64)
         block_nq = _power_of_2(columns, 8, 1024 // block_c)
@@ -82,3 +121,38 @@ def _default_depthwise(op: str, dtype: torch.dtype, shape: ConvShape) -> Depthwi
     programs_per_row = -(-shape.K // block_c) * -(-columns // block_nq)
     rows = min(max(programs_per_row * height // _FILLING_PROGRAMS, 2), 16)
     return DepthwiseConfig(block_nq, block_c, rows)
+
+
+def _written_size(op: str, shape: ConvShape) -> tuple[int, int]:
+    return (shape.H, shape.W) if op == "depthwise_bwd_input" else (shape.P, shape.Q)
+
+
+def _depthwise_candidates(op: str, shape: ConvShape) -> Iterator[Config]:
+    height, width = _written_size(op, shape)
+    widest = _power_of_2(shape.N * width, 8, 1024)
+    blocks_c = (32, 64, 128) if shape.channels_last else (1,)
+    strips = (0,) if op == "depthwise_bwd_weight" else (0, 4, 16)
+    # Sixteen-byte loads bring eight channels: each thread has one or two pixels of them.
+    for block_c, per_thread, rows, num_warps in itertools.product(
+        blocks_c, (8, 16), strips, (2, 4, 8)
+    ):
+        block_nq = per_thread * 32 * num_warps // block_c
+        if block_nq <= widest and block_c < 2 * max(shape.K, 32) and rows < 2 * height:
+            yield DepthwiseConfig(block_nq, block_c, rows, num_warps)
+
+
+def _gemm_candidates(op: str, shape: ConvShape) -> Iterator[Config]:
+    fused = op == "separable_fwd"
+    tiles = ((32, 64), (32, 128), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256))
+    # The fused loop is not pipelined; the plain product has no rows.
+    stages = (2,) if fused else (2, 3, 4)
+    strips = (1, 2, 4) if fused else (1,)
+    for (block_nq, block_k), block_c, rows, num_stages in itertools.product(
+        tiles, (32, 64), strips, stages
+    ):
+        sums = rows * block_nq * block_k
+        num_warps = 8 if sums > 8192 else 4
+        mids = rows * block_nq * block_c if fused else 0
+        useful = block_k < 2 * max(shape.K, 64) and rows <= shape.P
+        if useful and sums >= 4096 and sums <= 128 * 32 * num_warps and mids <= 8192:
+            yield GemmConfig(block_nq, block_c, block_k, rows, num_warps, num_stages)
