@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sepconv import onednn
 from sepconv.mobilenet.layers import CONVOLUTIONS, MobileNetConv, activate_
@@ -110,20 +111,54 @@ class _Source(NamedTuple):
     address: int
 
 
+class _Entry(NamedTuple):
+    """What was folded, from what, and how many optimizer steps had been taken by then."""
+
+    sources: tuple[_Source, ...]
+    folded: tuple[FoldedConv, ...]
+    steps: int
+
+    def is_current(self, tensors: list[Tensor]) -> bool:
+        if len(self.sources) != len(tensors):
+            return False
+        stepped = self.steps != _steps.taken
+        return all(
+            source.tensor is tensor
+            and source.version == tensor._version
+            and source.address == tensor.data_ptr()
+            and not (stepped and tensor.requires_grad)
+            for source, tensor in zip(self.sources, tensors, strict=True)
+        )
+
+
+class _Steps:
+    """Counts the steps of all optimizers: fused ones write without telling autograd."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __call__(self, *_: object) -> None:
+        self.taken += 1
+
+
+_steps = _Steps()
+register_optimizer_step_post_hook(_steps)
+
+
 class FoldCache:
     """Remembers folded convolutions for as long as every tensor they were made from is unchanged.
 
-    A change is a new tensor, an in-place write that autograd counts (optimizer steps,
-    `load_state_dict`, `copy_`), new storage (`.to`, `p.data = ...`), or a call of `train` or
-    `eval`, which the owner reports with `clear`. In-place writes through `.data` leave no trace:
-    call `model.eval()` after them.
+    A change is a new tensor, an in-place write that autograd counts (`load_state_dict`, `copy_`),
+    new storage (`.to`, `p.data = ...`), any optimizer's step, or a call of `train` or `eval`, which
+    the owner reports with `clear`. In-place writes through `.data` and by `torch.distributed`
+    leave no trace: call `model.eval()` after them.
 
     Nothing is remembered where autograd must see the fold, under `torch.compile` and tracing, or
     where the tensors cannot be watched. Copies and pickles of a cache are empty.
     """
 
     def __init__(self) -> None:
-        self._entry: tuple[tuple[_Source, ...], tuple[FoldedConv, ...]] | None = None
+        self._entry: _Entry | None = None
 
     def __deepcopy__(self, memo: object) -> "FoldCache":
         return FoldCache()
@@ -143,8 +178,8 @@ class FoldCache:
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return _fold(pairs)
         entry = self._entry
-        if entry is not None and _unchanged(entry[0], tensors):
-            return entry[1]
+        if entry is not None and entry.is_current(tensors):
+            return entry.folded
         sources = _watch(tensors)
         if sources is None:
             return _fold(pairs)
@@ -152,7 +187,7 @@ class FoldCache:
         with torch.inference_mode(False), torch.no_grad():
             folded = _fold(pairs)
         if _watch([t for conv in folded for t in (conv.weight, conv.bias)]) is not None:
-            self._entry = sources, folded
+            self._entry = _Entry(sources, folded, _steps.taken)
         return folded
 
 
@@ -171,17 +206,6 @@ def _tensors(pairs: tuple[Pair, ...]) -> list[Tensor]:
                 if value is not None and name != "num_batches_tracked":
                     found.append(value)
     return found
-
-
-def _unchanged(sources: tuple[_Source, ...], tensors: list[Tensor]) -> bool:
-    if len(sources) != len(tensors):
-        return False
-    return all(
-        source.tensor is tensor
-        and source.version == tensor._version
-        and source.address == tensor.data_ptr()
-        for source, tensor in zip(sources, tensors, strict=True)
-    )
 
 
 def _watch(tensors: list[Tensor]) -> tuple[_Source, ...] | None:
