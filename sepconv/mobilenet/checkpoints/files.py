@@ -1,6 +1,7 @@
 """Checkpoint files to mappings of tensors, without running anything that is inside them."""
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,7 @@ def read_tensors(path: Path) -> Loaded:
     except (
         SafetensorError,
         pickle.UnpicklingError,
+        zipfile.BadZipFile,
         RuntimeError,
         ValueError,
         KeyError,
