@@ -1,0 +1,84 @@
+"""The kernels compiled for every target, in a process of its own: this one may be interpreting."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KB = 1024
+DEFAULT_LIMIT = 48 * KB
+SHARED_LIMIT = {"sm_80": 163 * KB, "sm_90": 227 * KB}
+# fp32 without TF32 has no matrix instructions, and fp64 ones only on some.
+MATRIX_TYPES = ("fp16", "bf16")
+MATRIX_OPS = ("pointwise_fwd", "separable_fwd")
+
+
+@cache
+def records(group: str) -> list[dict[str, Any]]:
+    """What `static.py --check GROUP` prints."""
+    here = Path(__file__).resolve().parent
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in (str(here.parents[1]), *sys.path) if p)
+    command = [sys.executable, here / "static.py", "--check", group]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def names(found: list[dict[str, Any]]) -> list[str]:
+    return [f"{r['label']} {r['dtype']} {r['target']}" for r in found]
+
+
+SIZES = [
+    pytest.param("quick", 4 * 6, id="quick"),
+    pytest.param("full", 10 * 4 * 6 + 2 * 4 * 6 * 5, id="full", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("group", "size"), SIZES)
+class TestDefaults:
+    def test_fits_48_kb_on_every_target(self, group: str, size: int):
+        found = records(group)
+        assert len(found) == size
+        assert not names([r for r in found if r["shared"] > DEFAULT_LIMIT])
+
+    def test_no_spills_on_sm_80_and_sm_90(self, group: str, size: int):
+        found = [r for r in records(group) if r["target"] in ("sm_80", "sm_90")]
+        assert found
+        assert not names([r for r in found if r["spilled"]])
+
+    def test_matrix_instructions(self, group: str, size: int):
+        found = [
+            r
+            for r in records(group)
+            if r["label"] in MATRIX_OPS and r["dtype"] in MATRIX_TYPES and r["target"] != "sm_75"
+        ]
+        assert found
+        assert not names([r for r in found if not r["matrix"]])
+
+
+@pytest.mark.slow
+def test_every_candidate_fits_the_device_it_is_offered_for():
+    found = records("candidates")
+    assert len(found) > 100
+    assert not names([r for r in found if r["shared"] > SHARED_LIMIT[r["target"]]])
+
+
+def test_no_int32_offset_and_no_unmasked_load():
+    found = records("lint")
+    assert len(found) >= 6 * 6
+    assert not [r for r in found if r["faults"]]
+
+
+def test_the_lint_sees_each_fault():
+    faults = {r["name"]: " ".join(r["faults"]) for r in records("faulty")}
+    assert faults.pop("faultless") == ""
+    assert "may overflow" in faults.pop("narrow_offset")
+    assert "without mask" in faults.pop("load_without_other")
+    assert "without mask" in faults.pop("load_without_mask")
+    assert not faults
