@@ -199,7 +199,7 @@ def _computing_layout(x: Tensor, weight: Tensor) -> tuple[Tensor, bool]:
     """The input as it is computed with, and whether the result is to be channels_last."""
     if is_channels_last(x):
         return x, True
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return to_channels_last(x), is_channels_last(weight)
     return x, is_channels_last(weight)
 
@@ -221,17 +221,15 @@ def _depthwise(
     dilation: Pair,
     size: Pair,
 ) -> Tensor:
-    n, channels = x.shape[:2]
     if x.numel() == 0 or 0 in size:
-        return _sum_of_nothing((n, weight_dw.shape[0], *size), x, weight_dw, bias)
-    return F.conv2d(x, weight_dw, bias, stride, padding, dilation, channels)
+        return _sum_of_nothing((x.shape[0], weight_dw.shape[0], *size), x, weight_dw, bias)
+    return F.conv2d(x, weight_dw, bias, stride, padding, dilation, x.shape[1])
 
 
 def _pointwise(x: Tensor, weight_pw: Tensor, bias: Tensor | None) -> Tensor:
-    n, _, h, w = x.shape
-    filters = weight_pw.shape[0]
-    if filters == 0 or x.numel() == 0:
-        return _sum_of_nothing((n, filters, h, w), x, weight_pw, bias)
+    if x.numel() == 0 or weight_pw.shape[0] == 0:
+        shape = (x.shape[0], weight_pw.shape[0], *x.shape[2:])
+        return _sum_of_nothing(shape, x, weight_pw, bias)
     return F.conv2d(x, weight_pw, bias)
 
 
@@ -261,7 +259,5 @@ def _pointwise_of_sets(
     y = torch.mm(flat, first) if bias is None else torch.addmm(bias, flat, first)
     for weight_of_set in rest:
         flat = next(sets).permute(0, 2, 3, 1).flatten(0, 2)
-        # In place spares a copy; with gradients vmap may be about, which has no rule for it.
-        add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
-        y = add(y, flat, weight_of_set)
+        y = torch.addmm(y, flat, weight_of_set)
     return y.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2)

@@ -15,6 +15,9 @@ from sepconv.reference import ACTIVATIONS, Pair, Sides, output_size
 IntPair: TypeAlias = int | Sequence[int]
 Padding: TypeAlias = int | str | Sequence[int] | Sequence[Sequence[int]]
 
+Shape: TypeAlias = tuple[int, int, int, int]
+Kind: TypeAlias = tuple[torch.dtype, torch.device]
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -77,19 +80,18 @@ def check_depthwise(
     x: Tensor,
     weight_dw: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: Pair,
+    padding: Sides,
+    dilation: Pair,
     activation: str | None,
-) -> tuple[int, int, int, int]:
+) -> Shape:
     """Check normalised arguments of the depthwise convolution; return the shape of its result."""
-    _check_images(x)
-    shape = _check_filters(x, weight_dw, stride, padding, dilation)
-    _check_alike(x, "weight_dw", weight_dw)
+    kind = _check_images(x)
+    shape = _check_filters(x, weight_dw, kind, stride, padding, dilation)
     if bias is not None:
-        _check_shape("bias", bias, (shape[1],))
-        _check_alike(x, "bias", bias)
-    _check_activation("activation", activation)
+        _check_like("bias", bias, shape[1:2], kind)
+    if activation is not None:
+        _check_activation("activation", activation)
     return shape
 
 
@@ -99,10 +101,11 @@ def check_pointwise(
     bias: Tensor | None,
     activation: str | None,
     residual: Tensor | None,
-) -> tuple[int, int, int, int]:
+) -> Shape:
     """Check normalised arguments of the pointwise convolution; return the shape of its result."""
-    _check_images(x)
-    return _check_mixing(x, x.shape, "bias", weight_pw, bias, activation, residual)
+    kind = _check_images(x)
+    n, c, h, w = x.shape
+    return _check_mixing((n, c, h, w), kind, "bias", weight_pw, bias, activation, residual)
 
 
 def check_separable(
@@ -111,22 +114,21 @@ def check_separable(
     weight_pw: Tensor,
     bias_dw: Tensor | None,
     bias_pw: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: Pair,
+    padding: Sides,
+    dilation: Pair,
     activation_mid: str | None,
     activation: str | None,
     residual: Tensor | None,
-) -> tuple[int, int, int, int]:
+) -> Shape:
     """Check normalised arguments of the separable convolution; return the shape of its result."""
-    _check_images(x)
-    middle = _check_filters(x, weight_dw, stride, padding, dilation)
-    _check_alike(x, "weight_dw", weight_dw)
+    kind = _check_images(x)
+    middle = _check_filters(x, weight_dw, kind, stride, padding, dilation)
     if bias_dw is not None:
-        _check_shape("bias_dw", bias_dw, (middle[1],))
-        _check_alike(x, "bias_dw", bias_dw)
-    _check_activation("activation_mid", activation_mid)
-    return _check_mixing(x, middle, "bias_pw", weight_pw, bias_pw, activation, residual)
+        _check_like("bias_dw", bias_dw, middle[1:2], kind)
+    if activation_mid is not None:
+        _check_activation("activation_mid", activation_mid)
+    return _check_mixing(middle, kind, "bias_pw", weight_pw, bias_pw, activation, residual)
 
 
 def _fail(name: str, expected: str, got: str) -> NoReturn:
@@ -140,104 +142,93 @@ def _named_sides(padding: str, weight_dw: Tensor, stride: Pair, dilation: Pair) 
         _fail("padding", "'same', 'valid' or numbers", repr(padding))
     if stride != (1, 1):
         _fail("padding", "numbers where the stride is not 1", f"'same' with stride {stride}")
-    if weight_dw.dim() != 4:
-        _fail("weight_dw", "shape [C*M, 1, R, S]", f"shape {list(weight_dw.shape)}")
+    _check_4d("weight_dw", weight_dw, "[C*M, 1, R, S]")
     rows = dilation[0] * (weight_dw.shape[2] - 1)
     columns = dilation[1] * (weight_dw.shape[3] - 1)
     return rows // 2, rows - rows // 2, columns // 2, columns - columns // 2
 
 
-def _check_images(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        _fail("x", "a tensor [N, C, H, W]", type(x).__name__)
-    if x.dim() != 4:
-        _fail("x", "shape [N, C, H, W]", f"shape {list(x.shape)}")
-    if x.dtype not in _DTYPES:
-        _fail("x", f"dtype {', '.join(map(_name, _DTYPES))}", f"dtype {_name(x.dtype)}")
+def _check_images(x: Tensor) -> Kind:
+    _check_4d("x", x, "[N, C, H, W]")
+    dtype = x.dtype
+    if dtype not in _DTYPES:
+        _fail("x", f"dtype {', '.join(map(_name, _DTYPES))}", f"dtype {_name(dtype)}")
+    return dtype, x.device
 
 
 def _check_filters(
-    x: Tensor,
-    weight_dw: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, int, int, int]:
-    if not isinstance(weight_dw, Tensor):
-        _fail("weight_dw", "a tensor [C*M, 1, R, S]", type(weight_dw).__name__)
-    if weight_dw.dim() != 4:
-        _fail("weight_dw", "shape [C*M, 1, R, S]", f"shape {list(weight_dw.shape)}")
-    n, channels, height, width = x.shape
-    filters, one, rows, columns = weight_dw.shape
+    x: Tensor, weight_dw: Tensor, kind: Kind, stride: Pair, padding: Sides, dilation: Pair
+) -> Shape:
+    _check_4d("weight_dw", weight_dw, "[C*M, 1, R, S]")
+    x_shape, weight_shape = x.shape, weight_dw.shape
+    channels = x_shape[1]
+    filters, one, rows, columns = weight_shape
     if one != 1 or rows < 1 or columns < 1:
-        _fail("weight_dw", "shape [C*M, 1, R, S]", f"shape {list(weight_dw.shape)}")
+        _fail("weight_dw", "shape [C*M, 1, R, S]", f"shape {list(weight_shape)}")
     if filters != channels and (channels == 0 or filters == 0 or filters % channels):
         _fail("weight_dw", f"a multiple of x's {channels} channels as filters", f"{filters}")
-    # The operators can be reached without `pair` and `sides`.
-    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
-        pair("stride", stride)
-        pair("dilation", dilation)
-        _fail("padding", "at least 0", repr(padding))
-    top, bottom, left, right = padding
-    p, q = output_size(
-        x.shape,
-        weight_dw.shape,
-        (stride[0], stride[1]),
-        (top, bottom, left, right),
-        (dilation[0], dilation[1]),
-    )
+    _check_kind("weight_dw", weight_dw, kind)
+    p, q = output_size(x_shape, weight_shape, stride, padding, dilation)
     if p < 0 or q < 0:
         _fail(
             "x",
             f"height and width that hold a {rows} x {columns} filter of dilation {dilation}",
-            f"{height} x {width} with padding {padding}",
+            f"{x_shape[2]} x {x_shape[3]} with padding {padding}",
         )
-    return n, filters, p, q
+    return x_shape[0], filters, p, q
 
 
 def _check_mixing(
-    x: Tensor,
-    middle: Sequence[int],
+    middle: Shape,
+    kind: Kind,
     bias_name: str,
     weight_pw: Tensor,
     bias: Tensor | None,
     activation: str | None,
     residual: Tensor | None,
-) -> tuple[int, int, int, int]:
-    """Check the pointwise half, which meets activations of shape `middle`."""
+) -> Shape:
+    """Check the pointwise half, which is given images of shape `middle`."""
     n, channels, p, q = middle
-    if not isinstance(weight_pw, Tensor):
-        _fail("weight_pw", f"a tensor [K, {channels}, 1, 1]", type(weight_pw).__name__)
-    if weight_pw.dim() != 4 or weight_pw.shape[1:] != (channels, 1, 1):
+    _check_4d("weight_pw", weight_pw, "[K, C*M, 1, 1]")
+    filters, weight_channels, rows, columns = weight_pw.shape
+    if weight_channels != channels or rows != 1 or columns != 1:
         _fail("weight_pw", f"shape [K, {channels}, 1, 1]", f"shape {list(weight_pw.shape)}")
-    _check_alike(x, "weight_pw", weight_pw)
-    shape = (n, weight_pw.shape[0], p, q)
+    _check_kind("weight_pw", weight_pw, kind)
     if bias is not None:
-        _check_shape(bias_name, bias, shape[1:2])
-        _check_alike(x, bias_name, bias)
-    _check_activation("activation", activation)
+        _check_like(bias_name, bias, (filters,), kind)
+    if activation is not None:
+        _check_activation("activation", activation)
+    shape = (n, filters, p, q)
     if residual is not None:
-        _check_shape("residual", residual, shape)
-        _check_alike(x, "residual", residual)
+        _check_like("residual", residual, shape, kind)
     return shape
 
 
-def _check_shape(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
+def _check_4d(name: str, t: Tensor, axes: str) -> None:
+    if not isinstance(t, Tensor):
+        _fail(name, f"a tensor {axes}", type(t).__name__)
+    if t.dim() != 4:
+        _fail(name, f"shape {axes}", f"shape {list(t.shape)}")
+
+
+def _check_like(name: str, t: Tensor, shape: tuple[int, ...], kind: Kind) -> None:
     if not isinstance(t, Tensor):
         _fail(name, f"a tensor {list(shape)} or None", type(t).__name__)
     if t.shape != shape:
         _fail(name, f"shape {list(shape)}", f"shape {list(t.shape)}")
+    _check_kind(name, t, kind)
 
 
-def _check_alike(x: Tensor, name: str, t: Tensor) -> None:
-    if t.dtype != x.dtype:
-        _fail(name, f"x's dtype {_name(x.dtype)}", f"dtype {_name(t.dtype)}")
-    if t.device != x.device:
-        _fail(name, f"x's device {x.device}", f"device {t.device}")
+def _check_kind(name: str, t: Tensor, kind: Kind) -> None:
+    dtype, device = kind
+    if t.dtype != dtype:
+        _fail(name, f"x's dtype {_name(dtype)}", f"dtype {_name(t.dtype)}")
+    if t.device != device:
+        _fail(name, f"x's device {device}", f"device {t.device}")
 
 
-def _check_activation(name: str, activation: str | None) -> None:
-    if activation is not None and activation not in ACTIVATIONS:
+def _check_activation(name: str, activation: str) -> None:
+    if activation not in ACTIVATIONS:
         _fail(name, f"None or one of {', '.join(ACTIVATIONS)}", repr(activation))
 
 

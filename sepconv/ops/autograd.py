@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
+    enable_single_level_autograd_function,
+)
 
 from sepconv.layout import suggests_channels_last
 from sepconv.ops.library import LIBRARY
@@ -36,9 +38,11 @@ def split_activation(
 
     Fused unless its gradient will be wanted and takes its input, which autograd then keeps.
     """
-    if needs_input(activation) and torch.is_grad_enabled():
-        if any(t is not None and t.requires_grad for t in tensors):
-            return None, activation
+    wants_gradients = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in tensors
+    )
+    if wants_gradients and needs_input(activation):
+        return None, activation
     return activation, None
 
 

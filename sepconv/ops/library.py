@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sepconv import reference
 from sepconv.layout import is_channels_last, memory_format, suggests_channels_last
-from sepconv.ops.arguments import check_depthwise, check_pointwise, check_separable
+from sepconv.ops.arguments import check_depthwise, check_pointwise, check_separable, pair
 from sepconv.ops.backend import can_run_kernels
 from sepconv.reference import Pair, Sides
 
@@ -58,9 +58,9 @@ def _allows_tf32() -> bool:
 def _geometry(
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[Pair, Sides, Pair]:
-    """The dispatcher's lists as the tuples that they were."""
-    top, bottom, left, right = padding
-    return (stride[0], stride[1]), (top, bottom, left, right), (dilation[0], dilation[1])
+    """The dispatcher's lists as the tuples that the public functions make and check."""
+    (top, bottom), (left, right) = (pair("padding", p, least=0) for p in (padding[:2], padding[2:]))
+    return pair("stride", stride), (top, bottom, left, right), pair("dilation", dilation)
 
 
 def _real(name: str) -> Callable[..., Any]:
@@ -94,8 +94,8 @@ def _depthwise(
     dilation: Sequence[int],
     activation: str | None,
 ) -> Tensor:
-    check_depthwise(x, weight_dw, bias, stride, padding, dilation, activation)
     arguments = (x, weight_dw, bias, *_geometry(stride, padding, dilation), activation)
+    check_depthwise(*arguments)
     if not can_run_kernels(x):
         return reference.depthwise_conv2d(*arguments)
     channels_last = suggests_channels_last(x, weight_dw)
@@ -103,8 +103,17 @@ def _depthwise(
 
 
 @_fake("depthwise_conv2d")
-def _fake_depthwise(x: Tensor, weight_dw: Tensor, *rest: Any) -> Tensor:
-    shape = check_depthwise(x, weight_dw, *rest)
+def _fake_depthwise(
+    x: Tensor,
+    weight_dw: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str | None,
+) -> Tensor:
+    geometry = _geometry(stride, padding, dilation)
+    shape = check_depthwise(x, weight_dw, bias, *geometry, activation)
     return _empty(x, shape, suggests_channels_last(x, weight_dw))
 
 
@@ -176,8 +185,22 @@ def _separable(
 
 
 @_fake("separable_conv2d")
-def _fake_separable(x: Tensor, weight_dw: Tensor, weight_pw: Tensor, *rest: Any) -> Tensor:
-    shape = check_separable(x, weight_dw, weight_pw, *rest)
+def _fake_separable(
+    x: Tensor,
+    weight_dw: Tensor,
+    weight_pw: Tensor,
+    bias_dw: Tensor | None,
+    bias_pw: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation_mid: str | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    tensors = (x, weight_dw, weight_pw, bias_dw, bias_pw)
+    geometry = _geometry(stride, padding, dilation)
+    shape = check_separable(*tensors, *geometry, activation_mid, activation, residual)
     return _empty(x, shape, _separable_channels_last(x, weight_dw, weight_pw))
 
 
