@@ -22,7 +22,14 @@ from sepconv.latency import measure_latencies
 from sepconv.nn import SeparableConv2d
 from sepconv.optimizers import check_optimizers, update_optimizers
 from sepconv.plan import ranks_asked, ranks_within
-from sepconv.report import attach, attached, layer_report, summarise
+from sepconv.report import (
+    LayerReport,
+    attach,
+    attached,
+    converted_layer,
+    dense_layer,
+    summarise,
+)
 from sepconv.select import FilterFn, RankChoice, select
 
 
@@ -98,14 +105,16 @@ def convert(
     else:
         planned = ranks_within(matches, budget, params, captured.macs)
 
-    factors = {
-        conv: _factorize(conv, rank) for conv in matches if (rank := planned[conv.name]) is not None
-    }
-    replacements = {c: separable_module(c, f, captured.channels_last) for c, f in factors.items()}
-    layers = {
-        conv.name: layer_report(conv, factors.get(conv) if isinstance(conv, Match) else None)
-        for conv in found
-    }
+    replacements: dict[Match, SeparableConv2d] = {}
+    layers: dict[str, LayerReport] = {}
+    for conv in found:
+        rank_planned = planned.get(conv.name)
+        if isinstance(conv, Match) and rank_planned is not None:
+            factors = _factorize(conv, rank_planned)
+            replacements[conv] = separable_module(conv, factors, captured.channels_last)
+            layers[conv.name] = converted_layer(conv, rank_planned, factors.error)
+        else:
+            layers[conv.name] = dense_layer(conv)
     if captured.has_shapes:
         measure_latencies(replacements, layers)
     if only_if_faster:
@@ -120,7 +129,7 @@ def convert(
         return made
     if not replacements:
         warnings.warn(f"convert: nothing was converted: {made.reasons()}", stacklevel=2)
-    converted, memo = rewrite(model, replacements, inplace)
+    converted, memo = rewrite(model, replacements, inplace, captured.channels_last)
     update_optimizers(listed, _successors(model, replacements, memo))
     attach(converted, made)
     return converted

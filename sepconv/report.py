@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from sepconv.factorize import SeparableFactors
 from sepconv.graph import Capture, Match, Skipped
 
 Status = Literal["converted", "skipped", "kept"]
@@ -185,34 +184,38 @@ def attached(model: nn.Module) -> Report | None:
     return vars(model).get(_ATTRIBUTE)
 
 
-def layer_report(conv: Match | Skipped, factors: SeparableFactors | None) -> LayerReport:
-    """The entry of one convolution; a match without factors is kept dense."""
-    if isinstance(conv, Skipped):
-        return LayerReport(
-            conv.name,
-            "skipped",
-            str(conv.reason),
-            macs_before=conv.macs,
-            macs_after=conv.macs,
-            params_before=conv.params,
-            params_after=conv.params,
-        )
-    macs = conv.dense_macs if conv.runs else None
-    layer = LayerReport(
+def converted_layer(conv: Match, rank: int, error: float) -> LayerReport:
+    """The entry of a convolution that is made separable."""
+    return LayerReport(
         conv.name,
-        "kept",
-        "better dense",  # within the budget
+        "converted",
+        rank=rank,
+        macs_before=conv.dense_macs if conv.runs else None,
+        macs_after=conv.macs(rank) if conv.runs else None,
+        params_before=conv.dense_params,
+        params_after=conv.params(rank),
+        error=error,
+    )
+
+
+def dense_layer(conv: Match | Skipped) -> LayerReport:
+    """The entry of a convolution that stays: skipped, or kept since the budget allows it."""
+    status: Status
+    if isinstance(conv, Skipped):
+        status, reason = "skipped", str(conv.reason)
+        macs, params = conv.macs, conv.params
+    else:
+        status, reason = "kept", "better dense"
+        macs, params = conv.dense_macs if conv.runs else None, conv.dense_params
+    return LayerReport(
+        conv.name,
+        status,
+        reason,
         macs_before=macs,
         macs_after=macs,
-        params_before=conv.dense_params,
-        params_after=conv.dense_params,
+        params_before=params,
+        params_after=params,
     )
-    if factors is not None:
-        rank = factors.weight_dw.shape[0] // conv.weight.shape[1]
-        layer.status, layer.reason, layer.rank, layer.error = "converted", "", rank, factors.error
-        layer.macs_after = conv.macs(rank) if conv.runs else None
-        layer.params_after = conv.params(rank)
-    return layer
 
 
 def summarise(

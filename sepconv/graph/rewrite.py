@@ -49,11 +49,16 @@ def separable_module(
 
 
 def rewrite(
-    model: nn.Module, replacements: Mapping[Match, SeparableConv2d], inplace: bool
+    model: nn.Module,
+    replacements: Mapping[Match, SeparableConv2d],
+    inplace: bool,
+    channels_last: bool,
 ) -> tuple[nn.Module, dict[int, Any]]:
     """Replace each matched convolution, in `model` itself or in a copy.
 
     The copy never holds the dense weights: the replacements are in its memo from the start.
+    With `channels_last` the convolutions that stay get channels_last weights too, so that the
+    whole network runs in one layout from its first convolution on, whatever it is fed.
 
     Returns:
         The rewritten model, and the copied objects by `id` of the original (empty in place).
@@ -80,7 +85,17 @@ def rewrite(
             by_owner.setdefault(conv.owner, {})[id(weight)] = module
     for owner, by_weight in by_owner.items():
         _rewrite_forward(copied.get_submodule(owner), by_weight)
+    if channels_last and replacements:
+        for module in copied.modules():
+            if isinstance(module, nn.Conv2d) and isinstance(module.weight, nn.Parameter):
+                _make_channels_last(module.weight)
     return copied, memo
+
+
+def _make_channels_last(weight: nn.Parameter) -> None:
+    laid_out = torch.empty_like(weight, memory_format=torch.channels_last)
+    with torch.no_grad():
+        weight.data = laid_out.copy_(weight)
 
 
 def _argument(value: tuple[int, ...] | str) -> Any:
