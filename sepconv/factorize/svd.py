@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Channels are independent: taken some at a time, the float64 work stays small beside the weight.
+_CHANNELS = 64
+
 
 class SeparableFactors(NamedTuple):
     """Factors of a dense weight [K, C, R, S] at rank T.
@@ -61,14 +64,19 @@ def factorize(weight: Tensor, rank: int) -> SeparableFactors:
     if rank >= full_rank(weight.shape):
         return _exact(weight)
 
-    per_channel = _per_channel(weight)  # [C, K, R*S]
+    parts = [_truncate(part, rank) for part in weight.split(_CHANNELS, dim=1)]
+    filters, mixing, lost, total = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    error = float((lost.sum() / total.sum()).sqrt()) if total.sum() > 0 else 0.0
+    return SeparableFactors(*_to_weights(filters, mixing, weight), error)
+
+
+def _truncate(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Filters [C, T, R*S], mixing weights [C, K, T], energy lost and total [C]."""
+    per_channel = _per_channel(weight)
     filters, energies = _right_singular_vectors(per_channel)
-    kept = filters[:, :rank]  # [C, T, R*S]
-    mixing = per_channel @ kept.mT  # [C, K, T]
-    total = energies.sum()
-    lost = energies[:, rank:].sum()
-    error = float((lost / total).sqrt()) if total > 0 else 0.0
-    return SeparableFactors(*_to_weights(kept, mixing, weight), error)
+    kept = filters[:, :rank]
+    mixing = per_channel @ kept.mT
+    return kept, mixing.to(weight.dtype), energies[:, rank:].sum(1), energies.sum(1)
 
 
 def weight_errors(weight: Tensor) -> Tensor:

@@ -86,9 +86,9 @@ def rewrite(
     for owner, by_weight in by_owner.items():
         _rewrite_forward(copied.get_submodule(owner), by_weight)
     if channels_last and replacements:
-        for module in copied.modules():
-            if isinstance(module, nn.Conv2d) and isinstance(module.weight, nn.Parameter):
-                _make_channels_last(module.weight)
+        for dense in copied.modules():
+            if isinstance(dense, nn.Conv2d) and isinstance(dense.weight, nn.Parameter):
+                _make_channels_last(dense.weight)
     return copied, memo
 
 
