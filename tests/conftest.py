@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision_shim
 
 ROOT = Path(__file__).resolve().parents[1]
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
+import torchvision_shim  # noqa: E402 (it imports triton too)
 from fuzz.session import REPLAY, FuzzSession, Tally  # noqa: E402 (after the line above)
 
 EXAMPLES_DEFAULT = 20
