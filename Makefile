@@ -1,0 +1,57 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both set up everything they need.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs wheel mutants fuzz bench zoo gpu clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+# Torch first: what is installed after it then fits the build that is there.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) pip setuptools wheel
+	$(PIP) torch
+	$(PIP) -e ".[test]"
+	@touch $@
+
+$(VENV)/dev: $(VENV)/installed
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/installed ## train a small network, convert it, compare
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/installed ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(VENV)/installed ## fuzz the kernels: against cuDNN on a GPU, else through the interpreter
+	$(BIN)/python -m pytest --hypothesis tests/fuzz $(ARGS)
+
+mutants: $(VENV)/installed ## plant bugs in the kernels; each must be caught
+	$(BIN)/python tests/mutants/run.py
+
+bench: $(VENV)/installed ## the benchmark of this machine's CPU
+	$(BIN)/python -m sepconv.bench cpu
+
+lint: $(VENV)/dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/installed ## run every example in docstrings, README and docs
+	$(BIN)/python -m pytest --doctest-modules --doctest-glob='*.md' sepconv README.md docs
+
+wheel: $(VENV)/dev ## build the wheel and try it in a clean environment
+	rm -rf build dist $(VENV)-wheel
+	$(BIN)/python -m build --quiet --wheel --no-isolation --outdir dist
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd $(VENV)-wheel && bin/python ../tests/wheel.py
+
+clean: ## remove environments and build output
+	rm -rf .venv* build dist *.egg-info
