@@ -99,7 +99,9 @@ def convert(
     found = match(model, captured)
     ranks, found = select(model, found, rank, include, exclude, filter_fn, first_conv)
     matches = [conv for conv in found if isinstance(conv, Match)]
-    params = sum(p.numel() for p in model.parameters())
+    params = sum(
+        p.numel() for p in model.parameters() if not isinstance(p, nn.UninitializedParameter)
+    )
     if budget is None:
         planned = ranks_asked(matches, ranks)
     else:

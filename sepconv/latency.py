@@ -57,7 +57,9 @@ class LatencyTable:
             weight = conv.weight
             key = (form, shape, weight.shape, weight.dtype, weight.device, conv.geometry)
             if key not in self._known:
-                x = torch.randn(shape, device=weight.device).to(weight.dtype)
+                # Its own generator: measuring leaves the caller's random state alone.
+                generator = torch.Generator(weight.device).manual_seed(0)
+                x = torch.randn(shape, device=weight.device, generator=generator).to(weight.dtype)
                 with torch.no_grad():
                     self._known[key] = measure(x)
             total += times * self._known[key]

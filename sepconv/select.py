@@ -8,6 +8,7 @@ from torch import nn
 
 from sepconv.errors import closest
 from sepconv.graph import Match, Skipped, SkipReason
+from sepconv.nn import SeparableConv2d
 
 Rank = int | Literal["full"]
 RankChoice = Rank | Mapping[str, Rank | None] | None
@@ -45,7 +46,9 @@ def select(
         ValueError: a pattern matches no convolution; a rank is not an int >= 1 or "full".
     """
     include, exclude = _patterns(include, "include"), _patterns(exclude, "exclude")
+    # An earlier conversion's layers count, so that the same call may be made twice.
     names = [conv.name for conv in found]
+    names += [name for name, m in model.named_modules() if isinstance(m, SeparableConv2d)]
     for where, patterns in (("include", include or ()), ("exclude", exclude or ())):
         _require_matches(where, patterns, names)
     if isinstance(rank, Mapping):

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sepconv.graph.state import evaluating, untouched
+from sepconv.graph.state import evaluating, untouched, without_history
 from sepconv.graph.tracing import TraceLevel, trace
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
@@ -120,6 +120,8 @@ class _ConvRecorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if func is Tensor.view and self._force_channels_last:
+            _require_any_batch(args[0], result)
         if func not in _CONVOLUTIONS:
             return result
         x = args[0] if args else kwargs["input"]
@@ -127,9 +129,27 @@ class _ConvRecorder(TorchFunctionMode):
         batched = result.dim() == weight.dim()
         shapes = (tuple(t.shape) if batched else (1, *t.shape) for t in (x, result))
         self.runs[id(weight)].append(ConvRun(*shapes))
-        if self._force_channels_last and result.dim() == 4:
-            return result.contiguous(memory_format=torch.channels_last)
+        if self._force_channels_last and weight.dim() < 5:
+            return _channels_last(result if batched else result[None], batched)
         return result
+
+
+def _channels_last(y: Tensor, batched: bool) -> Tensor:
+    """A convolution's result [N, K, P, Q] or [N, K, Q] as its separable form returns it."""
+    if y.dim() == 3:
+        y = y.unsqueeze(2).contiguous(memory_format=torch.channels_last).squeeze(2)
+    else:
+        y = y.contiguous(memory_format=torch.channels_last)
+    return y if batched else y[0]
+
+
+def _require_any_batch(x: Tensor, viewed: Tensor) -> None:
+    """Raise `RuntimeError` for a view of one image that more images would refuse.
+
+    A first axis of length 1 can be merged with any other; a longer one cannot in channels_last.
+    """
+    if x.shape[:1] == (1,) and viewed.shape[:1] != (1,) and not x.is_contiguous():
+        raise RuntimeError("view: merges the first axis of a channels_last tensor")
 
 
 def _record(
@@ -177,7 +197,7 @@ def _calls_view(graph: fx.Graph | None) -> bool:
 def _runnable(model: nn.Module) -> nn.Module:
     """The model, or a copy where running it would give its lazy modules their final form."""
     lazy = any(isinstance(p, nn.UninitializedParameter) for p in model.parameters())
-    return deepcopy(model) if lazy else model
+    return deepcopy(model, without_history(model)) if lazy else model
 
 
 def _translate(

@@ -130,7 +130,9 @@ class _Finder:
         self.captured = captured
         self.by_name = dict(model.named_modules(remove_duplicate=False))
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.nodes = list(captured.graph.nodes) if captured.graph is not None else []
+        # The graph of a convolution is the call of itself, which is found as a module.
+        opened = captured.graph is not None and not isinstance(model, _ConvNd)
+        self.nodes = list(captured.graph.nodes) if opened and captured.graph else []
         self.uses = Counter(
             id(p) for m in model.modules() for p in m._parameters.values() if p is not None
         )
@@ -148,7 +150,7 @@ class _Finder:
                 continue
             first_seen = not seen
             seen.add(id(module))
-            key = id(getattr(module, "weight", None))
+            key = id(_own_weight(module))
             runs = tuple(self.captured.runs.get(key, ()))
             reason = _obstacle(module)
             if reason is None and self.uses[key] > 1:
@@ -236,9 +238,7 @@ class _Finder:
 
     def _untraced(self, traced: set[str]) -> Iterator[tuple[int, Skipped]]:
         """Parameters that convolutions were seen to run with, in code that fx could not open."""
-        of_modules = {
-            id(getattr(m, "weight", None)) for m in self.by_name.values() if isinstance(m, _ConvNd)
-        }
+        of_modules = {id(_own_weight(m)) for m in self.by_name.values() if isinstance(m, _ConvNd)}
         for name, parameter in self.parameters.items():
             key = id(parameter)
             if key in self.captured.runs and key not in of_modules and name not in traced:
@@ -268,6 +268,11 @@ class _Finder:
                 return False
             pending.extend(current.all_input_nodes)
         return True
+
+
+def _own_weight(module: _ConvNd) -> nn.Parameter | None:
+    """The parameter `weight`. A parametrised weight is none, and reading it may change buffers."""
+    return module._parameters.get("weight")
 
 
 def _obstacle(module: _ConvNd) -> SkipReason | None:

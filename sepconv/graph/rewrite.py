@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from sepconv.factorize import SeparableFactors
 from sepconv.graph.functional import forward_graph
 from sepconv.graph.match import Match
+from sepconv.graph.state import without_history
 from sepconv.nn import SeparableConv1d, SeparableConv2d
 
 
@@ -63,7 +64,7 @@ def rewrite(
     Returns:
         The rewritten model, and the copied objects by `id` of the original (empty in place).
     """
-    memo: dict[int, Any] = {}
+    memo = {} if inplace else without_history(model)
     for conv, module in replacements.items():
         if inplace:
             _carry(conv, module)
@@ -87,8 +88,10 @@ def rewrite(
         _rewrite_forward(copied.get_submodule(owner), by_weight)
     if channels_last and replacements:
         for dense in copied.modules():
-            if isinstance(dense, nn.Conv2d) and isinstance(dense.weight, nn.Parameter):
-                _make_channels_last(dense.weight)
+            # Not `dense.weight`: reading a parametrised weight may change its buffers.
+            weight = dense._parameters.get("weight") if isinstance(dense, nn.Conv2d) else None
+            if weight is not None and not isinstance(weight, nn.UninitializedParameter):
+                _make_channels_last(weight)
     return copied, memo
 
 

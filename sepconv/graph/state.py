@@ -3,10 +3,12 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
@@ -48,6 +50,19 @@ def untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
+
+
+def without_history(model: nn.Module) -> dict[int, Any]:
+    """A memo for `deepcopy(model, memo)` that holds the tensors it would refuse.
+
+    Those with a history: an activation that a module remembers, the weight that an old-style
+    weight_norm computed last. The copy gets their values.
+    """
+    memo: dict[int, Any] = {}
+    for value in tree_leaves([dict(vars(m)) for m in model.modules()]):
+        if isinstance(value, Tensor) and not value.is_leaf:
+            memo[id(value)] = value.detach().clone()
+    return memo
 
 
 @contextmanager
