@@ -17,13 +17,16 @@ def is_channels_last(t: Tensor) -> bool:
     """
     stride_n, stride_c, stride_h, stride_w = t.stride()
     n, c, h, w = t.shape
-    # In a dense channels_last tensor each stride covers the extent of the axis inside it.
+    # In a dense channels_last tensor each stride covers the extent of the axis inside it. Only
+    # `if` makes a plain bool of symbolic sizes.
     if stride_c == 0 or stride_w < stride_c * c or stride_h < stride_w * w:
         return False
     if n == 0 or c == 0 or h == 0 or w == 0:
         return False
     extent = stride_h * h
-    return stride_n >= extent and extent != stride_c
+    if stride_n < extent or extent == stride_c:  # noqa: SIM103
+        return False
+    return True
 
 
 def suggests_channels_last(x: Tensor, weight: Tensor) -> bool:
@@ -44,8 +47,6 @@ def to_channels_last(x: Tensor) -> Tensor:
 
 def to_layout(y: Tensor, channels_last: bool) -> Tensor:
     """`y` with exactly the strides of a new tensor in that layout, copied only if they differ."""
-    if is_channels_last(y) == channels_last:
-        return y
-    if channels_last:
-        return to_channels_last(y)
-    return y.clone(memory_format=torch.contiguous_format)
+    if is_channels_last(y):
+        return y if channels_last else y.clone(memory_format=torch.contiguous_format)
+    return to_channels_last(y) if channels_last else y

@@ -10,6 +10,7 @@ operator itself, called directly, computes that input again.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
 )
 
 from sepconv.layout import suggests_channels_last
+from sepconv.ops.autocast import is_autocasting
 from sepconv.ops.library import LIBRARY
 from sepconv.reference import activate, activation_backward
 
@@ -249,7 +251,10 @@ def _kernel(op: Any, setup_context: Callable[..., None], backward: Backward) -> 
 
         @staticmethod
         def backward(ctx: Any, dy: Tensor) -> Any:
-            return None, *backward(ctx, dy)
+            # In the dtype of the forward pass, also where `backward()` is called under autocast.
+            off = torch.autocast(dy.device.type, enabled=False) if is_autocasting(dy) else None
+            with off or nullcontext():
+                return None, *backward(ctx, dy)
 
     apply_single_level = super(torch.autograd.Function, Function).apply
 
