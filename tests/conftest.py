@@ -52,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if value is not None and value <= 0:
             raise pytest.UsageError(f"{option} must be positive, got {value}")
     seed = config.getoption("--hypothesis-seed")
-    worker = getattr(config, "workerinput", {"workerid": "main", "fuzz_seed": None})
+    worker = getattr(config, "workerinput", {"fuzz_seed": None})
     cache = ROOT / ".hypothesis"
     cache.mkdir(exist_ok=True)
     config.stash[_fuzz] = FuzzSession(
@@ -61,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
         or (EXAMPLES_FULL if full else EXAMPLES_DEFAULT),
         seconds=config.getoption("--fuzz-seconds"),
         seed=int(seed or worker["fuzz_seed"] or random.randrange(2**32)),
-        in_flight=cache / f"in-flight-{worker['workerid']}",
+        in_flight=cache / f"in-flight-{os.getpid()}",
     )
 
 
@@ -83,9 +83,20 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     else:
         lines.append(f"fuzz: {fuzz.examples} fixed cases per op and direction (all: --hypothesis)")
     for left in fuzz.in_flight.parent.glob("in-flight-*"):
-        lines.append(f"a run died in this case: {REPLAY} '{left.read_text()}'")
-        left.unlink()
+        if not _is_running(int(left.name.rpartition("-")[2])):
+            lines.append(f"a run died in this case: {REPLAY} '{left.read_text()}'")
+            left.unlink()
     return lines
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _kernels_against() -> str:

@@ -27,6 +27,12 @@ class Plant:
     at: int
     value: float
 
+    def __eq__(self, other: object) -> bool:
+        return repr(self) == repr(other)  # NaN is not equal to itself
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
     def __repr__(self) -> str:
         return f'Plant("{self.name}", {self.at}, float("{self.value}"))'
 

@@ -1,0 +1,222 @@
+"""Bugs to plant in the kernels: each a small edit of their source, of a kind that has happened."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Checker = Literal["fuzz", "lint"]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted bug.
+
+    Attributes:
+        name: of the bug.
+        file: in ``kernels/``.
+        old: source text to replace, which must occur exactly once.
+        new: what replaces it.
+        ops: which fuzz must notice, as (op, direction); empty for the lint of the compiled kernels.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    ops: tuple[tuple[str, str], ...]
+
+    def plant(self, kernels: Path) -> None:
+        """Edit a copy of the kernels.
+
+        Raises:
+            ValueError: the text is not there, or more than once: the mutant has to be rewritten.
+        """
+        path = kernels / self.file
+        source = path.read_text()
+        found = source.count(self.old)
+        if found != 1:
+            raise ValueError(
+                f"mutant {self.name}: expected its text once in {self.file}, found it {found} "
+                f"times: {self.old!r}"
+            )
+        path.write_text(source.replace(self.old, self.new))
+
+
+DEPTHWISE = (("depthwise", "forward"),)
+DEPTHWISE_BACKWARD = (("depthwise", "backward"),)
+POINTWISE = (("pointwise", "forward"),)
+SEPARABLE = (("separable", "forward"),)
+LINT: tuple[tuple[str, str], ...] = ()
+
+MUTANTS = [
+    Mutant("halo_off_by_one", "depthwise.py", "(w < W))[:, None]", "(w <= W))[:, None]", DEPTHWISE),
+    Mutant(
+        "left_halo_off_by_one",
+        "depthwise_rolling.py",
+        "(column >= 0)",
+        "(column >= -1)",
+        DEPTHWISE,
+    ),
+    Mutant(
+        "lost_input_row",
+        "depthwise_rolling.py",
+        "(h >= 0) & (h < H)",
+        "(h >= 0) & (h < H - 1)",
+        DEPTHWISE,
+    ),
+    Mutant(
+        "swapped_stride",
+        "depthwise_bwd.py",
+        "w = q * STRIDE_W - PAD_LEFT",
+        "w = q * STRIDE_H - PAD_LEFT",
+        DEPTHWISE_BACKWARD,
+    ),
+    Mutant(
+        "missing_channel_mask",
+        "depthwise_rolling.py",
+        "mask_g = offs_g < G",
+        "mask_g = offs_g < num_g * BLOCK_C",
+        DEPTHWISE,
+    ),
+    Mutant(
+        "missing_pixel_mask",
+        "pointwise.py",
+        "mask_nq = offs_nq < INNER",
+        "mask_nq = offs_nq < num_tiles * BLOCK_NQ",
+        POINTWISE,
+    ),
+    Mutant(
+        "wrong_dilation",
+        "separable.py",
+        "row = h + r * DILATION_H",
+        "row = h + r * DILATION_W",
+        SEPARABLE,
+    ),
+    Mutant("dropped_bias", "pointwise.py", "acc += bias[None, :]", "acc += 0.0", POINTWISE),
+    Mutant(
+        "bias_of_another_channel",
+        "separable.py",
+        "(offs_c * M + m) * stride_bias_dw",
+        "(offs_c + m) * stride_bias_dw",
+        SEPARABLE,
+    ),
+    Mutant(
+        "stale_accumulator",
+        "depthwise_rolling.py",
+        "accs = (tl.zeros([BLOCK_NQ, BLOCK_C], ACC),) + accs[: R - 1]",
+        "accs = (accs[R - 1],) + accs[: R - 1]",
+        DEPTHWISE,
+    ),
+    Mutant(
+        "residual_dropped",
+        "separable.py",
+        "acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(ACC)",
+        "acc += 0.0",
+        SEPARABLE,
+    ),
+    Mutant(
+        "residual_strides_of_y",
+        "pointwise.py",
+        "residual_ptr + (offs_nq * stride_r2)[:, None]",
+        "residual_ptr + (offs_nq * stride_y2)[:, None]",
+        POINTWISE,
+    ),
+    Mutant(
+        "dgrad_without_rotation",
+        "depthwise_bwd.py",
+        "weight_dw.flip(2, 3)",
+        "weight_dw",
+        DEPTHWISE_BACKWARD,
+    ),
+    Mutant(
+        "dgrad_parity_ignored",
+        "depthwise_bwd.py",
+        "mask_nq & met & (r < R)",
+        "mask_nq & (r < R)",
+        DEPTHWISE_BACKWARD,
+    ),
+    Mutant(
+        "dgrad_assumes_dense_dy",
+        "depthwise_bwd.py",
+        "(*(N, C, H, W, P, Q, num_c, columns), *dy.stride(), *dx.stride()),",
+        "(*(N, C, H, W, P, Q, num_c, columns), C * M * P * Q, P * Q, Q, 1, *dx.stride()),",
+        DEPTHWISE_BACKWARD,
+    ),
+    Mutant(
+        "dgrad_of_one_filter_per_channel",
+        "depthwise_bwd.py",
+        "for k in tl.range(M):",
+        "for k in tl.range(1):",
+        DEPTHWISE_BACKWARD,
+    ),
+    Mutant(
+        "dw_missing_an_image",
+        "depthwise_bwd.py",
+        "mask_nq = (n < N) & (tile < num_tiles)",
+        "mask_nq = (n < tl.maximum(N - 1, 1)) & (tile < num_tiles)",
+        DEPTHWISE_BACKWARD,
+    ),
+    Mutant(
+        "dw_missing_a_split",
+        "depthwise_bwd.py",
+        "partial.sum(0)",
+        "partial[:-1].sum(0)",
+        DEPTHWISE_BACKWARD,
+    ),
+    Mutant(
+        "unwritten_tail",
+        "depthwise.py",
+        "num_g * P * triton.cdiv(N * Q, config.block_nq)",
+        "num_g * P * max(N * Q // config.block_nq, 1)",
+        DEPTHWISE,
+    ),
+    Mutant(
+        "lost_channel_tail",
+        "pointwise.py",
+        "triton.cdiv(C, config.block_c), num_tiles)",
+        "max(C // config.block_c, 1), num_tiles)",
+        POINTWISE,
+    ),
+    Mutant(
+        "padding_bottom_for_top",
+        "separable.py",
+        '"PAD_TOP": padding[0]',
+        '"PAD_TOP": padding[1]',
+        SEPARABLE,
+    ),
+    Mutant(
+        "channel_multiplier_ignored",
+        "depthwise.py",
+        "(offs_g // M * stride_xc)",
+        "(offs_g * stride_xc)",
+        DEPTHWISE,
+    ),
+    Mutant(
+        "weight_strides_ignored",
+        "pointwise.py",
+        "*weight_pw.stride()[:2],",
+        "*(C, 1),",
+        POINTWISE,
+    ),
+    Mutant(
+        "nan_swallowed_by_relu",
+        "activations.py",
+        "return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)",
+        "return tl.maximum(z, 0.0)",
+        DEPTHWISE,
+    ),
+    Mutant(
+        "relu6_without_its_six",
+        "activations.py",
+        "return tl.minimum(positive, 6.0, propagate_nan=tl.PropagateNan.ALL)",
+        "return positive",
+        SEPARABLE,
+    ),
+    Mutant(
+        "half_precision_sums",
+        "separable.py",
+        "    if bias_pw_ptr is not None:",
+        "    acc = acc.to(x_ptr.dtype.element_ty).to(ACC)\n    if bias_pw_ptr is not None:",
+        SEPARABLE,
+    ),
+]
