@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CLEAN := $(abspath $(VENV)-wheel)
+INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python $(INSTALL)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint docs wheel mutants fuzz bench zoo gpu clean
@@ -46,12 +48,12 @@ docs: $(VENV)/installed ## run every example in docstrings, README and docs
 	$(BIN)/python -m pytest --doctest-modules --doctest-glob='*.md' sepconv README.md docs
 
 wheel: $(VENV)/dev ## build the wheel and try it in a clean environment
-	rm -rf build dist $(VENV)-wheel
-	$(BIN)/python -m build --quiet --wheel --no-isolation --outdir dist
-	$(PYTHON) -m venv $(VENV)-wheel
-	$(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
-	cd $(VENV)-wheel && bin/python ../tests/wheel.py
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist > /dev/null
+	$(PYTHON) -m venv --clear $(CLEAN)
+	$(CLEAN)/bin/python $(INSTALL) torch
+	$(CLEAN)/bin/python $(INSTALL) dist/*.whl
+	cd / && $(CLEAN)/bin/python $(CURDIR)/tests/wheel.py
 
 clean: ## remove environments and build output
 	rm -rf .venv* build dist *.egg-info
