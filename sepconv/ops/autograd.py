@@ -252,8 +252,8 @@ def _kernel(op: Any, setup_context: Callable[..., None], backward: Backward) -> 
         @staticmethod
         def backward(ctx: Any, dy: Tensor) -> Any:
             # In the dtype of the forward pass, also where `backward()` is called under autocast.
-            off = torch.autocast(dy.device.type, enabled=False) if is_autocasting(dy) else None
-            with off or nullcontext():
+            autocasting = is_autocasting(dy)
+            with torch.autocast(dy.device.type, enabled=False) if autocasting else nullcontext():
                 return None, *backward(ctx, dy)
 
     apply_single_level = super(torch.autograd.Function, Function).apply
