@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from sepconv.checksum import crc32
+from sepconv.factorize import full_rank
 from sepconv.graph import Capture, Match, Skipped
 
 Status = Literal["converted", "skipped", "kept"]
@@ -34,6 +36,9 @@ class LayerReport:
         error: relative error of the weight, ||W - W'|| / ||W||, where converted.
         latency_before: seconds in the dense form's better memory format, None if not measured.
         latency_after: seconds in separable form.
+        method: how the factors were found: `exact` at full rank, `svd` of the weight alone, or
+            what a calibration names.
+        weight_crc32: checksum of the dense weight, where converted.
     """
 
     name: str
@@ -47,6 +52,8 @@ class LayerReport:
     error: float | None = None
     latency_before: float | None = None
     latency_after: float | None = None
+    method: str | None = None
+    weight_crc32: int | None = None
 
     def keep_unless_faster(self) -> bool:
         """Turn a converted layer that did not measure faster into a kept one; True if it was."""
@@ -55,7 +62,7 @@ class LayerReport:
             return False
         self.status = "kept"
         self.reason = f"not faster, {_time(before)} > {_time(after)}"
-        self.rank = self.error = None
+        self.rank = self.error = self.method = self.weight_crc32 = None
         self.macs_after, self.params_after = self.macs_before, self.params_before
         return True
 
@@ -195,6 +202,8 @@ def converted_layer(conv: Match, rank: int, error: float) -> LayerReport:
         params_before=conv.dense_params,
         params_after=conv.params(rank),
         error=error,
+        method="exact" if rank == full_rank(conv.weight_2d.shape) else "svd",
+        weight_crc32=crc32(conv.weight),
     )
 
 
