@@ -92,7 +92,7 @@ def _activation_bwd_kernel(
     elif ACTIVATION == "relu6":
         dz = tl.where((z > 0.0) & (z < 6.0), dy, 0.0)
     elif ACTIVATION == "hardswish":
-        ramp = tl.where(z < 3.0, dy * (z / 3.0 + 0.5), dy)
+        ramp = tl.where(z >= 3.0, dy, dy * (z / 3.0 + 0.5))
         dz = tl.where(z <= -3.0, 0.0, ramp)
     else:
         dz = dy * activation_slope(z, ACTIVATION)

@@ -67,17 +67,24 @@ def default(op: str, dtype: torch.dtype, shape: ConvShape) -> Config:
     """
     if op in DEPTHWISE_OPS:
         return _default_depthwise(op, dtype, shape)
-    pixels = shape.N * shape.P * shape.Q if op == "pointwise_fwd" else shape.N * shape.Q
-    if dtype == torch.float64:
-        return GemmConfig(_power_of_2(pixels, 16, 32), 32, _power_of_2(shape.K, 16, 32))
-    if dtype == torch.float32:
-        return GemmConfig(_power_of_2(pixels, 16, 64), 32, _power_of_2(shape.K, 16, 64))
-    block_nq = _power_of_2(pixels, 16, 64)
-    block_k = _power_of_2(shape.K, 16, 128)
     if op == "pointwise_fwd":
-        return GemmConfig(block_nq, _power_of_2(shape.C, 32, 64), block_k)
-    rows = 4 if shape.P >= 4 else 1
-    return GemmConfig(block_nq, 32, block_k, rows, num_warps=8 if block_nq * block_k > 2048 else 4)
+        block_nq, block_c, block_k = {8: (32, 16, 32), 4: (64, 32, 64)}.get(
+            dtype.itemsize, (64, 32, 128)
+        )
+        block_nq = _power_of_2(shape.N * shape.P * shape.Q, 16, block_nq)
+        return GemmConfig(block_nq, block_c, _power_of_2(shape.K, 16, block_k), num_stages=3)
+
+    block_nq, block_k = {8: (32, 32), 4: (64, 64)}.get(dtype.itemsize, (64, 128))
+    block_nq = _power_of_2(shape.N * shape.Q, 16, block_nq)
+    # Conversions from 16 bits are what rows share; narrow loads leave no registers for them.
+    strip = dtype.itemsize == 2 and _loads_vectors(shape) and shape.R > 1 and shape.P >= 4
+    return GemmConfig(
+        block_nq,
+        32,
+        _power_of_2(shape.K, 16, block_k),
+        rows=4 if strip else 1,
+        num_warps=8 if block_nq > 16 else 4,
+    )
 
 
 def candidates(
@@ -113,14 +120,20 @@ def _default_depthwise(op: str, dtype: torch.dtype, shape: ConvShape) -> Depthwi
     height, width = _written_size(op, shape)
     columns = shape.N * width
     if shape.channels_last:
-        block_c = _power_of_2(shape.K, 8, 32 if dtype == torch.float64 else 64)
-        block_nq = _power_of_2(columns, 8, 1024 // block_c)
+        narrow = dtype == torch.float64 or not _loads_vectors(shape)
+        block_c = _power_of_2(shape.K, 8, 32 if narrow else 64)
+        block_nq = _power_of_2(columns, 8, (512 if narrow else 1024) // block_c)
     else:
         block_c = 1
         block_nq = _power_of_2(columns, 32, 256)
     programs_per_row = -(-shape.K // block_c) * -(-columns // block_nq)
     rows = min(max(programs_per_row * height // _FILLING_PROGRAMS, 2), 16)
     return DepthwiseConfig(block_nq, block_c, rows)
+
+
+def _loads_vectors(shape: ConvShape) -> bool:
+    """Whether the compiler knows that eight channels can be loaded at once."""
+    return shape.channels_last and shape.C % 8 == 0 and shape.K % 8 == 0
 
 
 def _written_size(op: str, shape: ConvShape) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """What every launcher needs on the host: outputs, packed weights, merged axes, the launch."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -8,6 +9,13 @@ import triton.language as tl
 
 # Offsets inside one axis are 32 bits wide; whole tensors may be larger.
 MAX_AXIS = 2**31 - 2**16
+
+_TL_DTYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
@@ -91,24 +99,29 @@ def pack_pointwise(weight_pw: torch.Tensor, M: int) -> torch.Tensor:
 
 
 def dot_options(x: torch.Tensor, allow_tf32: bool) -> dict[str, Any]:
-    """The operand type and precision of `tl.dot` for tensors like `x`.
-
-    The interpreter cannot multiply bfloat16, so on a CPU the operands are widened. AMD back ends
-    accept only their own default precision.
-    """
-    dtypes = {
-        torch.float64: tl.float64,
-        torch.float32: tl.float32,
-        torch.float16: tl.float16,
-        torch.bfloat16: tl.bfloat16,
-    }
-    dtype = dtypes[x.dtype]
-    if x.is_cpu and dtype == tl.bfloat16:
-        dtype = tl.float32
+    """The operand type and precision of `tl.dot` for tensors like `x`."""
+    # AMD back ends accept only their own default precision.
     precision = None
     if x.dtype == torch.float32 and torch.version.hip is None:
         precision = "tf32" if allow_tf32 else "ieee"
-    return {"DOT": dtype, "PRECISION": precision}
+    return {"DOT": _TL_DTYPES[dot_dtype(x)], "PRECISION": precision}
+
+
+def dot_dtype(x: torch.Tensor) -> torch.dtype:
+    """The operand type of matrix products of tensors like `x`, and what block sizes go by.
+
+    16-bit types are widened where Triton has no matrix instructions for them, and for the
+    interpreter, which cannot multiply bfloat16.
+    """
+    if x.dtype.itemsize > 2:
+        return x.dtype
+    widened = x.dtype == torch.bfloat16 if x.is_cpu else _before_ampere(x.device)
+    return torch.float32 if widened else x.dtype
+
+
+@cache
+def _before_ampere(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def launch(

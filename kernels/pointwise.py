@@ -13,7 +13,14 @@ import triton.language as tl
 
 from sepconv.kernels.activations import apply_activation
 from sepconv.kernels.configs import ConvShape, GemmConfig, default
-from sepconv.kernels.launch import accumulator, collapse, dot_options, empty_output, launch
+from sepconv.kernels.launch import (
+    accumulator,
+    collapse,
+    dot_dtype,
+    dot_options,
+    empty_output,
+    launch,
+)
 
 
 @triton.jit
@@ -130,7 +137,7 @@ def pointwise_fwd(
         return y
     if config is None:
         shape = ConvShape(N, C, H, W, K, H, W, channels_last=channels_last)
-        config = default("pointwise_fwd", x.dtype, shape)
+        config = default("pointwise_fwd", dot_dtype(x), shape)
     tensors = (x, y, y if residual is None else residual)
     pixels = [tensor.stride() for tensor in tensors]
     sizes, strides = collapse((N, H, W), *((s[0], s[2], s[3]) for s in pixels))

@@ -20,6 +20,7 @@ from sepconv.kernels.depthwise import depthwise_row
 from sepconv.kernels.launch import (
     accumulator,
     check_axes,
+    dot_dtype,
     dot_options,
     empty_output,
     launch,
@@ -326,7 +327,7 @@ def separable_fwd(
     M = G // C if C else 1
     if config is None:
         shape = ConvShape(N, C, H, W, K, P, Q, R, S, M, channels_last)
-        config = default("separable_fwd", x.dtype, shape)
+        config = default("separable_fwd", dot_dtype(x), shape)
     rows = config.rows if R <= _MAX_STRIP_R else 1
     num_k = triton.cdiv(K, config.block_k)
     num_strips = triton.cdiv(P, rows)

@@ -33,6 +33,7 @@ from sepconv.kernels import (
     pointwise,
     separable,
 )
+from sepconv.kernels import launch as launch_module
 from sepconv.kernels.configs import (
     DEPTHWISE_OPS,
     GEMM_OPS,
@@ -96,8 +97,8 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-def record(call: Callable[[], object]) -> Launch:
-    """The one launch that `call` would make."""
+def record(call: Callable[[], object], target: str) -> Launch:
+    """The one launch that `call` would make on `target`."""
     launches: list[Launch] = []
 
     def keep(kernel, programs, tensors, scalars, constants, *, num_warps, num_stages):
@@ -109,6 +110,9 @@ def record(call: Callable[[], object]) -> Launch:
         for module in _KERNEL_MODULES:
             if hasattr(module, "launch"):
                 stack.enter_context(patch.object(module, "launch", keep))
+        stack.enter_context(
+            patch.object(launch_module, "_before_ampere", lambda _: target == "sm_75")
+        )
         call()
     (launch,) = launches
     return launch
@@ -152,7 +156,7 @@ def launch_of(
     shape: ConvShape,
     stride: tuple[int, int] = (1, 1),
     config: Config | None = None,
-    allow_tf32: bool = False,
+    target: str = "sm_90",
 ) -> Launch:
     """The launch of `op` with biases and ReLUs, padding that keeps the size at stride 1."""
     N, C, H, W, K, P, Q, R, S, M, channels_last = shape
@@ -176,15 +180,15 @@ def launch_of(
         ),
         "pointwise_fwd": lambda: pointwise.pointwise_fwd(
             x, nhwc(dtype, K, C, 1, 1), bias_pw, "relu", None,
-            allow_tf32=allow_tf32, **last, config=config,
+            allow_tf32=False, **last, config=config,
         ),
         "separable_fwd": lambda: separable.separable_fwd(
             x, weight_dw, nhwc(dtype, K, C * M, 1, 1), bias_dw, bias_pw, *geometry, "relu", "relu",
-            None, allow_tf32=allow_tf32, **last, config=config,
+            None, allow_tf32=False, **last, config=config,
         ),
         "activation_bwd": lambda: activations.activation_bwd(dy, dy, "gelu"),
     }  # fmt: skip
-    return record(calls[op])
+    return record(calls[op], target)
 
 
 class Resources(NamedTuple):
@@ -267,7 +271,9 @@ VARIANTS = {
     "stride 2": (LAYER._replace(P=14, Q=14), (2, 2)),
     "NCHW": (LAYER._replace(channels_last=False), (1, 1)),
     "rank 3": (LAYER._replace(M=3), (1, 1)),
+    "5 x 5": (LAYER._replace(R=5, S=5), (1, 1)),
     "11 x 11": (LAYER._replace(R=11, S=11), (1, 1)),
+    "narrow": (LAYER._replace(C=32, K=32), (1, 1)),
     "odd": (ConvShape(3, 33, 9, 11, 17, 9, 11, 3, 5, 2), (1, 1)),
 }
 
@@ -280,7 +286,7 @@ def _group(name: str) -> Iterator[tuple[str, str, str, Launch]]:
         for target in targets:
             for dtype in dtypes:
                 for op in OPS:
-                    yield op, dtype, target, launch_of(op, DTYPES[dtype], LAYER)
+                    yield op, dtype, target, launch_of(op, DTYPES[dtype], LAYER, target=target)
         if name == "full":
             for target in ("sm_80", "sm_90"):
                 for dtype in DTYPES:
