@@ -110,7 +110,7 @@ def tiles(case: Case) -> Iterator[None]:
         config = plain(op, dtype, shape)
         if isinstance(config, configs.DepthwiseConfig):
             return config._replace(block_nq=nq, block_c=c, rows=rows)
-        return config._replace(block_nq=nq, block_c=c, block_k=k)
+        return config._replace(block_nq=nq, block_c=c, block_k=k, rows=max(rows, 1))
 
     with ExitStack() as stack:
         for module in (depthwise, depthwise_bwd, pointwise, separable):

@@ -88,8 +88,8 @@ MUTANTS = [
     Mutant(
         "wrong_dilation",
         "separable.py",
-        "row = h + r * DILATION_H",
-        "row = h + r * DILATION_W",
+        "row = r * DILATION_H",
+        "row = r * DILATION_W",
         SEPARABLE,
     ),
     Mutant("dropped_bias", "pointwise.py", "acc += bias[None, :]", "acc += 0.0", POINTWISE),
@@ -201,8 +201,8 @@ MUTANTS = [
     Mutant(
         "nan_swallowed_by_relu",
         "activations.py",
-        "return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)",
-        "return tl.maximum(z, 0.0)",
+        "y = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)",
+        "y = tl.maximum(z, 0.0)",
         DEPTHWISE,
     ),
     Mutant(
