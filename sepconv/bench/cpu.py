@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -72,8 +72,8 @@ def measure_model(name: str, rank: int, batch: int, resolution: int, rounds: int
     dense = build(name)
     x = torch.randn(batch, 3, resolution, resolution)
     x_last = x.contiguous(memory_format=torch.channels_last)
-    dense_last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
-    pairs = hand_written(dense, rank).to(memory_format=torch.channels_last)
+    dense_last = channels_last(copy.deepcopy(dense))
+    pairs = channels_last(hand_written(dense, rank))
     converted = sepconv.convert(dense, rank=rank)
     times = take_turns(
         {
@@ -125,12 +125,17 @@ def build(name: str) -> nn.Module:
     return torchvision.models.get_model(name, weights=None, **extra).eval()
 
 
+def channels_last(model: nn.Module) -> nn.Module:
+    """The model with its 4-D parameters in channels_last."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def hand_written(dense: nn.Module, rank: int) -> nn.Module:
     """What a user would write: a pair of `nn.Conv2d` for each convolution that is converted."""
     model = copy.deepcopy(dense)
     layers = sepconv.convert(dense, rank=rank, dryrun=True).converted
     for name in (layer.name for layer in layers):
-        conv = cast(nn.Conv2d, model.get_submodule(name))
+        conv: Any = model.get_submodule(name)
         channels = conv.in_channels * rank
         settings = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.in_channels)
         depthwise = nn.Conv2d(conv.in_channels, channels, *settings, bias=False)
