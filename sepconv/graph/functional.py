@@ -2,7 +2,9 @@
 
 import inspect
 import operator
-from typing import Any
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
@@ -33,6 +35,63 @@ def forward_graph(module: nn.Module) -> fx.Graph | None:
     except Exception:
         return None
     return train if _merge_modes(train, evaluate) else None
+
+
+def replace_forward(module: nn.Module, graph: fx.Graph) -> None:
+    """Make `module` run `graph` as its forward.
+
+    Its class becomes a subclass of its own, so that `isinstance`, methods and hooks stay. It is
+    no `fx.GraphModule`: copies and pickles of those lose attributes and hooks, and fix
+    `self.training`.
+    """
+    if isinstance(module, fx.GraphModule):
+        module.graph = graph
+        return
+    code = graph.python_code("self")
+    names = {
+        name: _Imported(value.__name__) if isinstance(value, ModuleType) else value
+        for name, value in code.globals.items()
+    }
+    original = getattr(type(module), "_sepconv_original", type(module))
+    module.__class__ = _subclass(original, code.src, names)
+
+
+class _Imported(NamedTuple):
+    """A module by its name, since modules themselves cannot be pickled."""
+
+    name: str
+
+
+def _subclass(original: type[nn.Module], source: str, names: dict[str, Any]) -> type[nn.Module]:
+    """A subclass whose forward has the given source; `names` are the globals it reads."""
+    namespace = {
+        name: import_module(value.name) if isinstance(value, _Imported) else value
+        for name, value in names.items()
+    }
+    exec(compile(source, f"<rewritten forward of {original.__name__}>", "exec"), namespace)
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        """Pickle the source: a class made at run time cannot be found by its name."""
+        state = original.__reduce_ex__(self, protocol)[2:]
+        return _new, (original, source, names), *state
+
+    made = type(
+        original.__name__,
+        (original,),
+        {
+            "__module__": original.__module__,
+            "__reduce_ex__": reduce,
+            "_sepconv_original": original,
+            "forward": namespace["forward"],
+        },
+    )
+    return made
+
+
+def _new(original: type[nn.Module], source: str, names: dict[str, Any]) -> nn.Module:
+    """An object without state, as unpickling needs it."""
+    made = _subclass(original, source, names)
+    return made.__new__(made)
 
 
 class _OneForward(ModuleTracer):

@@ -34,7 +34,7 @@ class SkipReason(StrEnum):
     PARAMETRIZED = "parametrized"  # weight_norm, spectral_norm, pruning, any extra state
     PRE_HOOK = "forward pre-hook"  # it may change the weight or the input
     DTYPE = "dtype"  # not float16, bfloat16, float32 or float64
-    SHARED_WEIGHT = "shared weight"  # with another module or another functional call
+    SHARED_WEIGHT = "shared weight"  # with another module, call or computation
     COMPUTED_WEIGHT = "computed weight"  # of a functional call, so not a parameter
     FUNCTIONAL = "functional call"  # in a forward that cannot be rewritten safely
     EXCLUDED = "excluded"  # by the caller
@@ -137,10 +137,8 @@ class _Finder:
             id(p) for m in model.modules() for p in m._parameters.values() if p is not None
         )
         for node in self.nodes:
-            if node.op == "call_function" and node.target in _SPATIAL_DIMS:
-                weight = self._parameter(_arguments(node)["weight"])
-                if weight is not None:
-                    self.uses[id(weight)] += 1
+            if _is_functional(node):
+                self.uses.update(id(p) for p in self._behind(_arguments(node)["weight"]))
 
     def modules(self) -> Iterator[tuple[int, Match | Skipped]]:
         seen: set[int] = set()
@@ -185,7 +183,7 @@ class _Finder:
     def functional_calls(self) -> Iterator[tuple[int, Match | Skipped]]:
         by_weight: dict[str, list[fx.Node]] = {}
         for node in self.nodes:
-            if node.op == "call_function" and node.target in _SPATIAL_DIMS:
+            if _is_functional(node):
                 weight = _arguments(node)["weight"]
                 name = str(weight.target) if self._parameter(weight) is not None else node.name
                 by_weight.setdefault(name, []).append(node)
@@ -216,7 +214,8 @@ class _Finder:
         if spatial == 3:
             return SkipReason.THREE_D
         holder = self.by_name[name.rpartition(".")[0]]
-        if self.uses[id(weight)] != 2 or isinstance(holder, _ConvNd):
+        readers = {u for n in self.nodes if self._parameter(n) is weight for u in n.users}
+        if self.uses[id(weight)] != 2 or readers != set(nodes) or isinstance(holder, _ConvNd):
             return SkipReason.SHARED_WEIGHT
         bias = self._parameter(arguments["bias"])
         settings = [arguments[k] for k in ("stride", "padding", "dilation", "groups")]
@@ -251,6 +250,20 @@ class _Finder:
             return self.parameters.get(str(node.target))
         return None
 
+    def _behind(self, weight: Any) -> set[nn.Parameter]:
+        """The parameters that the weight of a functional call is, or is computed from."""
+        pending, seen, found = [weight], set[fx.Node](), set[nn.Parameter]()
+        while pending:
+            node = pending.pop()
+            if not isinstance(node, fx.Node) or node in seen or _is_functional(node):
+                continue
+            seen.add(node)
+            parameter = self._parameter(node)
+            if parameter is not None:
+                found.add(parameter)
+            pending.extend(node.all_input_nodes)
+        return found
+
     def _reads_input(self, node: fx.Node) -> bool:
         """Whether no other convolution stands between a call and the model's inputs."""
         pending, seen = [n for n in node.all_input_nodes if n.op != "get_attr"], set[fx.Node]()
@@ -264,10 +277,15 @@ class _Finder:
                 inside = self.by_name[str(current.target)].modules()
                 if any(isinstance(m, _ConvNd) for m in inside):
                     return False
-            elif current.op == "call_function" and current.target in _SPATIAL_DIMS:
+            elif _is_functional(current):
                 return False
             pending.extend(current.all_input_nodes)
         return True
+
+
+def _is_functional(node: fx.Node) -> bool:
+    """Whether a node is a functional call of a convolution."""
+    return node.op == "call_function" and node.target in _SPATIAL_DIMS
 
 
 def _own_weight(module: _ConvNd) -> nn.Parameter | None:

@@ -2,7 +2,7 @@
 
 A convolution that is a module is replaced in the module tree, so the model keeps its class, its
 methods and its hooks. A functional call needs a rewritten forward, and then only that of the
-module that makes the call: it becomes a `GraphModule`.
+module that makes the call.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sepconv.factorize import SeparableFactors
-from sepconv.graph.functional import forward_graph
+from sepconv.graph.functional import forward_graph, replace_forward
 from sepconv.graph.match import Match
 from sepconv.graph.state import without_history
 from sepconv.nn import SeparableConv1d, SeparableConv2d
@@ -148,11 +148,7 @@ def _rewrite_forward(owner: nn.Module, by_weight: Mapping[int, SeparableConv2d])
                 holder, _, last = attribute.rpartition(".")
                 del owner.get_submodule(holder)._parameters[last]
     _drop_unread_attributes(graph)
-    rewritten = fx.GraphModule(owner, graph, type(owner).__name__)
-    for key, value in vars(rewritten).items():
-        vars(owner).setdefault(key, value)
-    owner.__class__ = rewritten.__class__
-    setattr(owner, "graph", graph)  # noqa: B010 - a property of the class it now has
+    replace_forward(owner, graph)
 
 
 def _call_module_instead(call: fx.Node, name: str) -> None:

@@ -59,9 +59,9 @@ class ModuleTracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Note the innermost module whose forward fails."""
+        """Note the innermost module whose forward fails, and do not run its hooks."""
         try:
-            return super().call_module(m, forward, args, kwargs)
+            return super().call_module(m, m.forward, args, kwargs)
         except Exception:
             if self.failed is None:
                 self.failed = self.path_of_module(m)
