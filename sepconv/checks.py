@@ -1,12 +1,14 @@
 """Refuse what cannot be converted, before anything is changed."""
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from sepconv.budget import Budget
+from sepconv.graph import Match
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 _PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
@@ -54,10 +56,21 @@ def _check_module(name: str, module: nn.Module) -> None:
         )
 
 
+def check_finite(matches: Iterable[Match]) -> None:
+    """Raise `ValueError` for a convolution whose weight has a NaN or an infinity."""
+    for conv in matches:
+        if not bool(torch.isfinite(conv.weight).all()):
+            raise ValueError(f"model: expected finite weights, got NaN or Inf in {conv.name}")
+
+
 def check_options(
-    rank: object, budget: object, example_inputs: object, only_if_faster: bool
+    rank: object, budget: object, example_inputs: object, only_if_faster: bool, filter_fn: object
 ) -> None:
     """Raise `ValueError` for options that contradict each other or lack what they need."""
+    if filter_fn is not None and not callable(filter_fn):
+        raise ValueError(
+            f"filter_fn: expected a function (module, name) -> bool, got {filter_fn!r}"
+        )
     if budget is not None and not isinstance(budget, Budget):
         raise ValueError(f"budget: expected a sepconv.Budget, got {budget!r}")
     if rank is not None and budget is not None:

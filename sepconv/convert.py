@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sepconv.budget import Budget
-from sepconv.checks import check_options, checked_model
-from sepconv.factorize import SeparableFactors, factorize
+from sepconv.checks import check_finite, check_options, checked_model
+from sepconv.factorize import factorize
 from sepconv.graph import (
     ExampleInputs,
     Match,
@@ -21,7 +21,7 @@ from sepconv.graph import (
 from sepconv.latency import measure_latencies
 from sepconv.nn import SeparableConv2d
 from sepconv.optimizers import check_optimizers, update_optimizers
-from sepconv.plan import ranks_asked, ranks_within
+from sepconv.plan import check_within, ranks_asked, ranks_within
 from sepconv.report import (
     LayerReport,
     attach,
@@ -93,12 +93,13 @@ def convert(
     """
     model = checked_model(model)
     listed = check_optimizers(optimizers)
-    check_options(rank, budget, example_inputs, only_if_faster)
+    check_options(rank, budget, example_inputs, only_if_faster, filter_fn)
 
     captured = capture(model, example_inputs)
     found = match(model, captured)
     ranks, found = select(model, found, rank, include, exclude, filter_fn, first_conv)
     matches = [conv for conv in found if isinstance(conv, Match)]
+    check_finite(matches)
     params = sum(
         p.numel() for p in model.parameters() if not isinstance(p, nn.UninitializedParameter)
     )
@@ -112,7 +113,7 @@ def convert(
     for conv in found:
         rank_planned = planned.get(conv.name)
         if isinstance(conv, Match) and rank_planned is not None:
-            factors = _factorize(conv, rank_planned)
+            factors = factorize(conv.weight_2d, rank_planned)
             replacements[conv] = separable_module(conv, factors, captured.channels_last)
             layers[conv.name] = converted_layer(conv, rank_planned, factors.error)
         else:
@@ -127,21 +128,17 @@ def convert(
     made = summarise(
         list(layers.values()), captured, params=params, dryrun=dryrun, earlier=attached(model)
     )
+    if budget is not None:
+        check_within(budget, made)
     if dryrun:
         return made
     if not replacements:
         warnings.warn(f"convert: nothing was converted: {made.reasons()}", stacklevel=2)
     converted, memo = rewrite(model, replacements, inplace, captured.channels_last)
-    update_optimizers(listed, _successors(model, replacements, memo))
+    names = {id(p): name for name, p in converted.named_parameters()}
+    update_optimizers(listed, _successors(model, replacements, memo), names)
     attach(converted, made)
     return converted
-
-
-def _factorize(conv: Match, rank: int) -> SeparableFactors:
-    try:
-        return factorize(conv.weight_2d, rank)
-    except ValueError as error:
-        raise ValueError(f"model: cannot factorise {conv.name}: {error}") from error
 
 
 def _successors(

@@ -14,7 +14,9 @@ def check_optimizers(optimizers: Optimizer | Iterable[Optimizer] | None) -> list
     """
     if optimizers is None:
         return []
-    listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    if isinstance(optimizers, Optimizer):
+        return [optimizers]
+    listed = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
     for optimizer in listed:
         if not isinstance(optimizer, Optimizer):
             raise ValueError(
@@ -24,7 +26,9 @@ def check_optimizers(optimizers: Optimizer | Iterable[Optimizer] | None) -> list
 
 
 def update_optimizers(
-    optimizers: Iterable[Optimizer], successors: Mapping[int, list[nn.Parameter]]
+    optimizers: Iterable[Optimizer],
+    successors: Mapping[int, list[nn.Parameter]],
+    names: Mapping[int, str],
 ) -> None:
     """Put the new parameters in the place of the old ones, group by group.
 
@@ -32,6 +36,7 @@ def update_optimizers(
         optimizers: their groups and states are changed in place.
         successors: by `id` of an old parameter, what took its place. A single successor of the
             same shape inherits the optimizer's state; factors of a dense weight start afresh.
+        names: by `id` of a new parameter, for optimizers that were given named ones.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -39,6 +44,9 @@ def update_optimizers(
             for old in group["params"]:
                 for new in successors.get(id(old), [old]):
                     updated[id(new)] = new
+            if "param_names" in group:
+                old_names = dict(zip(map(id, group["params"]), group["param_names"], strict=True))
+                group["param_names"] = [names.get(p) or old_names[p] for p in updated]
             group["params"] = list(updated.values())
         for old in list(optimizer.state):
             new = successors.get(id(old))

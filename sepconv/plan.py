@@ -1,10 +1,12 @@
 """Which rank each layer gets: what the caller asked for, or what the budget allows."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from sepconv.budget import Budget
 from sepconv.factorize import Option, allocate, full_rank, weight_errors
 from sepconv.graph import Match
+from sepconv.report import Report
 from sepconv.select import Rank
 
 DENSE = None  # the choice to leave a layer as it is
@@ -47,7 +49,7 @@ def ranks_within(
     limit = budget.fraction * total - rest
     cheapest = sum(min(option.cost for option in layer) for layer in choices)
     if cheapest > limit:
-        lowest = (rest + cheapest) / total
+        lowest = math.ceil((rest + cheapest) / total * 1e4) / 1e4
         raise ValueError(
             f"budget: {budget.kind}={budget.fraction:g} of the model cannot be reached; "
             f"the lowest reachable is {lowest:.4f} (rank 1 in {len(matches)} convolutions)"
@@ -57,6 +59,20 @@ def ranks_within(
         conv.name: layer[index][0]
         for conv, layer, index in zip(matches, options, chosen, strict=True)
     }
+
+
+def check_within(budget: Budget, made: Report) -> None:
+    """Raise `ValueError` where layers that were kept for their latency broke the budget."""
+    before, after = (
+        (made.params_before, made.params_after)
+        if budget.kind == "params"
+        else (made.macs_before, made.macs_after)
+    )
+    if before and after is not None and after > budget.fraction * before:
+        raise ValueError(
+            f"budget, only_if_faster: expected {budget.kind} <= {budget.fraction:g} of the model, "
+            f"got {after / before:.4f} from the layers that measure faster"
+        )
 
 
 def _options(conv: Match, kind: str) -> list[tuple[int | None, Option]]:

@@ -75,7 +75,7 @@ def _subclass(original: type[nn.Module], source: str, names: dict[str, Any]) -> 
         state = original.__reduce_ex__(self, protocol)[2:]
         return _new, (original, source, names), *state
 
-    made = type(
+    return type(
         original.__name__,
         (original,),
         {
@@ -85,7 +85,6 @@ def _subclass(original: type[nn.Module], source: str, names: dict[str, Any]) -> 
             "forward": namespace["forward"],
         },
     )
-    return made
 
 
 def _new(original: type[nn.Module], source: str, names: dict[str, Any]) -> nn.Module:
