@@ -28,7 +28,7 @@ def output_size(
     padding: Sides,
     dilation: Pair,
 ) -> Pair:
-    """Height and width (P, Q) of a convolution's result; negative where the filter cannot fit.
+    """Height and width (P, Q) of a convolution's result; below 1 where the filter does not fit.
 
     >>> output_size((1, 8, 224, 224), (8, 1, 3, 3), (2, 2), (0, 1, 0, 1), (1, 1))
     (112, 112)
@@ -90,10 +90,9 @@ def depthwise_conv2d(
     activation: str | None,
 ) -> Tensor:
     """`activation(x * weight_dw + bias)`, each channel with its own filters."""
-    size = output_size(x.shape, weight_dw.shape, stride, padding, dilation)
     x, channels_last = _computing_layout(x, weight_dw)
     x, even = _pad_unevenly(x, padding)
-    y = activate(_depthwise(x, weight_dw, bias, stride, even, dilation, size), activation)
+    y = activate(_depthwise(x, weight_dw, bias, stride, even, dilation), activation)
     return to_layout(y, channels_last)
 
 
@@ -126,13 +125,12 @@ def separable_conv2d(
     residual: Tensor | None,
 ) -> Tensor:
     """The depthwise, then the pointwise convolution, with an activation after each."""
-    size = output_size(x.shape, weight_dw.shape, stride, padding, dilation)
     x, channels_last = _computing_layout(x, weight_dw)
     channels_last = channels_last or is_channels_last(weight_pw)
     x, even = _pad_unevenly(x, padding)
     filters, channels = weight_dw.shape[0], x.shape[1]
     if filters == channels:
-        z = _depthwise(x, weight_dw, bias_dw, stride, even, dilation, size)
+        z = _depthwise(x, weight_dw, bias_dw, stride, even, dilation)
         y = _pointwise(activate(z, activation_mid), weight_pw, bias_pw)
     else:
         multiplier = filters // channels
@@ -146,7 +144,6 @@ def separable_conv2d(
                     stride,
                     even,
                     dilation,
-                    size,
                 ),
                 activation_mid,
             )
@@ -219,9 +216,10 @@ def _depthwise(
     stride: Pair,
     padding: Pair,
     dilation: Pair,
-    size: Pair,
 ) -> Tensor:
-    if x.numel() == 0 or 0 in size:
+    if x.numel() == 0:
+        top, left = padding
+        size = output_size(x.shape, weight_dw.shape, stride, (top, top, left, left), dilation)
         return _sum_of_nothing((x.shape[0], weight_dw.shape[0], *size), x, weight_dw, bias)
     return F.conv2d(x, weight_dw, bias, stride, padding, dilation, x.shape[1])
 
@@ -247,7 +245,8 @@ def _pointwise_of_sets(
     sets: Iterator[Tensor], weight_pw: Tensor, bias: Tensor | None, multiplier: int
 ) -> Tensor:
     """Pointwise convolution of channels that come in sets: all first filters, all second, ..."""
-    weight = weight_pw.reshape(weight_pw.shape[0], -1, multiplier)  # [K, C, M]
+    filters, channels = weight_pw.shape[:2]
+    weight = weight_pw.reshape(filters, channels // multiplier, multiplier)  # [K, C, M]
     if weight_pw.dtype not in (torch.float32, torch.float64):
         # Partial sums would be rounded to 16 bits.
         weight = weight.transpose(1, 2).reshape(weight_pw.shape)
@@ -260,4 +259,4 @@ def _pointwise_of_sets(
     for weight_of_set in rest:
         flat = next(sets).permute(0, 2, 3, 1).flatten(0, 2)
         y = torch.addmm(y, flat, weight_of_set)
-    return y.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2)
+    return y.view(*pixels.shape[:3], filters).permute(0, 3, 1, 2)

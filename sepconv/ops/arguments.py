@@ -169,7 +169,7 @@ def _check_filters(
         _fail("weight_dw", f"a multiple of x's {channels} channels as filters", f"{filters}")
     _check_kind("weight_dw", weight_dw, kind)
     p, q = output_size(x_shape, weight_shape, stride, padding, dilation)
-    if p < 0 or q < 0:
+    if p < 1 or q < 1:
         _fail(
             "x",
             f"height and width that hold a {rows} x {columns} filter of dilation {dilation}",

@@ -11,6 +11,8 @@ from sepconv.ops.library import LIBRARY
 
 def is_autocasting(x: Tensor) -> bool:
     """Whether autocast is on for the device of `x`."""
+    if not isinstance(x, Tensor):
+        return False  # for the checks to refuse
     # `x.device.type` takes longer than the rest of the question.
     device_type = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
