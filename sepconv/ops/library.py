@@ -9,9 +9,6 @@ call costs about twice as much.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from torch import Tensor
 
 from sepconv import reference
 from sepconv.layout import is_channels_last, memory_format, suggests_channels_last
+from sepconv.ops import run
 from sepconv.ops.arguments import check_depthwise, check_pointwise, check_separable, pair
 from sepconv.ops.backend import can_run_kernels
 from sepconv.reference import Pair, Sides
@@ -43,16 +41,6 @@ _SCHEMAS = (
 )
 for _schema in _SCHEMAS:
     LIBRARY.define(_schema, tags=_TAGS)
-
-
-@cache
-def _kernels(name: str) -> ModuleType:
-    # Triton is imported by the first tensor that needs it, not by `import sepconv`.
-    return import_module(f"sepconv.kernels.{name}")
-
-
-def _allows_tf32() -> bool:
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def _geometry(
@@ -99,7 +87,7 @@ def _depthwise(
     if not can_run_kernels(x):
         return reference.depthwise_conv2d(*arguments)
     channels_last = suggests_channels_last(x, weight_dw)
-    return _kernels("depthwise").depthwise_fwd(*arguments, channels_last=channels_last)
+    return run.depthwise(*arguments, channels_last)
 
 
 @_fake("depthwise_conv2d")
@@ -128,15 +116,8 @@ def _pointwise(
     check_pointwise(x, weight_pw, bias, activation, residual)
     if not can_run_kernels(x):
         return reference.pointwise_conv2d(x, weight_pw, bias, activation, residual)
-    return _kernels("pointwise").pointwise_fwd(
-        x,
-        weight_pw,
-        bias,
-        activation,
-        residual,
-        allow_tf32=_allows_tf32(),
-        channels_last=suggests_channels_last(x, weight_pw),
-    )
+    channels_last = suggests_channels_last(x, weight_pw)
+    return run.pointwise(x, weight_pw, bias, activation, residual, channels_last)
 
 
 @_fake("pointwise_conv2d")
@@ -177,11 +158,7 @@ def _separable(
     check_separable(*arguments)
     if not can_run_kernels(x):
         return reference.separable_conv2d(*arguments)
-    return _kernels("separable").separable_fwd(
-        *arguments,
-        allow_tf32=_allows_tf32(),
-        channels_last=_separable_channels_last(x, weight_dw, weight_pw),
-    )
+    return run.separable(*arguments, _separable_channels_last(x, weight_dw, weight_pw))
 
 
 @_fake("separable_conv2d")
@@ -214,15 +191,11 @@ def _depthwise_backward_input(
     dilation: Sequence[int],
     channels_last: bool,
 ) -> Tensor:
-    arguments = (
-        dy,
-        weight_dw,
-        tuple(x_shape),
-        *_geometry(stride, padding, dilation),
-    )
+    n, c, h, w = x_shape
+    arguments = (dy, weight_dw, (n, c, h, w), *_geometry(stride, padding, dilation))
     if not can_run_kernels(dy):
         return reference.depthwise_conv2d_backward_input(*arguments, channels_last)
-    return _kernels("depthwise_bwd").depthwise_bwd_input(*arguments, channels_last=channels_last)
+    return run.depthwise_bwd_input(*arguments, channels_last)
 
 
 @_fake("depthwise_conv2d_backward_input")
@@ -250,7 +223,7 @@ def _depthwise_backward_weight(
     arguments = (dy, x, tuple(weight_shape), *_geometry(stride, padding, dilation))
     if not can_run_kernels(dy):
         return reference.depthwise_conv2d_backward_weight(*arguments)
-    return _kernels("depthwise_bwd").depthwise_bwd_weight(*arguments)
+    return run.depthwise_bwd_weight(*arguments)
 
 
 @_fake("depthwise_conv2d_backward_weight")

@@ -1,0 +1,167 @@
+"""One function per launcher: the call, run by what tuning chose for it.
+
+Each takes the launcher's arguments and the memory format of its result. `choice` is for the tuner,
+which compares them; without it the choice is looked up.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sepconv import reference
+from sepconv.layout import is_channels_last, to_layout
+from sepconv.ops.kernel_modules import kernel_module
+from sepconv.ops.tuning import lookup
+from sepconv.ops.tuning_files import Choice
+from sepconv.reference import Pair, Sides
+
+_ONE, _NO_PADDING = (1, 1), (0, 0, 0, 0)
+# Not a choice: ask for one.
+ASK: Literal["ask"] = "ask"
+
+
+def allows_tf32() -> bool:
+    """Whether the user lets float32 convolutions use TF32."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+def depthwise(
+    x: Tensor,
+    weight_dw: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Sides,
+    dilation: Pair,
+    activation: str | None,
+    channels_last: bool,
+    choice: Choice = ASK,
+) -> Tensor:
+    """`depthwise_fwd`."""
+    geometry = (stride, padding, dilation)
+    if choice == ASK:
+        G, _, R, S = weight_dw.shape
+        choice = lookup("depthwise_fwd", x, x.shape, (G, R, S), G, *geometry, channels_last)
+    if choice == "library":
+        y = reference.depthwise_conv2d(x, weight_dw, bias, *geometry, activation)
+        return to_layout(y, channels_last)
+    return kernel_module("depthwise").depthwise_fwd(
+        x, weight_dw, bias, *geometry, activation, channels_last=channels_last, config=choice
+    )
+
+
+def pointwise(
+    x: Tensor,
+    weight_pw: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    channels_last: bool,
+    choice: Choice = ASK,
+) -> Tensor:
+    """`pointwise_fwd`."""
+    tf32 = x.dtype == torch.float32 and allows_tf32()
+    if choice == ASK:
+        K, C = weight_pw.shape[:2]
+        geometry = (_ONE, _NO_PADDING, _ONE)
+        choice = lookup("pointwise_fwd", x, x.shape, (C, 1, 1), K, *geometry, channels_last, tf32)
+    if choice == "library":
+        y = reference.pointwise_conv2d(x, weight_pw, bias, activation, residual)
+        return to_layout(y, channels_last)
+    return kernel_module("pointwise").pointwise_fwd(
+        x,
+        weight_pw,
+        bias,
+        activation,
+        residual,
+        allow_tf32=tf32,
+        channels_last=channels_last,
+        config=choice,
+    )
+
+
+def separable(
+    x: Tensor,
+    weight_dw: Tensor,
+    weight_pw: Tensor,
+    bias_dw: Tensor | None,
+    bias_pw: Tensor | None,
+    stride: Pair,
+    padding: Sides,
+    dilation: Pair,
+    activation_mid: str | None,
+    activation: str | None,
+    residual: Tensor | None,
+    channels_last: bool,
+    choice: Choice = ASK,
+) -> Tensor:
+    """`separable_fwd`, or the two convolutions one after the other."""
+    geometry = (stride, padding, dilation)
+    tf32 = x.dtype == torch.float32 and allows_tf32()
+    if choice == ASK:
+        G, _, R, S = weight_dw.shape
+        K = weight_pw.shape[0]
+        choice = lookup("separable_fwd", x, x.shape, (G, R, S), K, *geometry, channels_last, tf32)
+    if choice == "unfused":
+        mid = depthwise(x, weight_dw, bias_dw, *geometry, activation_mid, channels_last)
+        return pointwise(mid, weight_pw, bias_pw, activation, residual, channels_last)
+    weights = (weight_dw, weight_pw, bias_dw, bias_pw)
+    activations = (activation_mid, activation)
+    if choice == "library":
+        y = reference.separable_conv2d(x, *weights, *geometry, *activations, residual)
+        return to_layout(y, channels_last)
+    return kernel_module("separable").separable_fwd(
+        x,
+        *weights,
+        *geometry,
+        *activations,
+        residual,
+        allow_tf32=tf32,
+        channels_last=channels_last,
+        config=choice,
+    )
+
+
+def depthwise_bwd_input(
+    dy: Tensor,
+    weight_dw: Tensor,
+    x_shape: tuple[int, int, int, int],
+    stride: Pair,
+    padding: Sides,
+    dilation: Pair,
+    channels_last: bool,
+    choice: Choice = ASK,
+) -> Tensor:
+    """`depthwise_bwd_input`."""
+    geometry = (stride, padding, dilation)
+    if choice == ASK:
+        G, _, R, S = weight_dw.shape
+        choice = lookup("depthwise_bwd_input", dy, x_shape, (G, R, S), G, *geometry, channels_last)
+    if choice == "library":
+        return reference.depthwise_conv2d_backward_input(
+            dy, weight_dw, x_shape, *geometry, channels_last
+        )
+    return kernel_module("depthwise_bwd").depthwise_bwd_input(
+        dy, weight_dw, x_shape, *geometry, channels_last=channels_last, config=choice
+    )
+
+
+def depthwise_bwd_weight(
+    dy: Tensor,
+    x: Tensor,
+    weight_shape: Sequence[int],
+    stride: Pair,
+    padding: Sides,
+    dilation: Pair,
+    choice: Choice = ASK,
+) -> Tensor:
+    """`depthwise_bwd_weight`; never the library's, which may differ from call to call."""
+    geometry = (stride, padding, dilation)
+    if choice == ASK:
+        G, _, R, S = weight_shape
+        channels_last = is_channels_last(x)
+        choice = lookup("depthwise_bwd_weight", dy, x.shape, (G, R, S), G, *geometry, channels_last)
+    return kernel_module("depthwise_bwd").depthwise_bwd_weight(
+        dy, x, tuple(weight_shape), *geometry, config=choice
+    )

@@ -1,0 +1,234 @@
+"""What runs a call on a GPU: a kernel with certain block sizes, or torch's own operators.
+
+`lookup` answers from memory. The first call of its kind asks, in this order: what this process has
+tuned, the user's cache directory, the table shipped for this GPU, the table shipped for its
+architecture; else the kernel's default block sizes. It only reads small files: nothing is timed and
+nothing is launched, so it may happen anywhere, a CUDA graph's capture included. `sepconv.tune`
+does the timing and writes the cache.
+
+While `torch.use_deterministic_algorithms(True)` is in force, what was tuned here and the user's
+cache are left out: every process with this package and this kind of GPU then makes the same choice,
+whatever its own timings were.
+"""
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sepconv.ops import tuning_files
+from sepconv.ops.tuning_files import Choice
+from sepconv.reference import Pair, Sides, output_size
+
+# Calls of different sizes are remembered one by one; a process that sees more starts again.
+_MOST_CALLS = 4096
+
+
+class Target(NamedTuple):
+    """What a choice was measured on: timings say nothing about another of these."""
+
+    gpu: str
+    arch: str
+    triton: str  # major.minor
+
+
+class Problem(NamedTuple):
+    """One call of a launcher: everything that block sizes may depend on.
+
+    The fields are in cuDNN's letters: `x_shape` is (N, C, H, W), `filter_shape` (C*M, R, S), and
+    `K` the number of output channels. A device of -1 is the CPU, where Triton's interpreter runs.
+    """
+
+    op: str
+    dtype: torch.dtype
+    device: int
+    x_shape: Sequence[int]
+    filter_shape: tuple[int, int, int]
+    K: int
+    stride: Pair
+    padding: Sides
+    dilation: Pair
+    channels_last: bool
+    tf32: bool
+    deterministic: bool
+
+    @property
+    def M(self) -> int:  # noqa: N802 (a size, like its fellows)
+        """Depthwise filters per input channel."""
+        return self.filter_shape[0] // max(self.x_shape[1], 1)
+
+    @property
+    def output_size(self) -> Pair:
+        """(P, Q)."""
+        return output_size(
+            self.x_shape, (0, 1, *self.filter_shape[1:]), self.stride, self.padding, self.dilation
+        )
+
+    @property
+    def key(self) -> str:
+        """The problem's name in files, shared by sizes so close that one choice serves them all."""
+        n, c, h, w = self.x_shape
+        p, q = self.output_size
+        sizes = {"n": _power_of_2(n), "c": c, "k": self.K, "m": self.M}
+        sizes |= {name: _bucket(v) for name, v in zip("hwpq", (h, w, p, q), strict=True)}
+        sizes |= {"r": self.filter_shape[1], "s": self.filter_shape[2]}
+        words = [self.op, str(self.dtype).removeprefix("torch.")]
+        words += [f"{name}{size}" for name, size in sizes.items()]
+        words += [f"stride{self.stride[0]}x{self.stride[1]}"]
+        words += [f"dilation{self.dilation[0]}x{self.dilation[1]}"]
+        words += ["nhwc" if self.channels_last else "nchw"]
+        return "_".join(words + ["tf32"] * self.tf32)
+
+
+_answers: dict[tuple[Any, ...], Choice] = {}
+_tuned: dict[tuple[Target, str], Choice] = {}
+_seen: dict[tuple[Any, ...], None] | None = None
+_lock = threading.RLock()
+
+
+def _unlock_in_child() -> None:
+    # A thread that held the lock does not exist in a forked child.
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_unlock_in_child)
+
+
+def lookup(
+    op: str,
+    like: Tensor,
+    x_shape: Sequence[int],
+    filter_shape: tuple[int, int, int],
+    K: int,
+    stride: Pair,
+    padding: Sides,
+    dilation: Pair,
+    channels_last: bool,
+    tf32: bool = False,
+) -> Choice:
+    """What is to run a call: block sizes, `None` for the default ones, or a name of `OTHERS`.
+
+    Args:
+        op: Name of the launcher.
+        like: Any tensor of the call, for its dtype and device.
+        x_shape: (N, C, H, W) of the convolution's input.
+        filter_shape: (C*M, R, S); (C, 1, 1) for a pointwise convolution.
+        K: Output channels.
+        stride: (vertical, horizontal).
+        padding: (top, bottom, left, right).
+        dilation: (vertical, horizontal).
+        channels_last: Whether the result is to be channels_last.
+        tf32: Whether float32 products may use TF32.
+    """
+    call = (
+        op,
+        like.dtype,
+        like.get_device(),
+        x_shape,
+        filter_shape,
+        K,
+        stride,
+        padding,
+        dilation,
+        channels_last,
+        tf32,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    if _seen is not None:
+        _seen[call] = None
+    try:
+        return _answers[call]
+    except KeyError:
+        return _answer(call)
+
+
+@contextmanager
+def recording() -> Iterator[dict[tuple[Any, ...], None]]:
+    """Collect the calls that any thread looks up meanwhile: a backward pass has its own."""
+    global _seen
+    with _lock:
+        if _seen is not None:
+            raise RuntimeError("calls are being recorded already")
+        _seen = {}
+        seen = _seen
+    try:
+        yield seen
+    finally:
+        _seen = None
+
+
+def install(target: Target, key: str, choice: Choice) -> None:
+    """Use a choice from now on in this process."""
+    with _lock:
+        _tuned[target, key] = choice
+        _answers.clear()
+
+
+def forget() -> None:
+    """Drop what this process remembers, so that the files are read again."""
+    with _lock:
+        _tuned.clear()
+        _answers.clear()
+        tuning_files.forget()
+
+
+@cache
+def target(device: int) -> Target:
+    """The GPU of that index and the Triton that compiles for it."""
+    try:
+        version = ".".join(metadata.version("triton").split(".")[:2])
+    except metadata.PackageNotFoundError:
+        version = "none"
+    if device < 0:
+        return Target("interpreter", "interpreter", version)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        arch = properties.gcnArchName.partition(":")[0]
+    else:
+        arch = f"sm_{properties.major}{properties.minor}"
+    return Target(properties.name, arch, version)
+
+
+def _answer(call: tuple[Any, ...]) -> Choice:
+    with _lock:
+        if call not in _answers:
+            if len(_answers) >= _MOST_CALLS:
+                _answers.clear()
+            _answers[call] = _find(Problem(*call))
+        return _answers[call]
+
+
+def _find(problem: Problem) -> Choice:
+    where, key = target(problem.device), problem.key
+    if not problem.deterministic:
+        if (where, key) in _tuned:
+            return _tuned[where, key]
+        found = tuning_files.read(where.gpu, where.triton, key)
+        if found is not None:
+            return found.choice
+    for name in (where.gpu, where.arch):
+        table = tuning_files.shipped(name, where.triton)
+        if key in table:
+            return table[key]
+    return None
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length() if n > 1 else n
+
+
+def _bucket(n: int) -> int:
+    """Sizes up to 16 as they are, greater ones rounded up to four significant binary digits.
+
+    >>> [_bucket(n) for n in (14, 27, 28, 112, 113, 224)]
+    [14, 28, 28, 112, 120, 224]
+    """
+    step = 1 << max(n.bit_length() - 4, 0)
+    return -(-n // step) * step
