@@ -8,7 +8,21 @@ from sepconv import nn, ops
 from sepconv.budget import Budget
 from sepconv.convert import convert
 from sepconv.ops import backend
+from sepconv.recipe import apply_recipe
 from sepconv.report import report
+from sepconv.saving import load, read_recipe, save
+from sepconv.version import __version__
 
-__all__ = ["Budget", "backend", "convert", "nn", "ops", "report"]
-__version__ = "0.1.0"
+__all__ = [
+    "Budget",
+    "__version__",
+    "apply_recipe",
+    "backend",
+    "convert",
+    "load",
+    "nn",
+    "ops",
+    "read_recipe",
+    "report",
+    "save",
+]

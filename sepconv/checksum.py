@@ -15,4 +15,4 @@ def crc32(t: Tensor) -> int:
     True
     """
     flat = t.detach().reshape(-1).cpu().contiguous()
-    return zlib.crc32(memoryview(flat.view(torch.uint8).numpy()))
+    return zlib.crc32(flat.view(torch.uint8).numpy().data)
