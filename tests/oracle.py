@@ -46,6 +46,8 @@ class Arithmetic:
         tf32: pointwise operands are cut to ten explicit mantissa bits (by rounding or by
             truncation, so up to 2**-10 each).
         composite: every stage stores its result in `dtype`, as separate framework calls do.
+        splits_activation: what goes into the last activation is stored, as in a call that will be
+            differentiated and whose gradient needs it.
         truncating: storing cuts bits off instead of rounding to nearest, which is how Triton's
             interpreter makes a bfloat16.
     """
@@ -53,6 +55,7 @@ class Arithmetic:
     dtype: torch.dtype
     tf32: bool = False
     composite: bool = False
+    splits_activation: bool = False
     truncating: bool = False
 
     @property
@@ -180,7 +183,10 @@ def through_activation(
     activation = ACTIVATIONS[name]
     with torch.enable_grad():
         leaf = z.value.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(activation.function(leaf).sum(), leaf)
+        y = activation.function(leaf)
+        (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y), retain_graph=True)
+        # not dy * slope: where f is flat the framework makes zero even of an infinite dy
+        (value,) = torch.autograd.grad(y, leaf, dy.value)
     doubt = activation.derivative_lipschitz * z.error
     for kink, jump in activation.kinks.items():
         reached = ((z.value - kink).abs() <= z.error) & (z.error > 0)
@@ -192,7 +198,7 @@ def through_activation(
     if activation.rounds:
         error = error + arithmetic.unit_acc * (dy.value * slope).abs()
     # times a slope of zero or one nothing is rounded; a non-finite gradient carries no bound
-    return Bounded(dy.value * slope, torch.where(dy.value.isfinite(), error, 0.0))
+    return Bounded(value, torch.where(value.isfinite(), error, 0.0))
 
 
 # ---- the three ops ----------------------------------------------------------------------------
@@ -269,6 +275,8 @@ def _stages(p: Problem, arithmetic: Arithmetic, skip_padding: bool) -> _Stages:
                 z_pw = kept(_add(z_pw, residual[0], arithmetic))
         else:
             z_pw = contract(_mix, *operands, length, arithmetic, [*bias, *residual])
+            if arithmetic.splits_activation:
+                z_pw = stored(z_pw, arithmetic)
         y = stored(activated(z_pw, p.activation, arithmetic), arithmetic)
     return _Stages(z_dw, a, z_pw, y)
 
