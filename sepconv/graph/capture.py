@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from sepconv.graph.state import evaluating, untouched, without_history
@@ -69,7 +70,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
     """
     args, kwargs = split_inputs(example_inputs)
     with untouched(model):
-        given = None if example_inputs is None else _names_given(model, args, kwargs)
+        given = None if example_inputs is None else _given(model, args, kwargs)
         traced = trace(model, given)
     if example_inputs is None:
         safe = traced.level == "graph" and not _calls_view(traced.graph)
@@ -166,6 +167,7 @@ def _run(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], force_channels_last: bool
 ) -> _ConvRecorder:
     recorder = _ConvRecorder(force_channels_last)
+    args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))  # a forward may write to them
     with _counting_macs(recorder), recorder:
         model(*args, **kwargs)
     return recorder
@@ -179,11 +181,12 @@ def _counting_macs(recorder: _ConvRecorder) -> Iterator[None]:
     recorder.macs = counter.get_total_flops() // 2
 
 
-def _names_given(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+def _given(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    """The arguments by name."""
     try:
-        return set(inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments)
+        return inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     except (TypeError, ValueError):
-        return set(kwargs)  # the arguments do not fit; running the model will say how
+        return kwargs  # they do not fit; running the model will say how
 
 
 def _calls_view(graph: fx.Graph | None) -> bool:

@@ -1,6 +1,7 @@
 """Look at somebody else's model without leaving a trace in it."""
 
 import random
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,17 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Put back attributes, buffers, train/eval flags and random generators afterwards.
+    """Put back attributes, buffers, hooks, train/eval flags and random generators afterwards.
 
-    Tracing and example runs execute the model's own Python code, which may count calls, cache
-    tensors or update buffers; every module is therefore left as it was found. Buffers are
-    cloned (they are small: statistics), parameters are not: nothing here writes to them.
+    Tracing and example runs execute the model's own Python code, which may count calls, fill a
+    cache or update buffers; everything is therefore left as it was found. Buffers are cloned
+    (they are small: statistics), parameters are not: nothing here writes to them.
     """
-    modules = list(model.modules())
-    attributes = [
-        {k: dict(v) if k in ("_buffers", "_modules", "_parameters") else v for k, v in items}
-        for items in (vars(m).items() for m in modules)
-    ]
+    containers = [(found, found.copy()) for found in _containers(model)]
     # An uninitialised buffer (lazy modules) has no data to keep.
     buffers = [
         (b, b.detach().clone())
@@ -38,18 +35,31 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        for module, saved in zip(modules, attributes, strict=True):
-            for key in ("_buffers", "_modules", "_parameters"):
-                # The same dict object: references that others hold to it stay valid.
-                own = vars(module)[key]
-                own.clear()
-                own.update(saved[key])
-                saved[key] = own
-            vars(module).clear()
-            vars(module).update(saved)
+        for container, saved in containers:
+            # The same object: references that others hold to it stay valid.
+            container.clear()
+            if isinstance(container, list):
+                container.extend(saved)
+            else:
+                container.update(saved)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
+
+
+def _containers(model: nn.Module) -> list[Any]:
+    """The attributes of all modules, and every dict, list and set found in them."""
+    pending: list[Any] = [model]
+    seen: dict[int, Any] = {}
+    while pending:
+        value = pending.pop()
+        value = vars(value) if isinstance(value, nn.Module) else value
+        # Exact types: what clearing a subclass does is its own affair.
+        if type(value) not in (dict, OrderedDict, list, set) or id(value) in seen:
+            continue
+        seen[id(value)] = value
+        pending.extend(value.values() if isinstance(value, dict) else value)
+    return list(seen.values())
 
 
 def without_history(model: nn.Module) -> dict[int, Any]:

@@ -5,7 +5,7 @@ forward cannot be traced are taken as leaves. `modules`: the root itself cannot 
 """
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 from torch import fx, nn
@@ -68,15 +68,16 @@ class ModuleTracer(fx.Tracer):
             raise
 
 
-def trace(model: nn.Module, given: Collection[str] | None = None) -> Trace:
+def trace(model: nn.Module, given: Mapping[str, Any] | None = None) -> Trace:
     """Trace `model` at the best level it allows; never raises because tracing failed.
 
     Args:
         model: any module.
-        given: names of the forward arguments that the caller passes. The others are fixed to
-            their defaults. None: those without a default are passed.
+        given: the forward arguments that the caller passes, by name; flags and numbers among
+            them are fixed. The others are fixed to their defaults. None: those without a
+            default are passed.
     """
-    concrete = _unused_defaults(model, given)
+    concrete = _fixed(model, given)
     names = {name: m for name, m in model.named_modules() if name}
     opaque: set[str] = set()
     why = ""
@@ -96,14 +97,18 @@ def trace(model: nn.Module, given: Collection[str] | None = None) -> Trace:
         return Trace("leaves" if opaque else "graph", graph, tuple(sorted(opaque)), why)
 
 
-def _unused_defaults(model: nn.Module, given: Collection[str] | None) -> dict[str, Any]:
-    """Defaults of the forward arguments that nobody passes."""
+def _fixed(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The forward arguments that Python code may branch on, and that are therefore constants."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
         return {}
-    return {
-        p.name: p.default
-        for p in parameters
-        if p.default is not p.empty and (given is None or p.name not in given)
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    if given is None:
+        return defaults
+    passed = {
+        name: value
+        for name, value in given.items()
+        if value is None or isinstance(value, bool | int | float | str)
     }
+    return {name: v for name, v in defaults.items() if name not in given} | passed
