@@ -106,7 +106,10 @@ def candidates(
 def shared_bytes(op: str, dtype: torch.dtype, config: Config) -> int:
     """Shared memory of one program, in bytes, to a good approximation."""
     if isinstance(config, DepthwiseConfig):
-        return 4 * config.block_c * config.num_warps if op == "depthwise_bwd_weight" else 0
+        if op == "depthwise_bwd_weight":
+            return 4 * config.block_c * config.num_warps
+        row = 3 * config.block_nq * config.block_c * dtype.itemsize
+        return row * (config.num_stages - 1) if config.rows else 0
     tile = (config.block_nq + config.block_k) * config.block_c * dtype.itemsize
     return tile * config.num_stages if op == "pointwise_fwd" else tile
 
@@ -121,14 +124,15 @@ def _default_depthwise(op: str, dtype: torch.dtype, shape: ConvShape) -> Depthwi
     columns = shape.N * width
     if shape.channels_last:
         narrow = dtype == torch.float64 or not _loads_vectors(shape)
+        elements = 256 if dtype == torch.float64 else 512 if narrow else 1024
         block_c = _power_of_2(shape.K, 8, 32 if narrow else 64)
-        block_nq = _power_of_2(columns, 8, (512 if narrow else 1024) // block_c)
+        block_nq = _power_of_2(columns, 8, elements // block_c)
     else:
         block_c = 1
         block_nq = _power_of_2(columns, 32, 256)
     programs_per_row = -(-shape.K // block_c) * -(-columns // block_nq)
     rows = min(max(programs_per_row * height // _FILLING_PROGRAMS, 2), 16)
-    return DepthwiseConfig(block_nq, block_c, rows)
+    return DepthwiseConfig(block_nq, block_c, rows, num_stages=3)
 
 
 def _loads_vectors(shape: ConvShape) -> bool:
@@ -144,14 +148,15 @@ def _depthwise_candidates(op: str, shape: ConvShape) -> Iterator[Config]:
     height, width = _written_size(op, shape)
     widest = _power_of_2(shape.N * width, 8, 1024)
     blocks_c = (32, 64, 128) if shape.channels_last else (1,)
-    strips = (0,) if op == "depthwise_bwd_weight" else (0, 4, 16)
+    # (rows, num_stages); the general kernel has no loop to pipeline.
+    strips = ((0, 1),) if op == "depthwise_bwd_weight" else ((0, 1), (4, 3), (16, 1), (16, 3))
     # Sixteen-byte loads bring eight channels: each thread has one or two pixels of them.
-    for block_c, per_thread, rows, num_warps in itertools.product(
-        blocks_c, (8, 16), strips, (2, 4, 8)
+    for block_c, per_thread, num_warps, (rows, num_stages) in itertools.product(
+        blocks_c, (8, 16), (4, 8), strips
     ):
         block_nq = per_thread * 32 * num_warps // block_c
         if block_nq <= widest and block_c < 2 * max(shape.K, 32) and rows < 2 * height:
-            yield DepthwiseConfig(block_nq, block_c, rows, num_warps)
+            yield DepthwiseConfig(block_nq, block_c, rows, num_warps, num_stages)
 
 
 def _gemm_candidates(op: str, shape: ConvShape) -> Iterator[Config]:

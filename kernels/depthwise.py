@@ -5,9 +5,8 @@
 
 A program makes `BLOCK_NQ` pixels of output row p, which may continue in the next image, for
 `BLOCK_C` channels. The row is a scalar, so rows outside the image cost no mask arithmetic and small
-images fill the tile. Tensors keep their strides; coalesced loads need channels_last. Weights are
-packed [R, S, G]. Padding is a zero that is multiplied, as in ATen: times an infinite weight it is
-NaN.
+images fill the tile. Tensors keep their strides; coalesced loads need channels_last. Padding is a
+zero that is multiplied, as in ATen: times an infinite weight it is NaN.
 """
 
 import torch
@@ -38,7 +37,7 @@ def depthwise_row(
     mask_c,
     W,
     stride_xw,
-    stride_ws,
+    stride_wt,
     S: tl.constexpr,
     DILATION_W: tl.constexpr,
 ):
@@ -48,7 +47,7 @@ def depthwise_row(
         w = column + s * DILATION_W
         mask = (mask_nq & (w >= 0) & (w < W))[:, None] & mask_c[None, :]
         x = tl.load(x_ptrs + s * DILATION_W * stride_xw, mask=mask, other=0.0).to(acc.dtype)
-        weight = tl.load(w_ptrs + s * stride_ws, mask=mask_c, other=0.0)
+        weight = tl.load(w_ptrs + s * stride_wt, mask=mask_c, other=0.0).to(acc.dtype)
         acc += x * weight[None, :]
     return acc
 
@@ -56,7 +55,7 @@ def depthwise_row(
 @triton.jit
 def _depthwise_fwd_kernel(
     x_ptr,  # [N, C, H, W]
-    w_ptr,  # [R, S, G], contiguous, of type ACC
+    w_ptr,  # [R*S, G] through strides
     bias_ptr,  # [G] or None
     y_ptr,  # [N, G, P, Q]
     N,
@@ -70,6 +69,8 @@ def _depthwise_fwd_kernel(
     stride_xc,
     stride_xh,
     stride_xw,
+    stride_wt,
+    stride_wg,
     stride_bias,
     stride_yn,
     stride_yc,
@@ -103,7 +104,7 @@ def _depthwise_fwd_kernel(
 
     # [BLOCK_NQ, BLOCK_C]
     x_ptrs = x_ptr + (n * stride_xn + w * stride_xw)[:, None] + (offs_g // M * stride_xc)[None, :]
-    w_ptrs = w_ptr + offs_g
+    w_ptrs = w_ptr + offs_g * stride_wg
     acc = tl.zeros([BLOCK_NQ, BLOCK_C], ACC)
     for i in tl.range(R, loop_unroll_factor=R if R <= 5 else 1):
         r = tl.cast(i, tl.int64)
@@ -111,13 +112,13 @@ def _depthwise_fwd_kernel(
         acc = depthwise_row(
             acc,
             x_ptrs + row * stride_xh,
-            w_ptrs + r * S * G,
+            w_ptrs + r * S * stride_wt,
             w,
             mask_nq & (row >= 0) & (row < H),
             mask_g,
             W,
             stride_xw,
-            G,
+            stride_wt,
             S,
             DILATION_W,
         )
@@ -171,18 +172,19 @@ def depthwise_fwd(
     if config is None:
         shape = ConvShape(N, C, H, W, G, P, Q, R, S, M, channels_last)
         config = default("depthwise_fwd", x.dtype, shape)
-    packed = pack_depthwise(weight_dw, 1)
+    taps = pack_depthwise(weight_dw, 1, y.numel())
     if config.rows and fits_rolling((R, S), stride[0], dilation[0]):
         depthwise_rolling(
             x,
-            packed.squeeze(2),
+            taps,
+            (R, S),
             bias,
             y,
             stride[1],
             (padding[0], padding[2]),
             dilation[1],
             activation,
-            skip_padding=False,
+            input_gradient=False,
             config=config,
         )
         return y
@@ -190,10 +192,12 @@ def depthwise_fwd(
     launch(
         _depthwise_fwd_kernel,
         num_g * P * triton.cdiv(N * Q, config.block_nq),
-        (x, packed, bias, y),
+        (x, taps.weights, bias, y),
         (
             *(N, H, W, G, P, Q, num_g),
             *x.stride(),
+            taps.strides[0],
+            taps.strides[2],
             0 if bias is None else bias.stride(0),
             *y.stride(),
         ),

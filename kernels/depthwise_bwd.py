@@ -56,7 +56,7 @@ def _bwd_input_row(
     mask_c,
     Q,
     stride_dyw,
-    stride_ws,
+    stride_wt,
     S: tl.constexpr,
     STEP_S: tl.constexpr,
     SHIFT_Q: tl.constexpr,
@@ -69,7 +69,7 @@ def _bwd_input_row(
         mask_s = mask_c & (first_s + j * STEP_S < S)
         mask = (mask_nq & (q >= 0) & (q < Q))[:, None] & mask_s[None, :]
         dy = tl.load(dy_ptrs - j * SHIFT_Q * stride_dyw, mask=mask, other=0.0).to(acc.dtype)
-        weight = tl.load(w_ptrs + j * STEP_S * stride_ws, mask=mask_s, other=0.0)
+        weight = tl.load(w_ptrs + j * STEP_S * stride_wt, mask=mask_s, other=0.0).to(acc.dtype)
         acc = tl.where(mask, acc + dy * weight[None, :], acc)
     return acc
 
@@ -77,7 +77,7 @@ def _bwd_input_row(
 @triton.jit
 def _depthwise_bwd_input_kernel(
     dy_ptr,  # [N, C*M, P, Q]
-    w_ptr,  # [R, S, M, C], contiguous, of type ACC
+    w_ptr,  # [R*S, M, C] through strides
     dx_ptr,  # [N, C, H, W]
     N,
     C,
@@ -91,6 +91,9 @@ def _depthwise_bwd_input_kernel(
     stride_dyc,
     stride_dyh,
     stride_dyw,
+    stride_wt,
+    stride_wm,
+    stride_wc,
     stride_dxn,
     stride_dxc,
     stride_dxh,
@@ -141,6 +144,7 @@ def _depthwise_bwd_input_kernel(
     acc = tl.zeros([BLOCK_NQ, BLOCK_C], ACC)
     for k in tl.range(M):
         m = tl.cast(k, tl.int64)
+        w_ptrs = w_ptr + m * stride_wm + offs_c * stride_wc
         dy_ptrs = dy_pixels[:, None] + ((offs_c * M + m) * stride_dyc)[None, :]
         for i in tl.range(TAPS_R, loop_unroll_factor=TAPS_R if TAPS_R <= 5 else 1):
             j = tl.cast(i, tl.int64)
@@ -149,14 +153,14 @@ def _depthwise_bwd_input_kernel(
             acc = _bwd_input_row(
                 acc,
                 dy_ptrs + p * stride_dyh,
-                w_ptr + ((r * S + first_s) * M + m) * C + offs_c,
+                w_ptrs + (r * S + first_s) * stride_wt,
                 first_s,
                 first_q,
                 mask_nq & met & (r < R) & (p >= 0) & (p < P),
                 mask_c & (r < R),
                 Q,
                 stride_dyw,
-                tl.cast(C, tl.int64) * M,
+                stride_wt,
                 S,
                 STEP_S,
                 DILATION_W // GCD_W,
@@ -207,25 +211,27 @@ def depthwise_bwd_input(
     if config.rows and M == 1 and stride == (1, 1) and fits_rolling((R, S), 1, dilation[0]):
         depthwise_rolling(
             dy,
-            pack_depthwise(weight_dw.flip(2, 3), 1).squeeze(2),
+            pack_depthwise(weight_dw, 1, dx.numel()),
+            (R, S),
             None,
             dx,
             1,
             (R - 1 - padding[0], dilation[1] * (S - 1) - padding[2]),
             dilation[1],
             None,
-            skip_padding=True,
+            input_gradient=True,
             config=config,
         )
         return dx
+    taps = pack_depthwise(weight_dw, M, dx.numel())
     num_c = triton.cdiv(C, config.block_c)
     columns = triton.cdiv(W, stride[1])
     gcd_h, gcd_w = (math.gcd(*pair) for pair in zip(stride, dilation, strict=True))
     launch(
         _depthwise_bwd_input_kernel,
         num_c * stride[1] * H * triton.cdiv(N * columns, config.block_nq),
-        (dy, pack_depthwise(weight_dw, M), dx),
-        (*(N, C, H, W, P, Q, num_c, columns), *dy.stride(), *dx.stride()),
+        (dy, taps.weights, dx),
+        (*(N, C, H, W, P, Q, num_c, columns), *dy.stride(), *taps.strides, *dx.stride()),
         {
             "M": M,
             "R": R,

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from sepconv.kernels.activations import apply_activation
 from sepconv.kernels.configs import DepthwiseConfig
-from sepconv.kernels.launch import accumulator, launch
+from sepconv.kernels.launch import Taps, accumulator, launch
 from sepconv.kernels.tiles import split_nq
 
 # The weights stay in registers, eight channels of every tap in each thread.
@@ -24,7 +24,7 @@ MAX_TAPS = 9
 @triton.jit
 def _depthwise_rolling_kernel(
     x_ptr,  # [N, C, H, W]
-    w_ptr,  # [R, S, G], contiguous, of type ACC
+    w_ptr,  # [R*S, G] through strides
     bias_ptr,  # [G] or None
     y_ptr,  # [N, G, P, Q]
     N,
@@ -41,6 +41,8 @@ def _depthwise_rolling_kernel(
     stride_xc,
     stride_xh,
     stride_xw,
+    stride_wt,
+    stride_wg,
     stride_bias,
     stride_yn,
     stride_yc,
@@ -53,11 +55,12 @@ def _depthwise_rolling_kernel(
     PAD_TOP: tl.constexpr,
     PAD_LEFT: tl.constexpr,
     DILATION_W: tl.constexpr,
-    SKIP_PADDING: tl.constexpr,
+    INPUT_GRADIENT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_NQ: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     pid_g = pid % num_g
@@ -78,14 +81,16 @@ def _depthwise_rolling_kernel(
         bias = tl.load(bias_ptr + offs_g * stride_bias, mask=mask_g, other=0.0).to(ACC)
     weights = ()
     for tap in tl.static_range(R * S):
-        w_ptrs = w_ptr + tl.cast(G, tl.int64) * tap + offs_g
-        weight = tl.load(w_ptrs, mask=mask_g, other=0.0)
+        source = R * S - 1 - tap if INPUT_GRADIENT else tap
+        w_ptrs = w_ptr + offs_g * stride_wg + tl.cast(stride_wt, tl.int64) * source
+        weight = tl.load(w_ptrs, mask=mask_g, other=0.0).to(ACC)
         # Triton has no starred tuples.
         weights = weights + (weight[None, :],)  # noqa: RUF005
 
     # accs[r] is the sum of the output row that meets this input row with filter row r.
     accs = (tl.zeros([BLOCK_NQ, BLOCK_C], ACC),) * R
-    for i in range(steps):
+    # Loads of the next rows are under way while this one is summed.
+    for i in tl.range(steps, num_stages=NUM_STAGES):
         step = tl.cast(i, tl.int64)
         h = first_p + step - PAD_TOP
         mask_h = mask_nq & (h >= 0) & (h < H)
@@ -96,7 +101,7 @@ def _depthwise_rolling_kernel(
             x = tl.load(tap_ptrs, mask=mask, other=0.0).to(ACC)
             for r in tl.static_range(R):
                 acc = accs[r] + x * weights[r * S + s]
-                if SKIP_PADDING:
+                if INPUT_GRADIENT:
                     acc = tl.where(mask, acc, accs[r])
                 accs = accs[:r] + (acc,) + accs[r + 1 :]  # noqa: RUF005
 
@@ -116,7 +121,8 @@ def fits_rolling(filter_size: tuple[int, int], stride_h: int, dilation_h: int) -
 
 def depthwise_rolling(
     x: torch.Tensor,
-    packed: torch.Tensor,
+    taps: Taps,
+    filter_size: tuple[int, int],
     bias: torch.Tensor | None,
     y: torch.Tensor,
     stride_w: int,
@@ -124,35 +130,39 @@ def depthwise_rolling(
     dilation_w: int,
     activation: str | None,
     *,
-    skip_padding: bool,
+    input_gradient: bool,
     config: DepthwiseConfig,
 ) -> None:
     """Fill `y` by the rolling kernel.
 
     Args:
         x: [N, C, H, W], any strides.
-        packed: [R, S, C*M], contiguous.
+        taps: Weights packed with M = 1.
+        filter_size: (R, S).
         bias: [C*M] or None.
         y: [N, C*M, P, Q], any strides.
         stride_w: Horizontal stride.
         padding: (top, left); negative values crop.
         dilation_w: Horizontal dilation.
         activation: `None`, `relu`, `relu6`, `silu`, `hardswish` or `gelu`.
-        skip_padding: Leave padding out instead of multiplying it as zero.
+        input_gradient: Rotate the filters by half a turn, and leave padding out instead of
+            multiplying it as zero.
         config: Block sizes, with `rows` > 0.
     """
     N, C, H, W = x.shape
-    R, S, G = packed.shape
-    P, Q = y.shape[2:]
+    R, S = filter_size
+    _, G, P, Q = y.shape
     num_g = triton.cdiv(G, config.block_c)
     num_strips = triton.cdiv(P, config.rows)
     launch(
         _depthwise_rolling_kernel,
         num_g * num_strips * triton.cdiv(N * Q, config.block_nq),
-        (x, packed, bias, y),
+        (x, taps.weights, bias, y),
         (
             *(N, H, W, G, P, Q, num_g, num_strips, config.rows, config.rows + R - 1),
             *x.stride(),
+            taps.strides[0],
+            taps.strides[2],
             0 if bias is None else bias.stride(0),
             *y.stride(),
         ),
@@ -164,11 +174,12 @@ def depthwise_rolling(
             "PAD_TOP": padding[0],
             "PAD_LEFT": padding[1],
             "DILATION_W": dilation_w,
-            "SKIP_PADDING": skip_padding,
+            "INPUT_GRADIENT": input_gradient,
             "ACTIVATION": activation,
             "ACC": accumulator(x.dtype),
             "BLOCK_NQ": config.block_nq,
             "BLOCK_C": config.block_c,
+            "NUM_STAGES": config.num_stages,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 
 # Offsets inside one axis are 32 bits wide; whole tensors may be larger.
 MAX_AXIS = 2**31 - 2**16
+
+# Depthwise results from which packing the weights costs less than it saves.
+_WORTH_PACKING = 2**22
 
 _TL_DTYPES = {
     torch.float64: tl.float64,
@@ -79,23 +82,38 @@ def collapse(sizes: Sequence[int], *strides: Sequence[int]) -> tuple[list[int], 
     return merged_sizes, merged_strides
 
 
-def pack_depthwise(weight_dw: torch.Tensor, M: int) -> torch.Tensor:
-    """[C*M, 1, R, S] to [R, S, M, C], in float32 or float64.
+class Taps(NamedTuple):
+    """Depthwise weights as the kernels read them; strides of a tap, of m and of an input channel.
 
-    The channels of one tap lie side by side and need no conversion in the kernels' inner loops.
+    Element (tap, m, c) is w[c*M + m, tap // S, tap % S].
+    """
+
+    weights: torch.Tensor
+    strides: tuple[int, int, int]
+
+
+def pack_depthwise(weight_dw: torch.Tensor, M: int, outputs: int) -> Taps:
+    """Depthwise weights [C*M, 1, R, S] in the order that suits `outputs` depthwise results.
+
+    Packed as [R*S, M, C] in the accumulator's type, the channels of one tap lie side by side and
+    need no conversion. That copy is a launch of its own, so small problems do without.
     """
     G, _, R, S = weight_dw.shape
-    view = weight_dw.reshape(G // M, M, R, S).permute(2, 3, 1, 0)
+    if outputs < _WORTH_PACKING and weight_dw.is_contiguous():
+        return Taps(weight_dw, (1, R * S, M * R * S))
+    view = weight_dw.unflatten(0, (G // M, M)).permute(3, 4, 2, 1, 0)
     dtype = torch.float64 if weight_dw.dtype == torch.float64 else torch.float32
-    return torch.empty(view.shape, dtype=dtype, device=weight_dw.device).copy_(view)
+    packed = torch.empty(view.shape, dtype=dtype, device=weight_dw.device).copy_(view)
+    return Taps(packed, (G, G // M, 1))
 
 
-def pack_pointwise(weight_pw: torch.Tensor, M: int) -> torch.Tensor:
-    """[K, C*M, 1, 1] to [K, M, C], the order in which the fused kernel makes its channels."""
-    K, G = weight_pw.shape[:2]
-    if M == 1:
-        return weight_pw.view(K, 1, G)
-    return weight_pw.view(K, G // M, M).transpose(1, 2).contiguous()
+def pack_pointwise(weight_pw: torch.Tensor, M: int, outputs: int) -> torch.Tensor:
+    """[K, C*M, 1, 1] as [K, M, C], the order in which the fused kernel makes its channels.
+
+    A copy where the M filters of a channel lie between channels and the problem is large enough.
+    """
+    view = weight_pw[:, :, 0, 0].unflatten(1, (weight_pw.shape[1] // M, M)).transpose(1, 2)
+    return view if M == 1 or outputs < _WORTH_PACKING else view.contiguous()
 
 
 def dot_options(x: torch.Tensor, allow_tf32: bool) -> dict[str, Any]:

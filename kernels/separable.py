@@ -6,8 +6,7 @@
 A program makes `BLOCK_NQ` pixels (see depthwise.py) of each of `ROWS` output rows, x `BLOCK_K`
 channels. It makes each [BLOCK_NQ, BLOCK_C] tile of h in registers and feeds it to the matrix unit:
 h never reaches memory, and the M tiles that read the same channels of x find them in the L1 cache.
-Several rows share the loads and conversions of the input rows between them. Weights are packed
-[R, S, M, C] and [K, M, C].
+Several rows share the loads and conversions of the input rows between them.
 """
 
 import torch
@@ -46,7 +45,7 @@ def _mid_strip(
     W,
     stride_xh,
     stride_xw,
-    stride_ws,
+    stride_wt,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -66,7 +65,7 @@ def _mid_strip(
         mask_w = mask_nq & (column >= 0) & (column < W)
         weights = ()
         for r in tl.static_range(R):
-            weight = tl.load(w_ptrs + (r * S + s) * stride_ws, mask=mask_c, other=0.0)
+            weight = tl.load(w_ptrs + (r * S + s) * stride_wt, mask=mask_c, other=0.0).to(ACC)
             # Triton has no starred tuples.
             weights = weights + (weight[None, :],)  # noqa: RUF005
         for row in tl.static_range((ROWS - 1) * STRIDE_H + (R - 1) * DILATION_H + 1):
@@ -92,7 +91,7 @@ def _mid_row(
     W,
     stride_xh,
     stride_xw,
-    stride_ws,
+    stride_wt,
     R: tl.constexpr,
     S: tl.constexpr,
     DILATION_H: tl.constexpr,
@@ -110,13 +109,13 @@ def _mid_row(
         mid = depthwise_row(
             mid,
             x_ptrs + row * stride_xh,
-            w_ptrs + r * S * stride_ws,
+            w_ptrs + r * S * stride_wt,
             w,
             mask_nq & (h + row >= 0) & (h + row < H),
             mask_c,
             W,
             stride_xw,
-            stride_ws,
+            stride_wt,
             S,
             DILATION_W,
         )
@@ -126,7 +125,7 @@ def _mid_row(
 @triton.jit
 def _separable_fwd_kernel(
     x_ptr,  # [N, C, H, W]
-    w_dw_ptr,  # [R, S, M, C], contiguous, of type ACC
+    w_dw_ptr,  # [R*S, M, C] through strides
     w_pw_ptr,  # [K, M, C] through strides
     bias_dw_ptr,  # [C*M] or None
     bias_pw_ptr,  # [K] or None
@@ -139,7 +138,6 @@ def _separable_fwd_kernel(
     K,
     P,
     Q,
-    G,  # C * M
     num_k,
     num_strips,
     num_tiles,  # of h: ceil(C / BLOCK_C) * M
@@ -147,9 +145,12 @@ def _separable_fwd_kernel(
     stride_xc,
     stride_xh,
     stride_xw,
-    stride_wk,
+    stride_wt,
     stride_wm,
     stride_wc,
+    stride_pwk,
+    stride_pwm,
+    stride_pwc,
     stride_bias_dw,
     stride_bias_pw,
     stride_rn,
@@ -201,12 +202,12 @@ def _separable_fwd_kernel(
         mask_c = offs_c < C
 
         # [BLOCK_C, BLOCK_K], asked for early, needed after the depthwise sums.
-        w_pw_ptrs = w_pw_ptr + m * stride_wm + (offs_c * stride_wc)[:, None]
-        w_pw_ptrs += (offs_k * stride_wk)[None, :]
+        w_pw_ptrs = w_pw_ptr + m * stride_pwm + (offs_c * stride_pwc)[:, None]
+        w_pw_ptrs += (offs_k * stride_pwk)[None, :]
         w_pw = tl.load(w_pw_ptrs, mask=mask_c[:, None] & mask_k[None, :], other=0.0).to(DOT)
 
         x_ptrs = x_pixels[:, None] + (offs_c * stride_xc)[None, :]
-        w_dw_ptrs = w_dw_ptr + m * C + offs_c
+        w_dw_ptrs = w_dw_ptr + m * stride_wm + offs_c * stride_wc
         if ROWS == 1:
             mids = (
                 _mid_row(
@@ -220,7 +221,7 @@ def _separable_fwd_kernel(
                     W,
                     stride_xh,
                     stride_xw,
-                    G,
+                    stride_wt,
                     R,
                     S,
                     DILATION_H,
@@ -242,7 +243,7 @@ def _separable_fwd_kernel(
                 W,
                 stride_xh,
                 stride_xw,
-                G,
+                stride_wt,
                 R,
                 S,
                 STRIDE_H,
@@ -331,15 +332,18 @@ def separable_fwd(
     rows = config.rows if R <= _MAX_STRIP_R else 1
     num_k = triton.cdiv(K, config.block_k)
     num_strips = triton.cdiv(P, rows)
-    packed_pw = pack_pointwise(weight_pw, M)
+    outputs = N * P * Q * G
+    taps = pack_depthwise(weight_dw, M, outputs)
+    packed_pw = pack_pointwise(weight_pw, M, outputs)
     launch(
         _separable_fwd_kernel,
         num_k * num_strips * triton.cdiv(N * Q, config.block_nq),
-        (x, pack_depthwise(weight_dw, M), packed_pw, bias_dw, bias_pw, residual, y),
+        (x, taps.weights, packed_pw, bias_dw, bias_pw, residual, y),
         (
-            *(N, C, H, W, K, P, Q, G, num_k, num_strips),
+            *(N, C, H, W, K, P, Q, num_k, num_strips),
             triton.cdiv(C, config.block_c) * M,
             *x.stride(),
+            *taps.strides,
             *packed_pw.stride(),
             0 if bias_dw is None else bias_dw.stride(0),
             0 if bias_pw is None else bias_pw.stride(0),

@@ -9,6 +9,7 @@ a GPU would be given: the same constants, strides and specialisations.
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -210,10 +211,24 @@ def resources(compiled: Any, target: str) -> Resources:
         )
     else:
         usage = _binary_tool("cuobjdump", "--dump-resource-usage", compiled.asm["cubin"])
-        registers, spilled = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
         text = compiled.asm["ptx"]
+        # 64-bit division is a call, which also wants a stack.
+        spilled = _spilled(text) if stack else 0
     matrix = bool(_MATRIX_INSTRUCTION.search(text))
     return Resources(compiled.metadata.shared, registers, spilled, matrix)
+
+
+def _spilled(ptx: str) -> int:
+    """Bytes of spill stores per thread, from the assembler's own account."""
+    architecture = re.search(r"\.target (sm_\w+)", ptx)[1]
+    assembler = "ptxas-blackwell" if int(re.search(r"\d+", architecture)[0]) >= 100 else "ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [_BIN / assembler, "-v", "--gpu-name", architecture, file.name, "-o", os.devnull]
+        account = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return int(re.search(r"(\d+) bytes spill stores", account)[1])
 
 
 def _binary_tool(tool: str, option: str, cubin: bytes) -> str:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sepconv.kernels import launch
 from sepconv.kernels.activations import activation_bwd
 from sepconv.kernels.configs import DepthwiseConfig, GemmConfig
 from sepconv.kernels.depthwise import depthwise_fwd
@@ -16,6 +17,7 @@ from sepconv.kernels.launch import MAX_AXIS, collapse
 from sepconv.kernels.pointwise import pointwise_fwd
 from sepconv.kernels.separable import separable_fwd
 
+PACKING = pytest.mark.parametrize("worth_packing", [0, 1 << 60], ids=["packed", "unpacked"])
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ACTIVATIONS = {
     "relu": F.relu,
@@ -73,9 +75,11 @@ def assert_exact(actual: Tensor, expected: Tensor, channels_last: bool | None = 
         assert actual.is_contiguous(memory_format=last if channels_last else first)
 
 
+@PACKING
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("config", [DepthwiseConfig(8, 16), DepthwiseConfig(4, 32, 4), None])
-def test_depthwise_fwd(geometry: Geometry, config: DepthwiseConfig | None):
+@pytest.mark.parametrize("config", [DepthwiseConfig(16, 16), DepthwiseConfig(16, 16, 4)])
+def test_depthwise_fwd(geometry: Geometry, config: DepthwiseConfig, worth_packing, monkeypatch):
+    monkeypatch.setattr(launch, "_WORTH_PACKING", worth_packing)
     torch.manual_seed(0)
     x, (weight_dw, _) = integers(N, C, H, W), weights(geometry)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -84,9 +88,11 @@ def test_depthwise_fwd(geometry: Geometry, config: DepthwiseConfig | None):
     assert_exact(y, conv_dw(x, weight_dw, bias, geometry).relu(), channels_last=True)
 
 
+@PACKING
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("config", [DepthwiseConfig(8, 16), DepthwiseConfig(4, 32, 4)])
-def test_depthwise_bwd(geometry: Geometry, config: DepthwiseConfig):
+@pytest.mark.parametrize("config", [DepthwiseConfig(16, 16), DepthwiseConfig(16, 16, 4)])
+def test_depthwise_bwd(geometry: Geometry, config: DepthwiseConfig, worth_packing, monkeypatch):
+    monkeypatch.setattr(launch, "_WORTH_PACKING", worth_packing)
     torch.manual_seed(0)
     x = integers(N, C, H, W).requires_grad_()
     weight_dw = weights(geometry)[0].requires_grad_()
@@ -125,9 +131,11 @@ def test_pointwise_fwd(tile: tuple[int, int, int], channels_last: bool):
     assert_exact(y, F.relu6(expected), channels_last)
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@PACKING
+@pytest.mark.parametrize("geometry", [*GEOMETRIES[:4], GEOMETRIES[5]])
 @pytest.mark.parametrize("rows", [1, 2, 4])
-def test_separable_fwd(geometry: Geometry, rows: int):
+def test_separable_fwd(geometry: Geometry, rows: int, worth_packing: int, monkeypatch):
+    monkeypatch.setattr(launch, "_WORTH_PACKING", worth_packing)
     torch.manual_seed(0)
     x, (weight_dw, weight_pw) = integers(N, C, H, W), weights(geometry)
     bias_dw, bias_pw = integers(C * geometry.M), integers(K)
