@@ -123,9 +123,9 @@ MUTANTS = [
     ),
     Mutant(
         "dgrad_without_rotation",
-        "depthwise_bwd.py",
-        "weight_dw.flip(2, 3)",
-        "weight_dw",
+        "depthwise_rolling.py",
+        "source = R * S - 1 - tap if INPUT_GRADIENT else tap",
+        "source = tap",
         DEPTHWISE_BACKWARD,
     ),
     Mutant(
@@ -138,8 +138,8 @@ MUTANTS = [
     Mutant(
         "dgrad_assumes_dense_dy",
         "depthwise_bwd.py",
-        "(*(N, C, H, W, P, Q, num_c, columns), *dy.stride(), *dx.stride()),",
-        "(*(N, C, H, W, P, Q, num_c, columns), C * M * P * Q, P * Q, Q, 1, *dx.stride()),",
+        "columns), *dy.stride(), *taps.strides",
+        "columns), C * M * P * Q, P * Q, Q, 1, *taps.strides",
         DEPTHWISE_BACKWARD,
     ),
     Mutant(
