@@ -19,6 +19,7 @@ integer inputs demand **equality** through every linear stage, relu and relu6.
 (`poisoned_allocations`): an element read outside, left unwritten or written outside shows.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,12 @@ class Arithmetic:
             differentiated and whose gradient needs it.
         truncating: storing cuts bits off instead of rounding to nearest, which is how Triton's
             interpreter makes a bfloat16.
+        skips_padding: a padded position adds nothing, rather than zero times the weight. The two
+            differ where a weight is not finite, and the framework has both: its float64
+            convolution multiplies, oneDNN's float32 one skips.
+        skips_outside: the same for what lies outside dy in the gradient of the input.
+        nan_is_large: the slope of hardswish at NaN is the one above 3, and not NaN. The framework
+            has both: the first in its scalar loop, the second in its vectorised one.
     """
 
     dtype: torch.dtype
@@ -57,6 +64,16 @@ class Arithmetic:
     composite: bool = False
     splits_activation: bool = False
     truncating: bool = False
+    skips_padding: bool = False
+    skips_outside: bool = False
+    nan_is_large: bool = False
+
+    @property
+    def variants(self) -> "list[Arithmetic]":
+        """All that are right where something is not finite."""
+        names = ("skips_padding", "skips_outside", "nan_is_large")
+        choices = itertools.product((False, True), repeat=len(names))
+        return [dataclasses.replace(self, **dict(zip(names, c, strict=True))) for c in choices]
 
     @property
     def unit_acc(self) -> float:
@@ -187,6 +204,9 @@ def through_activation(
         (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y), retain_graph=True)
         # not dy * slope: where f is flat the framework makes zero even of an infinite dy
         (value,) = torch.autograd.grad(y, leaf, dy.value)
+    if name == "hardswish":
+        at_nan = dy.value if arithmetic.nan_is_large else torch.full_like(value, math.nan)
+        value = torch.where(z.value.isnan(), at_nan, value)
     doubt = activation.derivative_lipschitz * z.error
     for kink, jump in activation.kinks.items():
         reached = ((z.value - kink).abs() <= z.error) & (z.error > 0)
@@ -240,26 +260,18 @@ class _Stages(NamedTuple):
     y: Bounded
 
 
-def forward(problem: Problem, arithmetic: Arithmetic, *, skip_padding: bool = False) -> Bounded:
-    """Bound the output of a call.
-
-    Args:
-        problem: the call.
-        arithmetic: how it computes.
-        skip_padding: a padded position adds nothing, rather than zero times the weight. The two
-            differ where a weight is not finite, and the framework itself has both (its float64
-            convolution multiplies, oneDNN's float32 one skips): either is right.
-    """
-    return _stages(problem, arithmetic, skip_padding).y
+def forward(problem: Problem, arithmetic: Arithmetic) -> Bounded:
+    """Bound the output of a call."""
+    return _stages(problem, arithmetic).y
 
 
-def _stages(p: Problem, arithmetic: Arithmetic, skip_padding: bool) -> _Stages:
+def _stages(p: Problem, arithmetic: Arithmetic) -> _Stages:
     def kept(t: Bounded) -> Bounded:
         return stored(t, arithmetic) if arithmetic.composite else t
 
     a, z_dw, z_pw = exact(p.x), None, None
     if p.weight_dw is not None:
-        conv = _Depthwise(p, skip_padding)
+        conv = _Depthwise(p, arithmetic)
         bias = [] if p.bias_dw is None else [exact(p.bias_dw.view(-1, 1, 1))]
         z_dw = kept(contract(conv.forward, a, exact(p.weight_dw), conv.taps, arithmetic, bias))
         a = stored(activated(z_dw, p.activation_mid, arithmetic), arithmetic)
@@ -281,11 +293,9 @@ def _stages(p: Problem, arithmetic: Arithmetic, skip_padding: bool) -> _Stages:
     return _Stages(z_dw, a, z_pw, y)
 
 
-def backward(
-    p: Problem, dy: Tensor, arithmetic: Arithmetic, *, skip_padding: bool = False
-) -> dict[str, Bounded]:
+def backward(p: Problem, dy: Tensor, arithmetic: Arithmetic) -> dict[str, Bounded]:
     """Bound the gradients of every tensor of a call, by the names of `Problem`."""
-    stages = _stages(p, arithmetic, skip_padding)
+    stages = _stages(p, arithmetic)
     g = exact(dy)
     grads: dict[str, Bounded] = {}
     if p.weight_pw is not None:
@@ -305,7 +315,7 @@ def backward(
         assert stages.z_dw is not None
         g = through_activation(g, stored(stages.z_dw, arithmetic), p.activation_mid, arithmetic)
         g = stored(g, arithmetic)
-        conv = _Depthwise(p, skip_padding)
+        conv = _Depthwise(p, arithmetic)
         multiplier = p.weight_dw.shape[0] // max(p.x.shape[1], 1)
         grads["bias_dw"] = _summed(g, arithmetic)
         grads["weight_dw"] = contract(
@@ -357,7 +367,7 @@ class _Depthwise:
     a padded position can be skipped.
     """
 
-    def __init__(self, p: Problem, skip_padding: bool) -> None:
+    def __init__(self, p: Problem, arithmetic: Arithmetic) -> None:
         assert p.weight_dw is not None
         self.rows, self.columns = p.weight_dw.shape[2:]
         self.taps = self.rows * self.columns
@@ -369,8 +379,8 @@ class _Depthwise:
         self.height = (height - p.dilation[0] * (self.rows - 1) - 1) // p.stride[0] + 1
         self.width = (width - p.dilation[1] * (self.columns - 1) - 1) // p.stride[1] + 1
         inside = torch.ones(1, 1, *p.x.shape[2:], dtype=torch.bool, device=p.x.device)
-        self.inside = F.pad(inside, self.pads, value=not skip_padding)
-        self.skip_padding = skip_padding
+        self.inside = F.pad(inside, self.pads, value=not arithmetic.skips_padding)
+        self.skips_outside = arithmetic.skips_outside
 
     def _windows(self) -> Iterator[tuple[int, int, tuple[slice, slice]]]:
         (sh, sw), (dh, dw) = self.stride, self.dilation
@@ -396,7 +406,7 @@ class _Depthwise:
         for r, s, (down, along) in self._windows():
             tap = w[:, 0, r, s].view(-1, 1, 1)
             padded[:, :, down, along] += dy * tap
-            if not self.skip_padding:
+            if not self.skips_outside:
                 beyond = torch.ones_like(padded[:1, :1])
                 beyond[:, :, down, along] = 0  # gathered instead of scattered: zeros around dy
                 padded += torch.where(beyond == 1, 0 * tap, 0.0)

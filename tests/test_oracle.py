@@ -208,7 +208,7 @@ def test_infinite_weights_at_the_border_may_meet_padding_or_not():
     p = problem(torch.float32, integers=True)
     p.weight_dw[0, 0, 0, 0] = float("inf")
     multiplied = forward(p, Arithmetic(torch.float32))
-    skipped = forward(p, Arithmetic(torch.float32), skip_padding=True)
+    skipped = forward(p, Arithmetic(torch.float32, skips_padding=True))
     differ = multiplied.value.isnan() & ~skipped.value.isnan()
     assert differ.any()
     for right in (multiplied, skipped):
