@@ -11,6 +11,7 @@ from sepconv.ops import backend
 from sepconv.recipe import apply_recipe
 from sepconv.report import report
 from sepconv.saving import load, read_recipe, save
+from sepconv.tuner import tune
 from sepconv.version import __version__
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "read_recipe",
     "report",
     "save",
+    "tune",
 ]

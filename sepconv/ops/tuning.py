@@ -164,6 +164,15 @@ def recording() -> Iterator[dict[tuple[Any, ...], None]]:
         _seen = None
 
 
+def tuned(problem: Problem) -> tuple[Choice] | None:
+    """What this process or this user has found for a problem's key; None if nobody has tuned it."""
+    where, key = target(problem.device), problem.key
+    if (where, key) in _tuned:
+        return (_tuned[where, key],)
+    entry = tuning_files.read(where.gpu, where.triton, key)
+    return None if entry is None else (entry.choice,)
+
+
 def install(target: Target, key: str, choice: Choice) -> None:
     """Use a choice from now on in this process."""
     with _lock:
@@ -208,11 +217,9 @@ def _answer(call: tuple[Any, ...]) -> Choice:
 def _find(problem: Problem) -> Choice:
     where, key = target(problem.device), problem.key
     if not problem.deterministic:
-        if (where, key) in _tuned:
-            return _tuned[where, key]
-        found = tuning_files.read(where.gpu, where.triton, key)
-        if found is not None:
-            return found.choice
+        mine = tuned(problem)
+        if mine is not None:
+            return mine[0]
     for name in (where.gpu, where.arch):
         table = tuning_files.shipped(name, where.triton)
         if key in table:

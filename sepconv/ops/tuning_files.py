@@ -72,7 +72,7 @@ def read(gpu: str, triton: str, key: str) -> Entry | None:
         for name, value in expected.items():
             if found.get(name) != value:
                 raise ValueError(f"{name}: expected {value!r}, got {found.get(name)!r}")
-        return _entry(key, found)
+        return entry_of(key, found)
     except (OSError, ValueError, RecursionError) as error:
         _warn_once(path, error)
         return None
@@ -118,6 +118,16 @@ def read_table(path: Path, name: str, triton: str) -> dict[str, Choice]:
         return {}
 
 
+def all_choices(gpu: str, triton: str) -> dict[str, Choice]:
+    """Every sound choice in the user's cache, by key."""
+    path = entry_path(gpu, triton, "any")
+    if path is None or not path.parent.is_dir():
+        return {}
+    keys = sorted(file.stem for file in path.parent.glob("[!.]*.json"))
+    entries = {key: read(gpu, triton, key) for key in keys}
+    return {key: entry.choice for key, entry in entries.items() if entry is not None}
+
+
 def write_table(folder: Path, name: str, triton: str, entries: Mapping[str, Choice]) -> Path:
     """Write a table in the form in which the package ships it."""
     path = folder / f"{_slug(name)}-triton-{triton}.json"
@@ -138,6 +148,23 @@ def choice_json(key: str, choice: Choice) -> Any:
     if choice is None:
         return "default"
     return choice if isinstance(choice, str) else dict(zip(_fields(key), choice, strict=True))
+
+
+def entry_of(key: str, found: Mapping[str, Any]) -> Entry:
+    """The entry that stands in a file.
+
+    Raises:
+        ValueError: It is none, or no program could be that large.
+    """
+    seconds, default_seconds = found.get("seconds"), found.get("default_seconds")
+    tried, candidates = found.get("tried"), found.get("candidates")
+    for value in (seconds, default_seconds):
+        if not isinstance(value, float) or not 0 <= value < 1e6:
+            raise ValueError(f"expected seconds, got {value!r}")
+    for count in (tried, candidates):
+        if type(count) is not int or count < 0:
+            raise ValueError(f"expected a count, got {count!r}")
+    return Entry(_choice(key, found.get("choice")), seconds, default_seconds, tried, candidates)  # type: ignore[arg-type]
 
 
 def others(key: str) -> tuple[str, ...]:
@@ -169,18 +196,6 @@ def _load(path: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise ValueError("expected a JSON object")
     return found
-
-
-def _entry(key: str, found: Mapping[str, Any]) -> Entry:
-    seconds, default_seconds = found.get("seconds"), found.get("default_seconds")
-    tried, candidates = found.get("tried"), found.get("candidates")
-    for value in (seconds, default_seconds):
-        if not isinstance(value, float) or not 0 <= value < 1e6:
-            raise ValueError(f"expected seconds, got {value!r}")
-    for count in (tried, candidates):
-        if type(count) is not int or count < 0:
-            raise ValueError(f"expected a count, got {count!r}")
-    return Entry(_choice(key, found.get("choice")), seconds, default_seconds, tried, candidates)  # type: ignore[arg-type]
 
 
 def _choice(key: str, value: Any) -> Choice:

@@ -1,0 +1,78 @@
+"""Device time of GPU work: CUDA events around graph replays, median, inputs that take turns."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+# Seconds per call of work whose inputs take turns, measured for about the given time.
+Timer = Callable[[Sequence[Call], float], float]
+
+
+def device_seconds(calls: Sequence[Call], duration: float = 0.05) -> float:
+    """Median seconds of one call on the GPU, without the host's share.
+
+    The calls, the same work on different tensors, are captured into one CUDA graph that is
+    replayed; what cannot be captured is launched call by call. Results stay alive within a replay,
+    so that neither inputs nor outputs are found in the cache if together they exceed it.
+
+    Args:
+        calls: What to time, one after the other.
+        duration: Seconds to measure for, after as many replays to warm up.
+    """
+    replay = _captured(calls) or (lambda: [call() for call in calls])
+    replay()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    replay()
+    torch.cuda.synchronize()
+    once = max(time.perf_counter() - start, 1e-6)
+    rounds = min(max(int(duration / once), 5), 1000)
+    for _ in range(rounds // 2):
+        replay()
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(rounds)
+    ]
+    for before, after in events:
+        before.record()
+        replay()
+        after.record()
+    torch.cuda.synchronize()
+    times = [before.elapsed_time(after) for before, after in events]
+    return statistics.median(times) / 1e3 / len(calls)
+
+
+def host_seconds(calls: Sequence[Call], duration: float = 0.05) -> float:
+    """Median seconds of one call on the CPU."""
+    for call in calls:
+        call()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < duration:
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) / len(calls)
+
+
+def _captured(calls: Sequence[Call]) -> Call | None:
+    """The calls as one graph launch; None where they cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # Compilation and library handles must be ready before the capture.
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            alive = [call() for call in calls]
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    del alive
+    return graph.replay

@@ -1,0 +1,73 @@
+"""What is worth compiling for a problem, most promising first."""
+
+import torch
+
+from sepconv.ops.kernel_modules import kernel_module
+from sepconv.ops.tuning import Problem, target
+from sepconv.ops.tuning_files import Choice, others
+from sepconv.roofline import Gpu, find_gpu, predicted_seconds
+
+_SAFE_SHARED = 48 * 1024  # bytes that any GPU has
+# Candidates predicted to be this many times slower than the best are not compiled.
+_HOPELESS = 3.0
+
+
+def candidates(problem: Problem) -> list[Choice]:
+    """The default first, then what is no kernel, then block sizes by predicted time.
+
+    Left out, before anything is compiled: block sizes whose estimated shared memory exceeds the
+    device's or whose sums exceed the registers (`sepconv.kernels.configs`), and those that the
+    cost model gives no chance.
+    """
+    shape = conv_shape(problem)
+    sizes = kernel_module("configs").candidates(
+        problem.op, problem.dtype, shape, shared_limit(problem.device)
+    )
+    gpu = known_gpu(problem.device)
+    if gpu is not None:
+        predicted = {
+            config: predicted_seconds(
+                problem.op, shape, problem.dtype, gpu, config=config, tf32=problem.tf32
+            )
+            for config in sizes
+        }
+        best = min(predicted.values())
+        sizes = sorted(sizes, key=predicted.__getitem__)
+        sizes = [config for config in sizes if predicted[config] <= _HOPELESS * best]
+    return list(dict.fromkeys([None, *others(problem.op), *sizes]))
+
+
+def conv_shape(problem: Problem) -> tuple[int, ...]:
+    """The problem's sizes as the kernels' configurations take them."""
+    n, c, h, w = problem.x_shape
+    _, r, s = problem.filter_shape
+    p, q = problem.output_size
+    make = kernel_module("configs").ConvShape
+    shape: tuple[int, ...] = make(
+        n, c, h, w, problem.K, p, q, r, s, problem.M, problem.channels_last
+    )
+    return shape
+
+
+def known_gpu(device: int) -> Gpu | None:
+    """The cost model's figures of a device; None for the interpreter and for unknown GPUs."""
+    if device < 0:
+        return None
+    return find_gpu(target(device).gpu, target(device).arch)
+
+
+def shared_limit(device: int) -> int:
+    """Bytes of shared memory that one program may use."""
+    if device < 0:
+        return _SAFE_SHARED
+    properties = torch.cuda.get_device_properties(device)
+    for name in ("shared_memory_per_block_optin", "shared_memory_per_block"):
+        limit = getattr(properties, name, 0)
+        if limit:
+            return int(limit)
+    return _SAFE_SHARED
+
+
+def cache_bytes(device: int) -> int:
+    """Size of the device's last cache level; 0 for the interpreter."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device >= 0 else 0

@@ -1,0 +1,108 @@
+"""The call of one problem on made-up tensors, and its right answer."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sepconv import reference
+from sepconv.layout import memory_format
+from sepconv.ops import run
+from sepconv.ops.tuning import Problem
+from sepconv.ops.tuning_files import Choice
+
+# Tensors in turn are to exceed the last cache level; beyond this many sets a model's own
+# activations would be found in the cache as well.
+_MOST_SETS = 16
+
+
+class Operands(NamedTuple):
+    """The tensors of one call; which, depends on the op."""
+
+    x: Tensor  # [N, C, H, W]
+    dy: Tensor  # [N, C*M, P, Q], of a gradient
+    weight_dw: Tensor  # [C*M, 1, R, S]
+    weight_pw: Tensor  # [K, C*M, 1, 1]
+    bias_dw: Tensor  # [C*M]
+    bias_pw: Tensor  # [K]
+
+
+def make_operands(problem: Problem, integers: bool, seed: int = 0) -> Operands:
+    """Operands of a problem, the same for the same seed.
+
+    Args:
+        problem: The call.
+        integers: Whether to take -1, 0 and 1, whose sums are exact in every type and order;
+            else normal numbers, which take a GPU the time that real data takes.
+        seed: Of the random numbers.
+    """
+    device = torch.device("cpu" if problem.device < 0 else f"cuda:{problem.device}")
+    generator = torch.Generator(device).manual_seed(seed)
+    layout = memory_format(problem.channels_last)
+
+    def tensor(*shape: int) -> Tensor:
+        made = torch.empty(shape, dtype=problem.dtype, device=device)
+        if len(shape) == 4:
+            made = made.contiguous(memory_format=layout)
+        if integers:
+            return made.random_(-1, 2, generator=generator)
+        return made.normal_(generator=generator)
+
+    n, c, h, w = problem.x_shape
+    G, R, S = problem.filter_shape
+    gradient = "bwd" in problem.op
+    return Operands(
+        tensor(n, c, h, w),
+        tensor(n, G, *problem.output_size) if gradient else tensor(0),
+        tensor(G, 1, R, S),
+        tensor(problem.K, G, 1, 1),
+        tensor(G),
+        tensor(problem.K),
+    )
+
+
+def operands_in_turn(problem: Problem, cache_bytes: int) -> list[Operands]:
+    """As many sets of normal numbers as exceed a cache of so many bytes."""
+    first = make_operands(problem, integers=False)
+    read = first.x.nbytes + first.dy.nbytes
+    count = min(2 * cache_bytes // max(read, 1) + 1, _MOST_SETS)
+    return [first, *(make_operands(problem, integers=False, seed=i) for i in range(1, count))]
+
+
+def run_choice(problem: Problem, operands: Operands, choice: Choice) -> Tensor:
+    """The problem's call, run by `choice`."""
+    x, dy, weight_dw, weight_pw, bias_dw, bias_pw = operands
+    geometry = (problem.stride, problem.padding, problem.dilation)
+    last = problem.channels_last
+    if problem.op == "depthwise_fwd":
+        return run.depthwise(x, weight_dw, bias_dw, *geometry, None, last, choice)
+    if problem.op == "pointwise_fwd":
+        return run.pointwise(x, weight_pw, bias_pw, None, None, last, choice)
+    if problem.op == "separable_fwd":
+        weights = (weight_dw, weight_pw, bias_dw, bias_pw)
+        return run.separable(x, *weights, *geometry, None, None, None, last, choice)
+    if problem.op == "depthwise_bwd_input":
+        n, c, h, w = problem.x_shape
+        return run.depthwise_bwd_input(dy, weight_dw, (n, c, h, w), *geometry, last, choice)
+    assert problem.op == "depthwise_bwd_weight", f"no launcher {problem.op}"
+    return run.depthwise_bwd_weight(dy, x, weight_dw.shape, *geometry, choice)
+
+
+def right_answer(problem: Problem, operands: Operands) -> Tensor:
+    """What the call must return for integers: computed by torch in float64, then rounded."""
+    x, dy, weight_dw, weight_pw, bias_dw, bias_pw = (t.double() for t in operands)
+    geometry = (problem.stride, problem.padding, problem.dilation)
+    if problem.op == "depthwise_fwd":
+        y = reference.depthwise_conv2d(x, weight_dw, bias_dw, *geometry, None)
+    elif problem.op == "pointwise_fwd":
+        y = reference.pointwise_conv2d(x, weight_pw, bias_pw, None, None)
+    elif problem.op == "separable_fwd":
+        weights = (weight_dw, weight_pw, bias_dw, bias_pw)
+        y = reference.separable_conv2d(x, *weights, *geometry, None, None, None)
+    elif problem.op == "depthwise_bwd_input":
+        y = reference.depthwise_conv2d_backward_input(
+            dy, weight_dw, problem.x_shape, *geometry, problem.channels_last
+        )
+    else:
+        y = reference.depthwise_conv2d_backward_weight(dy, x, weight_dw.shape, *geometry)
+    return y.to(problem.dtype)
