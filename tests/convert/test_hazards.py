@@ -380,6 +380,7 @@ def test_three_dimensional_and_transposed_convolutions_are_left() -> None:
     assert statuses(converted)["3.0"] == "converted"
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     "options",

@@ -1,0 +1,191 @@
+"""Which convolutions are standard ones; the hazards themselves are in `test_hazards.py`."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import sepconv
+from sepconv.graph import Match, Skipped, SkipReason, capture, match
+
+
+def skipped(model: nn.Module, x: Tensor | None = None) -> dict[str, SkipReason]:
+    return {c.name: c.reason for c in match(model, capture(model, x)) if isinstance(c, Skipped)}
+
+
+def matched(model: nn.Module, x: Tensor | None = None) -> list[Match]:
+    return [c for c in match(model, capture(model, x)) if isinstance(c, Match)]
+
+
+class Functional(nn.Module):
+    def __init__(self, forward: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+        self.call = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x, self.weight)
+
+
+def hooked() -> nn.Module:
+    conv = nn.Conv2d(8, 8, 3)
+    conv.register_forward_pre_hook(lambda module, args: None)
+    return conv
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    model[1].weight = model[0].weight
+    return model
+
+
+class OwnForward(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+BY_MATCH = {
+    SkipReason.POINTWISE: lambda: nn.Conv2d(8, 8, 1),
+    SkipReason.GROUPED: lambda: nn.Conv2d(8, 8, 3, groups=4),
+    SkipReason.TRANSPOSED: lambda: nn.ConvTranspose2d(8, 8, 3),
+    SkipReason.THREE_D: lambda: nn.Conv3d(8, 8, 3),
+    SkipReason.PADDING_MODE: lambda: nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"),
+    SkipReason.SUBCLASS: lambda: OwnForward(8, 8, 3),
+    SkipReason.PARAMETRIZED: lambda: parametrizations.weight_norm(nn.Conv2d(8, 8, 3)),
+    SkipReason.PRE_HOOK: hooked,
+    SkipReason.DTYPE: lambda: nn.Conv2d(8, 8, 3, dtype=torch.complex64),
+    SkipReason.SHARED_WEIGHT: tied,
+    SkipReason.COMPUTED_WEIGHT: lambda: Functional(lambda x, w: F.conv2d(x, w * 2)),
+    SkipReason.FUNCTIONAL: lambda: Functional(lambda x, w: F.conv2d(x, w, stride=x.size(0))),
+}
+BY_CALLER = {SkipReason.FIRST, SkipReason.EXCLUDED}
+
+
+@pytest.mark.parametrize("reason", SkipReason)
+def test_every_reason_is_reached(reason: SkipReason) -> None:
+    if reason == SkipReason.FIRST:
+        model, options = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), {}
+    elif reason == SkipReason.EXCLUDED:
+        model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+        options = {"exclude": "0"}
+    else:
+        model, options = nn.Sequential(BY_MATCH[reason](), nn.Conv2d(8, 8, 3)), {}
+        assert set(skipped(model).values()) == {reason}
+        assert len(matched(model)) == 1
+    report = sepconv.convert(model, dryrun=True, **options)
+    assert {x.reason for x in report.layers if x.status == "skipped"} == {str(reason)}
+    assert [x.status for x in report.layers].count("converted") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "stride", "padding", "dilation"),
+    [
+        ({}, (1, 1), (0, 0), (1, 1)),
+        ({"stride": 2, "padding": 1, "dilation": 3}, (2, 2), (1, 1), (3, 3)),
+        ({"stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)}, (2, 1), (0, 2), (1, 2)),
+        ({"padding": "same"}, (1, 1), "same", (1, 1)),
+        ({"padding": "valid"}, (1, 1), "valid", (1, 1)),
+    ],
+)
+def test_the_geometry_of_modules_and_calls(
+    options: dict, stride: object, padding: object, dilation: object
+) -> None:
+    for model in (
+        nn.Sequential(nn.Conv2d(8, 8, 3, **options)),
+        Functional(lambda x, w: F.conv2d(x, w, **options)),
+    ):
+        (conv,) = matched(model)
+        assert tuple(conv.geometry) == (stride, padding, dilation)
+
+
+def test_shapes_of_every_execution_are_known() -> None:
+    conv = nn.Conv2d(8, 8, 3)
+    (found,) = matched(nn.Sequential(conv, nn.ReLU(), conv), torch.zeros(2, 8, 9, 7))
+    assert [tuple(run) for run in found.runs] == [
+        ((2, 8, 9, 7), (2, 8, 7, 5)),
+        ((2, 8, 7, 5), (2, 8, 5, 3)),
+    ]
+    assert found.dense_macs == 2 * (35 + 15) * 8 * 8 * 9
+    assert found.macs(2) == 2 * (35 + 15) * (8 * 2 * 9 + 8 * 16)
+
+
+# The first convolution
+
+
+class TwoStems(nn.Module):
+    """Two branches read the image; the body does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(4, 8, 3)
+        self.left = nn.Conv2d(3, 4, 3)
+        self.right = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.left(x * 2) + self.right(x.flip(2)))
+
+
+@pytest.mark.parametrize("x", [None, torch.zeros(1, 3, 9, 9)], ids=["bare", "example"])
+def test_convolutions_that_read_the_input_are_first(x: Tensor | None) -> None:
+    first = {c.name: c.first for c in matched(TwoStems(), x)}
+    assert first == {"left": True, "right": True, "body": False}
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+def test_only_a_first_convolution_of_few_channels_is_spared(channels: int) -> None:
+    model = nn.Sequential(nn.Conv2d(channels, 8, 3), nn.Conv2d(8, 8, 3))
+    statuses = [x.status for x in sepconv.convert(model, dryrun=True).layers]
+    assert statuses == ["converted" if channels > 4 else "skipped", "converted"]
+
+
+def test_a_functional_first_convolution_is_spared() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Parameter(torch.randn(8, 3, 3, 3))
+            self.body = nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(F.conv2d(x, self.stem))
+
+    layers = {x.name: x.reason for x in sepconv.convert(Net(), dryrun=True).layers}
+    assert layers == {"stem": "first convolution", "body": ""}
+    both = sepconv.convert(Net(), dryrun=True, first_conv=True)
+    assert len(both.converted) == 2
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.stem(x)) if x.sum() < 1e9 else x
+
+
+@pytest.mark.parametrize("x", [None, torch.zeros(1, 3, 9, 9)], ids=["bare", "example"])
+def test_the_first_convolution_is_known_without_a_graph(x: Tensor | None) -> None:
+    assert [c.first for c in matched(Untraceable(), x)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "converted"),
+    [
+        ({}, {"left": False, "right": False, "body": True}),
+        ({"first_conv": True}, {"left": True, "right": True, "body": True}),
+        ({"include": ["left", "body"]}, {"left": True, "right": False, "body": True}),
+        ({"include": "*"}, {"left": False, "right": False, "body": True}),
+        ({"rank": {"right": 2, "b*": 1}}, {"left": False, "right": True, "body": True}),
+        ({"rank": {"*": 2}}, {"left": False, "right": False, "body": True}),
+        ({"first_conv": True, "exclude": "left"}, {"left": False, "right": True, "body": True}),
+    ],
+    ids=str,
+)
+def test_the_first_convolution_is_converted_when_asked_for(
+    options: dict, converted: dict[str, bool]
+) -> None:
+    report = sepconv.convert(TwoStems(), dryrun=True, **options)
+    assert {x.name: x.status == "converted" for x in report.layers} == converted
