@@ -1,0 +1,291 @@
+"""One architecture of torchvision or timm: build it, find the smallest input it accepts, compare.
+
+What a converted model must be is checked on two random images: equal outputs and gradients at full
+rank, finite outputs at rank 1. `examples/zoo.py` runs this for every architecture there is.
+"""
+
+import copy
+import importlib
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sepconv.bench import torchvision_shim
+
+torchvision_shim.install()
+
+import timm  # noqa: E402 (imports torchvision, which needs the line above)
+import torch  # noqa: E402
+import torchvision  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+import sepconv  # noqa: E402
+
+MILLION = 1_000_000
+TOLERANCE = 1e-4
+SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 384)
+GRADIENTS = 6
+
+Images = Tensor | list[Tensor]
+
+
+def torchvision_names() -> list[str]:
+    """Classification, segmentation, detection and video models; the quantised ones have no twin."""
+    parts = ("", ".segmentation", ".detection", ".video")
+    modules = [importlib.import_module("torchvision.models" + part) for part in parts]
+    return [f"torchvision/{n}" for m in modules for n in torchvision.models.list_models(module=m)]
+
+
+def timm_names() -> list[str]:
+    """Every timm architecture; first one of each family, then the second of each, and so on."""
+    names = [f"timm/{name}" for name in timm.list_models(pretrained=False)]
+    seen: Counter[str] = Counter()
+    turns: dict[str, int] = {}
+    for name in names:
+        turns[name] = seen[family(name)]
+        seen[family(name)] += 1
+    return sorted(names, key=lambda name: turns[name])
+
+
+def family(name: str) -> str:
+    """The source file of a timm model, the library of any other."""
+    library, _, model = name.partition("/")
+    return timm.models._registry._model_to_module[model] if library == "timm" else library
+
+
+def build(name: str) -> nn.Module:
+    """The architecture with random weights, in eval mode."""
+    library, _, model = name.partition("/")
+    if library == "timm":
+        return timm.create_model(model, pretrained=False).eval()
+    options: dict[str, Any] = {"weights": None}
+    builder = torchvision.models.get_model_builder(model)
+    if ".detection" in builder.__module__ or ".segmentation" in builder.__module__:
+        options["weights_backbone"] = None
+    if ".detection" in builder.__module__:
+        options["num_classes"] = 5  # suppression runs once a class
+        if not model.startswith("ssd"):
+            options.update(min_size=64, max_size=96)
+    if model in ("googlenet", "inception_v3"):
+        options["init_weights"] = False  # takes half a minute
+    return builder(**options).eval()
+
+
+def parameters(name: str) -> int:
+    """Number of parameters, without making any."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(name).parameters())
+
+
+def smallest_images(name: str, model: nn.Module) -> Images:
+    """Two random images of the smallest size that the model accepts."""
+    if "torchvision.models.detection" in type(model).__module__:
+        return [torch.rand(3, 64, 80), torch.rand(3, 80, 64)]
+    channels, sizes = 3, list(SIZES)
+    if name.startswith("timm/"):
+        config = model.pretrained_cfg
+        channels, default, _ = config["input_size"]
+        if config.get("fixed_input_size"):
+            sizes = [default]
+        elif config.get("min_input_size"):
+            sizes = [config["min_input_size"][-1], default]
+        else:
+            sizes = [size for size in SIZES if size < default] + [default]
+    error: Exception | None = None
+    for size in sizes:
+        shapes = [(2, channels, size, size)]
+        if "torchvision.models.video" in type(model).__module__:
+            shapes = [(2, 3, frames, size, size) for frames in (4, 16)]
+        for shape in shapes:
+            x = torch.rand(shape)
+            try:
+                with torch.no_grad():
+                    model(x)
+            # Other people's code on an input that may be too small for it.
+            except Exception as caught:
+                error = caught
+            else:
+                return x
+    raise RuntimeError(f"no size of {sizes} runs: {error}")
+
+
+def usual_image(name: str, images: Images) -> Images:
+    """One image of the size that the model was designed for."""
+    if isinstance(images, list) or images.dim() == 5:
+        return images
+    size = 224
+    if name.startswith("timm/"):
+        size = timm.get_pretrained_cfg(name[5:], allow_unregistered=True).input_size[-1]
+    return torch.rand(1, images.shape[1], size, size)
+
+
+def outputs(model: nn.Module, images: Images) -> list[Tensor]:
+    """Every floating point tensor that the model returns.
+
+    Of a detector these are the maps that its backbone and its head compute: sorting and
+    suppression would turn a rounding error into another set of boxes.
+    """
+    if isinstance(images, Tensor):
+        found = tree_leaves(_plain(model(images)))
+    else:
+        with _recording(model) as found:
+            model(images)
+        found = tree_leaves(found)
+        heads = getattr(model, "roi_heads", nn.Module())
+        for part, size in (("box_head", 7), ("mask_head", 14), ("keypoint_head", 14)):
+            if getattr(heads, part, None) is not None:
+                generator = torch.Generator().manual_seed(0)
+                x = torch.rand(2, model.backbone.out_channels, size, size, generator=generator)
+                found.append(getattr(heads, part)(x.to(next(model.parameters()).dtype)))
+    return [y for y in found if isinstance(y, Tensor) and y.is_floating_point()]
+
+
+def settle_norms(model: nn.Module, images: Images) -> None:
+    """Let every BatchNorm that can adopt the statistics of the images.
+
+    With those that it starts with, signals die away in a deep random network, and its output hardly
+    depends on its input.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm, norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    try:
+        with torch.no_grad():
+            model(images)
+    # One value per channel, say; then the statistics stay as they are.
+    except Exception:
+        pass
+    for norm, momentum in before:
+        norm.momentum = momentum
+    model.eval()
+
+
+def check_convert(name: str, report_to: Callable[[dict[str, Any]], None]) -> None:
+    """Report what conversion did to the model, step by step, so that a crash loses only the last.
+
+    The keys are those of the columns of `docs/zoo.md`.
+    """
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    model = build(name)
+    convs = sum(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
+    size = sum(p.numel() for p in model.parameters())
+    report_to({"convolutions": convs, "params": size})
+    if convs == 0:
+        return report_to({"status": "no convolution"})
+    images = smallest_images(name, model)
+    report_to({"input": list(images.shape if isinstance(images, Tensor) else images[0].shape)})
+
+    seconds, full = _timed(lambda: sepconv.convert(model, rank="full", first_conv=True))
+    made = sepconv.report(full)
+    reasons = Counter(layer.reason for layer in made.layers if layer.status != "converted")
+    report_to(
+        {
+            "converted": len(made.converted),
+            "skipped": dict(reasons),
+            "level": made.trace_level,
+            "convert_full_s": seconds,
+        }
+    )
+    report_to(compare(model, full, images))
+    # Once more without the rounding that a network may amplify, and where every layer counts.
+    double = [x.double() for x in images] if isinstance(images, list) else images.double()
+    settle_norms(model.double(), double)
+    full.double().load_state_dict(dict(model.named_buffers()), strict=False)
+    report_to({f"{key}_float64": value for key, value in compare(model, full, double).items()})
+    model.float()
+    del full
+
+    with torch.no_grad():
+        forward = min(_timed(lambda: model(usual_image(name, images)))[0] for _ in range(2))
+        copying, _ = _timed(lambda: copy.deepcopy(model))
+        seconds, small = _timed(lambda: sepconv.convert(model, rank=1, first_conv=True))
+        finite = all(bool(y.isfinite().all()) for y in outputs(small, images))
+    report_to({"forward_s": forward, "copy_s": copying, "convert_s": seconds, "rank_1": finite})
+    return report_to({"status": "done"})
+
+
+def compare(model: nn.Module, other: nn.Module, images: Images) -> dict[str, float]:
+    """Largest relative difference of outputs and of some gradients; and how much outputs vary.
+
+    Where two images give nearly the same output, an error would hardly show in it.
+    """
+    expected, got = _with_gradients(model, images), _with_gradients(other, images)
+    assert len(expected[0]) == len(got[0]), "another number of outputs"
+    spread = [_relative(y[:1], y[1:2]) for y in expected[0] if y.shape[0] > 1]
+    return {
+        "error": max(map(_relative, expected[0], got[0])),
+        "gradient_error": max(
+            [_relative(g, got[1][key]) for key, g in expected[1].items() if key in got[1]],
+            default=0.0,
+        ),
+        "gradients": len(expected[1].keys() & got[1].keys()),
+        "spread": max(spread, default=0.0),
+    }
+
+
+def _with_gradients(model: nn.Module, images: Images) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs, and the gradients of a random sum of them by some unconverted parameters."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    found = outputs(model, images)
+    generator = torch.Generator().manual_seed(2)
+    terms = [
+        (y * torch.randn(y.shape, generator=generator).to(y)).sum() / y.detach().abs().max()
+        for y in found
+        if y.requires_grad and y.numel() and y.detach().abs().max() > 0
+    ]
+    if terms:
+        torch.stack(terms).sum().backward()
+    # Those that a conversion leaves under their names: everything but its weights.
+    named = [
+        (key, p.grad)
+        for key, p in model.named_parameters()
+        if p.grad is not None and not key.endswith(("weight_dw", "weight_pw"))
+    ]
+    named = [(key, g) for key, g in named if g.abs().max() > 0 and not _is_filter(g)]
+    step = max(1, len(named) // GRADIENTS)
+    return [y.detach() for y in found], {key: g.clone() for key, g in named[::step]}
+
+
+def _is_filter(g: Tensor) -> bool:
+    """A weight of a convolution: the converted model may not have it, so no sample may count it."""
+    return g.dim() > 2
+
+
+def _relative(expected: Tensor, got: Tensor) -> float:
+    """Largest difference over the largest value; NaN and infinity must agree exactly."""
+    if expected.shape != got.shape or not torch.equal(expected.isfinite(), got.isfinite()):
+        return float("inf")
+    expected, got = (torch.nan_to_num(t, 0, 0, 0) for t in (expected, got))
+    difference = (expected - got).abs().max() if expected.numel() else torch.tensor(0.0)
+    return float(difference / expected.abs().max()) if difference > 0 else 0.0
+
+
+@contextmanager
+def _recording(model: nn.Module) -> Iterator[list[Any]]:
+    found: list[Any] = []
+    parts = [model.backbone, model.rpn.head if hasattr(model, "rpn") else model.head]
+    handles = [p.register_forward_hook(lambda m, args, y: found.append(_plain(y))) for p in parts]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _plain(y: Any) -> Any:
+    """Named tuples of googlenet and inception as plain ones, other containers as they are."""
+    return tuple(y) if isinstance(y, tuple) else y
+
+
+def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = run()
+    return time.perf_counter() - start, result
