@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
     enable_single_level_autograd_function,
 )
+from torch.autograd import forward_ad
 
 from sepconv.layout import suggests_channels_last
 from sepconv.ops.autocast import is_autocasting
@@ -231,6 +232,17 @@ def _pointwise_gradients(
     return dx, dweight, dbias
 
 
+def _refuse_tangents(op: Any, args: tuple[Any, ...]) -> None:
+    """Raise where forward-mode differentiation would otherwise lose the tangents in silence."""
+    if forward_ad._current_level < 0:
+        return
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise NotImplementedError(
+                f"{op}: no forward-mode derivative; with sepconv.backend('reference') there is one"
+            )
+
+
 def _kernel(op: Any, setup_context: Callable[..., None], backward: Backward) -> Callable[..., Any]:
     """The operator's kernel for the dispatcher's Autograd key.
 
@@ -245,7 +257,10 @@ def _kernel(op: Any, setup_context: Callable[..., None], backward: Backward) -> 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keyset: Any, *args: Any) -> Tensor:
-            output = redispatch(keyset, *args)
+            # A function's forward runs without gradients; the levels of `torch.func` below this
+            # one record their own.
+            with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
+                output = redispatch(keyset, *args)
             setup_context(ctx, args, output)
             return output
 
@@ -259,6 +274,7 @@ def _kernel(op: Any, setup_context: Callable[..., None], backward: Backward) -> 
     apply_single_level = super(torch.autograd.Function, Function).apply
 
     def kernel(keyset: Any, *args: Any) -> Tensor:
+        _refuse_tangents(op, args)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return redispatch(keyset, *args)
         if not torch._C._are_functorch_transforms_active():
