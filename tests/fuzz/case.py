@@ -1,9 +1,8 @@
 """One call of one op, as a literal that can be printed, pasted and run again."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from oracle import DENSE, Layout, Placed, Problem, place
@@ -17,6 +16,24 @@ DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16
 # Powers of two that neither overflow a sum nor (float16) the tensor between the two stages.
 _HUGE = {"float64": 300, "float32": 30, "float16": 4, "bfloat16": 30}
 _TINY = {"float64": -300, "float32": -40, "float16": -10, "bfloat16": -40}
+
+
+class Tiles(NamedTuple):
+    """How the kernels divide the work.
+
+    Attributes:
+        nq: pixels of a tile, BLOCK_NQ; so `c` and `k`, channels.
+        rows: of a strip that one program makes.
+        programs: that the weight gradient is split into.
+        packed: whether depthwise weights are copied so that the channels of a tap lie together.
+    """
+
+    nq: int
+    c: int
+    k: int
+    rows: int
+    programs: int
+    packed: bool
 
 
 @dataclass(frozen=True)
@@ -49,8 +66,7 @@ class Case:
         values: how numbers are drawn, from `seed`.
         plant: one element that is not a number or infinite.
         wanted: the inputs that ask for a gradient, by the names of `oracle.Problem`; empty for all.
-        tiles: instead of their default, what the kernels take for BLOCK_NQ, BLOCK_C, BLOCK_K, the
-            rows of a rolling strip, and how many programs the weight gradient is split into.
+        tiles: how the kernels divide the work, instead of their default.
     """
 
     op: Op
@@ -82,7 +98,7 @@ class Case:
     layout_residual: Layout = DENSE
     layout_dy: Layout = DENSE
     wanted: tuple[str, ...] = ()
-    tiles: tuple[int, ...] = ()
+    tiles: Tiles | None = None
 
     def __repr__(self) -> str:
         fields = dataclasses.fields(self)
@@ -191,7 +207,7 @@ def _literal(value: object) -> str:
 
 def parse(literal: str) -> Case:
     """Read a case back from its literal."""
-    names = {"Case": Case, "Layout": Layout, "Plant": Plant, "float": float, "inf": math.inf}
+    names = {t.__name__: t for t in (Case, Layout, Plant, Tiles, float)}
     case = eval(literal, {"__builtins__": {}}, names)
     if not isinstance(case, Case):
         raise ValueError(f"expected a Case(...) literal, got {literal!r}")

@@ -11,7 +11,7 @@ from oracle import Arithmetic, Problem, backward, check, forward, poisoned_alloc
 from torch import Tensor
 
 from sepconv import ops
-from sepconv.kernels import configs, depthwise, depthwise_bwd, pointwise, separable
+from sepconv.kernels import configs, depthwise, depthwise_bwd, launch, pointwise, separable
 from sepconv.ops import run
 from sepconv.ops.backend import Backend
 
@@ -114,10 +114,10 @@ def tiles(case: Case) -> Iterator[None]:
 
 @contextmanager
 def _default_tiles(case: Case) -> Iterator[None]:
-    if not case.tiles:
+    if case.tiles is None:
         yield
         return
-    nq, c, k, rows, programs = case.tiles
+    nq, c, k, rows, programs, packed = case.tiles
     plain = configs.default
     asked = []
 
@@ -132,6 +132,8 @@ def _default_tiles(case: Case) -> Iterator[None]:
         for module in (depthwise, depthwise_bwd, pointwise, separable):
             stack.enter_context(mock.patch.object(module, "default", chosen))
         stack.enter_context(mock.patch.object(depthwise_bwd, "_BWD_WEIGHT_PROGRAMS", programs))
+        packs = 0 if packed else 2**62
+        stack.enter_context(mock.patch.object(launch, "_WORTH_PACKING", packs))
         yield
     if not asked and math.prod(case.shape_y):
         raise AssertionError("no launcher asked for a configuration: tiles have no effect")

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 import torch
-from fuzz.case import Case, Direction, Op, Plant
+from fuzz.case import Case, Direction, Op, Plant, Tiles
 from hypothesis import assume
 from hypothesis import strategies as st
 from oracle import CHANNELS_LAST, DENSE, Layout
@@ -92,6 +92,8 @@ def axis(draw: st.DrawFn, filter_size: int, out: int) -> tuple[int, int, int, in
     return max(size, 1), stride, before, after, dilation
 
 
+# rows, programs and packed of `Tiles`
+DIVISIONS = st.sampled_from(list(itertools.product((0, 1, 2, 3), (1, 2, 5), (False, True))))
 PLANTS = st.sampled_from(
     [(at, value) for at in (0, 1, 2, 7, 31, 200, 999) for value in (math.nan, math.inf, -math.inf)]
 )
@@ -161,8 +163,8 @@ def cases(draw: st.DrawFn, op: Op, direction: Direction) -> Case:
         padding=(top, bottom, left, right),
         dilation=(dilation_h, dilation_w),
     )
-    tiles = affordable(case, (block_nq, block_c, block_k))
-    by_default = [()] if _cost(case, SMALLEST_DEFAULT) <= COST else []
+    blocks = affordable(case, (block_nq, block_c, block_k))
+    by_default = _cost(case, SMALLEST_DEFAULT) <= COST and draw(choice(True, False, False))
     case = dataclasses.replace(
         case,
         bias=depthwise and draw(st.booleans()),
@@ -175,9 +177,7 @@ def cases(draw: st.DrawFn, op: Op, direction: Direction) -> Case:
         layout_x=draw(LAYOUTS),
         layout_dw=draw(LAYOUTS) if depthwise else DENSE,
         layout_pw=draw(LAYOUTS) if pointwise else DENSE,
-        tiles=draw(
-            choice(*by_default, (*tiles, 0, 1), (*tiles, 1, 2), (*tiles, 2, 5), (*tiles, 3, 2))
-        ),
+        tiles=None if by_default else Tiles(*blocks, *draw(DIVISIONS)),
     )
     shapes = case.shapes
     names = list(shapes)
