@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sepconv.kernels.launch import accumulator, collapse, launch
+from sepconv.kernels.launch import accumulator, ceil_div, collapse, launch
 
 _INV_SQRT_2 = tl.constexpr(0.7071067811865476)
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -124,7 +124,7 @@ def activation_bwd(dy: torch.Tensor, z: torch.Tensor, activation: str | None) ->
         sizes, strides = collapse(z.shape, z.stride(), dy.stride(), dz.stride())
     stride_z, stride_dy, stride_dz = strides
     block = 1024
-    num_tiles = triton.cdiv(sizes[2], block)
+    num_tiles = ceil_div(sizes[2], block)
     launch(
         _activation_bwd_kernel,
         sizes[0] * sizes[1] * num_tiles,

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,7 @@ class GemmConfig(NamedTuple):
 Config = DepthwiseConfig | GemmConfig
 
 
+@lru_cache(maxsize=4096)
 def default(op: str, dtype: torch.dtype, shape: ConvShape) -> Config:
     """A configuration that compiles and fits 48 KB of shared memory on every target.
 

@@ -18,6 +18,7 @@ from sepconv.kernels.configs import ConvShape, DepthwiseConfig, default
 from sepconv.kernels.depthwise_rolling import depthwise_rolling, fits_rolling
 from sepconv.kernels.launch import (
     accumulator,
+    ceil_div,
     check_axes,
     empty_output,
     launch,
@@ -188,10 +189,10 @@ def depthwise_fwd(
             config=config,
         )
         return y
-    num_g = triton.cdiv(G, config.block_c)
+    num_g = ceil_div(G, config.block_c)
     launch(
         _depthwise_fwd_kernel,
-        num_g * P * triton.cdiv(N * Q, config.block_nq),
+        num_g * P * ceil_div(N * Q, config.block_nq),
         (x, taps.weights, bias, y),
         (
             *(N, H, W, G, P, Q, num_g),

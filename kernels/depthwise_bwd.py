@@ -32,6 +32,7 @@ from sepconv.kernels.configs import ConvShape, DepthwiseConfig, default
 from sepconv.kernels.depthwise_rolling import depthwise_rolling, fits_rolling
 from sepconv.kernels.launch import (
     accumulator,
+    ceil_div,
     check_axes,
     empty_output,
     launch,
@@ -224,12 +225,12 @@ def depthwise_bwd_input(
         )
         return dx
     taps = pack_depthwise(weight_dw, M, dx.numel())
-    num_c = triton.cdiv(C, config.block_c)
-    columns = triton.cdiv(W, stride[1])
+    num_c = ceil_div(C, config.block_c)
+    columns = ceil_div(W, stride[1])
     gcd_h, gcd_w = (math.gcd(*pair) for pair in zip(stride, dilation, strict=True))
     launch(
         _depthwise_bwd_input_kernel,
-        num_c * stride[1] * H * triton.cdiv(N * columns, config.block_nq),
+        num_c * stride[1] * H * ceil_div(N * columns, config.block_nq),
         (dy, taps.weights, dx),
         (*(N, C, H, W, P, Q, num_c, columns), *dy.stride(), *taps.strides, *dx.stride()),
         {
@@ -363,11 +364,11 @@ def depthwise_bwd_weight(
         shape = ConvShape(N, C, H, W, G, P, Q, R, S, M, x.stride(1) == 1)
         config = default("depthwise_bwd_weight", x.dtype, shape)
     taps = min(R * S, _MAX_TAPS)
-    num_taps = triton.cdiv(R * S, taps)
-    num_g = triton.cdiv(G, config.block_c)
-    num_tiles = P * triton.cdiv(N * Q, config.block_nq)
-    tiles_per_split = triton.cdiv(num_tiles * num_g * num_taps, _BWD_WEIGHT_PROGRAMS)
-    splits = triton.cdiv(num_tiles, tiles_per_split)
+    num_taps = ceil_div(R * S, taps)
+    num_g = ceil_div(G, config.block_c)
+    num_tiles = P * ceil_div(N * Q, config.block_nq)
+    tiles_per_split = ceil_div(num_tiles * num_g * num_taps, _BWD_WEIGHT_PROGRAMS)
+    splits = ceil_div(num_tiles, tiles_per_split)
     sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     partial = torch.empty((splits, R * S, G), dtype=sum_dtype, device=x.device)
     launch(

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from sepconv.kernels.activations import apply_activation
 from sepconv.kernels.configs import DepthwiseConfig
-from sepconv.kernels.launch import Taps, accumulator, launch
+from sepconv.kernels.launch import Packed, accumulator, ceil_div, launch
 from sepconv.kernels.tiles import split_nq
 
 # The weights stay in registers, eight channels of every tap in each thread.
@@ -121,7 +121,7 @@ def fits_rolling(filter_size: tuple[int, int], stride_h: int, dilation_h: int) -
 
 def depthwise_rolling(
     x: torch.Tensor,
-    taps: Taps,
+    taps: Packed,
     filter_size: tuple[int, int],
     bias: torch.Tensor | None,
     y: torch.Tensor,
@@ -152,11 +152,11 @@ def depthwise_rolling(
     N, C, H, W = x.shape
     R, S = filter_size
     _, G, P, Q = y.shape
-    num_g = triton.cdiv(G, config.block_c)
-    num_strips = triton.cdiv(P, config.rows)
+    num_g = ceil_div(G, config.block_c)
+    num_strips = ceil_div(P, config.rows)
     launch(
         _depthwise_rolling_kernel,
-        num_g * num_strips * triton.cdiv(N * Q, config.block_nq),
+        num_g * num_strips * ceil_div(N * Q, config.block_nq),
         (x, taps.weights, bias, y),
         (
             *(N, H, W, G, P, Q, num_g, num_strips, config.rows, config.rows + R - 1),

@@ -15,6 +15,7 @@ from sepconv.kernels.activations import apply_activation
 from sepconv.kernels.configs import ConvShape, GemmConfig, default
 from sepconv.kernels.launch import (
     accumulator,
+    ceil_div,
     collapse,
     dot_dtype,
     dot_options,
@@ -142,14 +143,14 @@ def pointwise_fwd(
     pixels = [tensor.stride() for tensor in tensors]
     sizes, strides = collapse((N, H, W), *((s[0], s[2], s[3]) for s in pixels))
     stride_x, stride_y, stride_r = ([*s, p[1]] for s, p in zip(strides, pixels, strict=True))
-    num_k = triton.cdiv(K, config.block_k)
-    num_tiles = triton.cdiv(sizes[2], config.block_nq)
+    num_k = ceil_div(K, config.block_k)
+    num_tiles = ceil_div(sizes[2], config.block_nq)
     launch(
         _pointwise_fwd_kernel,
         num_k * num_tiles * sizes[0] * sizes[1],
         (x, weight_pw, bias, residual, y),
         (
-            *(sizes[1], sizes[2], C, K, num_k, triton.cdiv(C, config.block_c), num_tiles),
+            *(sizes[1], sizes[2], C, K, num_k, ceil_div(C, config.block_c), num_tiles),
             *stride_x,
             *weight_pw.stride()[:2],
             0 if bias is None else bias.stride(0),

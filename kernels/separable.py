@@ -18,6 +18,7 @@ from sepconv.kernels.configs import ConvShape, GemmConfig, default
 from sepconv.kernels.depthwise import depthwise_row
 from sepconv.kernels.launch import (
     accumulator,
+    ceil_div,
     check_axes,
     dot_dtype,
     dot_options,
@@ -330,21 +331,21 @@ def separable_fwd(
         shape = ConvShape(N, C, H, W, K, P, Q, R, S, M, channels_last)
         config = default("separable_fwd", dot_dtype(x), shape)
     rows = config.rows if R <= _MAX_STRIP_R else 1
-    num_k = triton.cdiv(K, config.block_k)
-    num_strips = triton.cdiv(P, rows)
+    num_k = ceil_div(K, config.block_k)
+    num_strips = ceil_div(P, rows)
     outputs = N * P * Q * G
     taps = pack_depthwise(weight_dw, M, outputs)
     packed_pw = pack_pointwise(weight_pw, M, outputs)
     launch(
         _separable_fwd_kernel,
-        num_k * num_strips * triton.cdiv(N * Q, config.block_nq),
-        (x, taps.weights, packed_pw, bias_dw, bias_pw, residual, y),
+        num_k * num_strips * ceil_div(N * Q, config.block_nq),
+        (x, taps.weights, packed_pw.weights, bias_dw, bias_pw, residual, y),
         (
             *(N, C, H, W, K, P, Q, num_k, num_strips),
-            triton.cdiv(C, config.block_c) * M,
+            ceil_div(C, config.block_c) * M,
             *x.stride(),
             *taps.strides,
-            *packed_pw.stride(),
+            *packed_pw.strides,
             0 if bias_dw is None else bias_dw.stride(0),
             0 if bias_pw is None else bias_pw.stride(0),
             *(y if residual is None else residual).stride(),
