@@ -1,0 +1,38 @@
+"""Calls small enough for Triton's interpreter, and what the tuner's tests need around them."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from sepconv.ops.tuning import Problem
+from sepconv.ops.tuning_files import Choice
+
+DEVICE = 0 if torch.cuda.is_available() else -1
+
+
+def depthwise(C: int = 4, N: int = 1, op: str = "depthwise_fwd", stride: int = 1) -> Problem:
+    return Problem(
+        op, torch.float32, DEVICE, (N, C, 5, 5), (C, 3, 3), C, (stride, stride), (1, 1, 1, 1),
+        (1, 1), True, False, False,
+    )  # fmt: skip
+
+
+def pointwise(C: int = 4, K: int = 6) -> Problem:
+    return Problem(
+        "pointwise_fwd", torch.float32, DEVICE, (1, C, 5, 5), (C, 1, 1), K, (1, 1), (0, 0, 0, 0),
+        (1, 1), True, False, False,
+    )  # fmt: skip
+
+
+def separable(C: int = 4, K: int = 6) -> Problem:
+    return depthwise(C)._replace(op="separable_fwd", K=K)
+
+
+def preferring(wanted: Choice) -> Callable[[Sequence[Callable], float], float]:
+    """A timer to which one choice seems twice as fast as any other."""
+
+    def timer(calls, duration: float) -> float:
+        *_, choice = calls[0].args
+        return 1.0 if choice == wanted else 2.0
+
+    return timer

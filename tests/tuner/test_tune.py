@@ -1,0 +1,361 @@
+"""The search itself, run for real: through the interpreter where there is no GPU."""
+
+import os
+import signal
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from tuner.problems import DEVICE, depthwise, pointwise, preferring, separable
+
+import sepconv
+from sepconv.kernels import depthwise as depthwise_kernels
+from sepconv.kernels.configs import DepthwiseConfig, GemmConfig
+from sepconv.ops import tuning, tuning_files
+from sepconv.tuner import candidates as tuner_candidates
+from sepconv.tuner import search as tuner_search
+from sepconv.tuner import tune, tune_problems
+from sepconv.tuner.check import PoisonedMemory, is_right
+from sepconv.tuner.inputs import make_operands, operands_in_turn, right_answer
+
+FEW = [DepthwiseConfig(8, 8, 0, 1), DepthwiseConfig(16, 4, 4, 1)]
+FEW_GEMM = [GemmConfig(16, 16, 16, 1, 1), GemmConfig(32, 16, 16, 1, 1)]
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch):
+    """Two candidates beside those that are no kernel: the interpreter is slow."""
+
+    def candidates(problem):
+        sizes = FEW if problem.op.startswith("depthwise") else FEW_GEMM
+        return [None, *tuning_files.others(problem.op), *sizes]
+
+    monkeypatch.setattr(tuner_search, "candidates", candidates)
+
+
+def far() -> float:
+    return time.monotonic() + 1e6
+
+
+def entry(problem):
+    where = tuning.target(problem.device)
+    return tuning_files.read(where.gpu, where.triton, problem.key)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("wanted", [FEW[0], FEW[1], "library", None])
+def test_the_fastest_is_found_kept_and_used(wanted, monkeypatch: pytest.MonkeyPatch):
+    problem = depthwise()
+    (found,) = tune_problems([problem], timer=preferring(wanted))
+    assert found.choice == wanted
+    assert (found.tried, found.candidates) == (4, 4)
+    assert found.default_seconds / found.seconds == (1.0 if wanted is None else 2.0)
+    kept = entry(problem)
+    assert kept is not None
+    assert kept.choice == wanted
+
+    used = []
+    launcher = depthwise_kernels.depthwise_fwd
+
+    def spy(*args, config, **kwargs):
+        used.append(config)
+        return launcher(*args, config=config, **kwargs)
+
+    monkeypatch.setattr(depthwise_kernels, "depthwise_fwd", spy)
+    x = make_operands(problem, integers=True).x
+    weight_dw = make_operands(problem, integers=True).weight_dw
+    tuning.forget()
+    with sepconv.backend("triton"):
+        sepconv.ops.depthwise_conv2d(x, weight_dw, padding=1)
+    assert used == ([] if wanted == "library" else [wanted])
+
+
+@pytest.mark.usefixtures("few")
+def test_a_gain_within_noise_leaves_the_default():
+    def timer(calls, duration):
+        return 1.0 if calls[0].args[-1] is None else 0.99
+
+    (found,) = tune_problems([depthwise()], timer=timer)
+    assert found.choice is None
+
+
+class Block(nn.Module):
+    """Every op of the library, forward and backward, and a buffer that a forward changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = sepconv.nn.SeparableConv2d(4, 4, 3, padding=1)
+        self.second = sepconv.nn.SeparableConv2d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.second(self.first(x)))
+
+
+@pytest.mark.usefixtures("few")
+def test_a_model_is_tuned_and_left_as_it_was():
+    device = "cuda" if DEVICE >= 0 else "cpu"
+    model, x = Block().to(device), torch.randn(1, 4, 5, 5, device=device)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    random = torch.get_rng_state()
+    with sepconv.backend("triton"):
+        found = tune(model, x, backward=True, timer=preferring(FEW[0]))
+        again = tune(model, x, backward=True, timer=preferring(FEW[1]))
+    ops = sorted({tuned.key.rsplit("_float32")[0] for tuned in found})
+    assert ops == [
+        "depthwise_bwd_input", "depthwise_bwd_weight", "depthwise_fwd", "pointwise_fwd",
+        "separable_fwd",
+    ]  # fmt: skip
+    order = [tuned.key.startswith("separable") for tuned in found]
+    assert order == sorted(order), "the separable op's halves are tuned first"
+    assert again == [], "what is tuned is not tuned again"
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(random, torch.get_rng_state())
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, before[name]), f"{name} changed"
+
+
+@pytest.mark.usefixtures("few")
+def test_retune_measures_again():
+    problem = depthwise()
+    tune_problems([problem], timer=preferring(FEW[0]))
+    (found,) = tune_problems([problem], timer=preferring(FEW[1]), retune=True)
+    assert found.choice == FEW[1]
+    kept = entry(problem)
+    assert kept is not None
+    assert kept.choice == FEW[1]
+
+
+def test_a_model_without_kernels_is_refused():
+    with pytest.raises(ValueError, match="expected one that runs sepconv's kernels"):
+        tune(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+def test_capture_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="before the capture"):
+        tune_problems([depthwise()])
+
+
+def wrong_by_one(y: Tensor) -> Tensor:
+    y[-1, -1, -1, -1] += 1
+    return y
+
+
+def unwritten(y: Tensor) -> Tensor:
+    return torch.empty_like(y)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("fault", [wrong_by_one, unwritten])
+def test_a_wrong_candidate_never_wins(fault, monkeypatch: pytest.MonkeyPatch):
+    launcher = depthwise_kernels.depthwise_fwd
+
+    def faulty(*args, config, **kwargs):
+        y = launcher(*args, config=config, **kwargs)
+        return fault(y) if config == FEW[0] else y
+
+    monkeypatch.setattr(depthwise_kernels, "depthwise_fwd", faulty)
+    with pytest.warns(UserWarning, match="wrong results by"):
+        (found,) = tune_problems([depthwise()], timer=preferring(FEW[0]))
+    assert found.choice is None
+    assert (found.tried, found.candidates) == (3, 4)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_candidate_that_cannot_run_is_passed_over(monkeypatch: pytest.MonkeyPatch):
+    launcher = depthwise_kernels.depthwise_fwd
+
+    def too_large(*args, config, **kwargs):
+        if config == FEW[0]:
+            raise RuntimeError("out of resource: shared memory")
+        return launcher(*args, config=config, **kwargs)
+
+    monkeypatch.setattr(depthwise_kernels, "depthwise_fwd", too_large)
+    (found,) = tune_problems([depthwise()], timer=preferring(FEW[1]))
+    assert found.choice == FEW[1]
+    assert found.tried == 3
+
+
+@pytest.mark.usefixtures("few")
+def test_an_error_of_the_device_ends_the_search(monkeypatch: pytest.MonkeyPatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(depthwise_kernels, "depthwise_fwd", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tune_problems([depthwise()], timer=preferring(None))
+
+
+def test_poison_reaches_everything_that_is_not_written():
+    with PoisonedMemory():
+        for t in (torch.empty(3), torch.empty_like(torch.ones(3)), torch.ones(1).new_empty(3)):
+            assert t.isnan().all()
+        assert torch.zeros(3).eq(0).all()
+
+
+@pytest.mark.usefixtures("few")
+def test_out_of_time_nothing_is_tried():
+    assert tune_problems([depthwise()], seconds=0.0, timer=preferring(None)) == []
+    assert entry(depthwise()) is None
+
+
+@pytest.mark.usefixtures("few")
+def test_time_is_shared_among_what_is_left():
+    """The first problem's slow timing does not eat the second's share."""
+
+    def slow(calls, duration):
+        time.sleep(0.2)
+        return 1.0
+
+    first, second = tune_problems([depthwise(), depthwise(C=8)], seconds=1.2, timer=slow)
+    assert first.tried < first.candidates
+    assert second.tried >= 1
+
+
+@pytest.mark.usefixtures("few")
+def test_a_killed_run_resumes(cache: Path):
+    problems = [depthwise(), depthwise(C=8), depthwise(C=12)]
+    pid = os.fork()
+    if pid == 0:
+
+        def killer(calls, duration):
+            if entry(problems[0]) is not None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return 1.0
+
+        tune_problems(problems, timer=killer)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert [entry(problem) is not None for problem in problems] == [True, False, False]
+    found = tune_problems(problems, timer=preferring(None))
+    assert [tuned.key for tuned in found] == [problem.key for problem in problems[1:]]
+
+
+@pytest.mark.usefixtures("few")
+def test_eight_threads_tune_once():
+    problem = depthwise()
+    barrier = threading.Barrier(8)
+    found = []
+
+    def work():
+        barrier.wait()
+        found.append(tune_problems([problem], timer=preferring(FEW[0])))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(len, found)) == [0] * 7 + [1]
+
+
+@pytest.mark.usefixtures("few")
+def test_a_cache_that_cannot_be_written_costs_only_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SEPCONV_CACHE_DIR", str(tmp_path / "file"))
+    problem = depthwise()
+    with pytest.warns(UserWarning, match="cannot be used"):
+        (found,) = tune_problems([problem], timer=preferring(FEW[1]))
+    assert found.choice == FEW[1]
+    assert tuning.tuned(problem) == (FEW[1],), "this process remembers"
+
+
+def rank_of_two(rank: int, store: Path, answers: Path) -> None:
+    """One rank, whose own timer prefers something else than the other rank's."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    found = tune_problems([depthwise(), pointwise()], timer=preferring(FEW[rank]))
+    (answers / str(rank)).write_text(repr([(t.key, t.choice) for t in found]))
+    assert tuning.tuned(depthwise()) == (FEW[0],)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@pytest.mark.usefixtures("few")
+def test_ranks_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    children = []
+    for rank in range(2):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                monkeypatch.setenv("SEPCONV_CACHE_DIR", str(tmp_path / f"cache-{rank}"))
+                rank_of_two(rank, tmp_path / "store", tmp_path)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text() != "[]"
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        depthwise(N=2),
+        depthwise(op="depthwise_bwd_input"),
+        depthwise(op="depthwise_bwd_weight", stride=2),
+        depthwise()._replace(channels_last=False, filter_shape=(8, 3, 3), K=8),
+        pointwise(),
+        separable(),
+    ],
+    ids=lambda problem: problem.op,
+)
+def test_candidates_are_right_and_a_changed_answer_is_not(problem):
+    choices = tuner_candidates.candidates(problem)
+    assert choices[0] is None
+    assert len(set(choices)) == len(choices)
+    operands = make_operands(problem, integers=True)
+    expected = right_answer(problem, operands)
+    # Both ends and the middle here; a GPU checks all of them below.
+    for choice in {*choices[:2], choices[len(choices) // 2], choices[-1]}:
+        assert is_right(problem, operands, choice, expected), choice
+    expected[0, 0, 0, 0] += 1
+    assert not is_right(problem, operands, None, expected)
+
+
+def test_operands_in_turn_exceed_the_cache():
+    problem = depthwise(C=16)
+    size = make_operands(problem, integers=False).x.nbytes
+    sets = operands_in_turn(problem, cache_bytes=3 * size)
+    assert sum(s.x.nbytes for s in sets) > 3 * size
+    assert not torch.equal(sets[0].x, sets[1].x)
+    assert len(operands_in_turn(problem, cache_bytes=0)) == 1
+
+
+BIG = (8, 64, 28, 28)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "op", ["depthwise_fwd", "depthwise_bwd_input", "depthwise_bwd_weight", "separable_fwd"]
+)
+def test_every_candidate_is_right_and_repeatable(op: str, dtype: torch.dtype):
+    problem = depthwise(C=64, op=op)._replace(x_shape=BIG, dtype=dtype, K=64)
+    operands = make_operands(problem, integers=True)
+    expected = right_answer(problem, operands)
+    for choice in tuner_candidates.candidates(problem):
+        for _ in range(50):
+            assert is_right(problem, operands, choice, expected), choice
+
+
+@pytest.mark.gpu
+def test_tuning_on_a_gpu():
+    model = sepconv.nn.SeparableConv2d(64, 64, 3, padding=1).cuda().half()
+    x = torch.randn(BIG, device="cuda", dtype=torch.half)
+    found = tune(model, x, seconds=60)
+    assert len(found) == 3
+    assert all(0 < tuned.seconds <= tuned.default_seconds for tuned in found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)

@@ -1,0 +1,172 @@
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from tuner.problems import depthwise, pointwise, separable
+
+import sepconv
+from sepconv.kernels.configs import DepthwiseConfig
+from sepconv.ops import tuning, tuning_files
+from sepconv.ops.tuning import Problem, Target
+from sepconv.ops.tuning_files import Choice, Entry
+
+A, B, C, D = (DepthwiseConfig(8, 8 << i) for i in range(4))
+PROBLEM = depthwise()
+
+
+def answer(problem: Problem = PROBLEM) -> Choice:
+    device = "cuda" if problem.device >= 0 else "cpu"
+    like = torch.empty(0, dtype=problem.dtype, device=device)
+    op, _, _, *sizes, _ = problem
+    return tuning.lookup(op, like, *sizes)
+
+
+def keep(choice: Choice, problem: Problem = PROBLEM) -> None:
+    where = tuning.target(problem.device)
+    tuning_files.write(where.gpu, where.triton, problem.key, Entry(choice, 1.0, 2.0, 2, 2))
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the place of the package's tables."""
+    folder = tmp_path / "package" / "tables"
+    monkeypatch.setattr(tuning_files.resources, "files", lambda _: folder.parent)
+    return folder
+
+
+def test_each_source_comes_before_the_next(tables: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tuning, "target", lambda _: Target("NVIDIA H200", "sm_90", "3.6"))
+    assert answer() is None
+
+    for name, choice in (("sm_90", A), ("NVIDIA H200", B)):
+        tuning_files.write_table(tables, name, "3.6", {PROBLEM.key: choice})
+        tuning.forget()
+        assert answer() == choice
+    keep(C)
+    assert answer() == B, "an answer stays until it is forgotten"
+    tuning.forget()
+    assert answer() == C
+    tuning.install(Target("NVIDIA H200", "sm_90", "3.6"), PROBLEM.key, D)
+    assert answer() == D
+
+
+def test_tables_of_another_triton_are_not_used(tables: Path, monkeypatch: pytest.MonkeyPatch):
+    tuning_files.write_table(tables, "NVIDIA H200", "3.6", {PROBLEM.key: A})
+    monkeypatch.setattr(tuning, "target", lambda _: Target("NVIDIA H200", "sm_90", "3.7"))
+    assert answer() is None
+
+
+def test_deterministic_mode_asks_only_what_all_ranks_have(
+    tables: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tuning, "target", lambda _: Target("NVIDIA H200", "sm_90", "3.6"))
+    tuning_files.write_table(tables, "NVIDIA H200", "3.6", {PROBLEM.key: A})
+    keep(B)
+    tuning.install(Target("NVIDIA H200", "sm_90", "3.6"), PROBLEM.key, C)
+    assert answer() == C
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert answer() == A
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert answer() == C
+
+
+def test_keys_join_close_sizes_and_part_different_ones():
+    same = [(1, 1), (3, 4), (100, 128)]
+    for few, many in same:
+        assert depthwise(N=few).key == depthwise(N=many).key
+    others = [
+        depthwise(C=8), depthwise(N=2), depthwise(stride=2), depthwise(op="depthwise_bwd_input"),
+        PROBLEM._replace(dtype=torch.float16), PROBLEM._replace(channels_last=False),
+        PROBLEM._replace(tf32=True), PROBLEM._replace(dilation=(2, 2), padding=(2, 2, 2, 2)),
+        PROBLEM._replace(filter_shape=(8, 3, 3), K=8), PROBLEM._replace(filter_shape=(4, 3, 1)),
+        PROBLEM._replace(x_shape=(1, 4, 6, 5)), separable(), pointwise(),
+    ]  # fmt: skip
+    keys = [PROBLEM.key, *(problem.key for problem in others)]
+    assert len(set(keys)) == len(keys)
+    for key in keys:
+        assert key.replace("_", "").isalnum(), "keys are file names"
+
+
+def test_a_forward_reads_once_and_writes_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    reads = []
+    read = tuning_files.read
+    monkeypatch.setattr(tuning_files, "read", lambda *key: reads.append(key) or read(*key))
+    x, weight_dw = torch.ones(1, 4, 5, 5), torch.ones(4, 1, 3, 3)
+    if torch.cuda.is_available():
+        x, weight_dw = x.cuda(), weight_dw.cuda()
+    with sepconv.backend("triton"):
+        cold = sepconv.ops.depthwise_conv2d(x, weight_dw)
+        warm = sepconv.ops.depthwise_conv2d(x, weight_dw)
+    assert torch.equal(cold, warm)
+    assert len(reads) == 1
+    assert not cache.exists()
+
+
+def test_eight_cold_threads_read_once(monkeypatch: pytest.MonkeyPatch):
+    keep(A)
+    reads, answers = [], []
+    read = tuning_files.read
+    monkeypatch.setattr(tuning_files, "read", lambda *key: reads.append(key) or read(*key))
+    barrier = threading.Barrier(8)
+
+    def ask():
+        barrier.wait()
+        answers.append(answer())
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [A] * 8
+    assert len(reads) == 1
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tuning, "_MOST_CALLS", 10)
+    for n in range(1, 40):
+        answer(depthwise(N=n))
+    assert len(tuning._answers) <= 10
+
+
+@pytest.mark.parametrize("choice", ["library", "unfused", DepthwiseConfig(4, 4, 0, 1, 1)])
+def test_every_choice_computes_the_same(choice: Choice):
+    problem = depthwise() if isinstance(choice, tuple) else separable()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randint(-2, 3, (1, 4, 5, 5), device=device).float()
+    weight_dw = torch.randint(-2, 3, (4, 1, 3, 3), device=device).float()
+    weight_pw = torch.randint(-2, 3, (6, 4, 1, 1), device=device).float()
+    weight_pw = weight_pw.to(memory_format=torch.channels_last)
+
+    def run():
+        if problem.op == "depthwise_fwd":
+            x_last = x.to(memory_format=torch.channels_last)
+            return sepconv.ops.depthwise_conv2d(x_last, weight_dw, padding=1)
+        return sepconv.ops.separable_conv2d(x, weight_dw, weight_pw, padding=1, activation="relu")
+
+    with sepconv.backend("triton"), tuning.recording() as calls:
+        expected = run()
+    (call,) = calls
+    tuning.install(tuning.target(problem.device), Problem(*call).key, choice)
+    assert tuning.lookup(call[0], x, *call[3:-1]) == choice
+    with sepconv.backend("triton"):
+        y = run()
+    assert torch.equal(y, expected)
+    assert y.stride() == expected.stride()
+
+
+@pytest.mark.gpu
+def test_cold_look_up_inside_a_graph_capture_takes_the_default():
+    x = torch.randn(8, 64, 14, 14, device="cuda").to(memory_format=torch.channels_last)
+    weight_dw = torch.randn(64, 1, 3, 3, device="cuda")
+    expected = sepconv.ops.depthwise_conv2d(x, weight_dw, padding=1)
+    tuning.forget()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = sepconv.ops.depthwise_conv2d(x, weight_dw, padding=1)
+    y.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(y, expected)
