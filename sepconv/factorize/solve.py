@@ -1,0 +1,129 @@
+"""Separable factors of a dense weight in the metric of the data it sees.
+
+With W [K, C*R*S] flattened and S the covariance of its input patches, the factors minimise
+
+    J(P, D) = || L (W - P D) S^(1/2) ||_F^2
+
+where D holds T filters [R*S] per input channel, P their mixing weights and L a positive scale
+per output channel. Weight-only SVD is the special case S = I, and misses that channels are
+correlated: what one channel's filters cannot express, other channels' mixing weights can.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SWEEPS = 2  # later sweeps gain almost nothing (docs/accuracy.md)
+
+
+class Factors(NamedTuple):
+    """Filters D [C, T, R*S] and mixing weights P [K, C, T]."""
+
+    filters: Tensor
+    mixing: Tensor
+
+    def dense(self) -> Tensor:
+        """The weight P D [K, C*R*S] that they stand for."""
+        return torch.einsum("kct,ctr->kcr", self.mixing, self.filters).flatten(1)
+
+
+def solve(
+    weight: Tensor, metric: Tensor, rank: int, taps: int, scale: Tensor, sweeps: int = SWEEPS
+) -> Factors:
+    """Factors of `weight` at `rank`: whitened SVD, block updates, pointwise refit.
+
+    Args:
+        weight: W [K, C*R*S], float64.
+        metric: S [C*R*S, C*R*S], symmetric positive definite, float64.
+        rank: T, below min(K, R*S).
+        taps: R*S.
+        scale: the diagonal of L, [K] and positive.
+        sweeps: passes of block updates over the channels.
+
+    Example:
+        >>> w, s = torch.randn(8, 36).double(), torch.eye(36).double()
+        >>> factors = solve(w, s, rank=2, taps=9, scale=torch.ones(8).double())
+        >>> factors.filters.shape, factors.mixing.shape
+        (torch.Size([4, 2, 9]), torch.Size([8, 4, 2]))
+    """
+    factors = refit_mixing(weight, metric, whitened_filters(weight, metric, rank, taps, scale))
+    for _ in range(sweeps):
+        factors = update_channels(weight, metric, factors, scale)
+    return refit_mixing(weight, metric, factors.filters) if sweeps else factors
+
+
+def objective(weight: Tensor, metric: Tensor, factors: Factors, scale: Tensor) -> float:
+    """J(P, D)."""
+    return weighted_norm(weight - factors.dense(), metric, scale)
+
+
+def weighted_norm(error: Tensor, metric: Tensor, scale: Tensor) -> float:
+    """|| L E S^(1/2) ||_F^2 of E [K, C*R*S]."""
+    scaled = error * scale[:, None]
+    return float(((scaled @ metric) * scaled).sum())
+
+
+def whitened_filters(
+    weight: Tensor, metric: Tensor, rank: int, taps: int, scale: Tensor
+) -> Tensor:
+    """Filters [C, T, R*S] that would be the best if channels were uncorrelated.
+
+    The singular vectors of L W_c S_cc^(1/2), from its R*S x R*S Gram matrix (the whitening of
+    SVD-LLM, Wang et al. 2024, one channel at a time).
+    """
+    root, inverse = _roots(channel_blocks(metric, taps))
+    channels = (weight * scale[:, None]).unflatten(1, (-1, taps)).transpose(0, 1)  # [C, K, R*S]
+    whitened = channels @ root
+    _, vectors = torch.linalg.eigh(whitened.mT @ whitened)
+    return vectors[..., -rank:].mT @ inverse
+
+
+def refit_mixing(weight: Tensor, metric: Tensor, filters: Tensor) -> Factors:
+    """The best mixing weights for given filters: P = W S D' (D S D')^-1, whatever L is."""
+    channels, rank, taps = filters.shape
+    blocks = metric.unflatten(1, (channels, taps))  # [C*R*S, C, R*S]
+    read = torch.einsum("jdr,dur->jdu", blocks, filters).flatten(1)  # S D' [C*R*S, C*T]
+    gram = torch.einsum("ctr,crg->ctg", filters, read.unflatten(0, (channels, taps)))
+    gram = gram.flatten(0, 1)
+    # Filters of dead channels are arbitrary and may repeat; this keeps the solve regular.
+    gram.diagonal().add_(1e-10 * gram.diagonal().mean().clamp(min=1e-300))
+    mixing = torch.cholesky_solve((weight @ read).mT, torch.linalg.cholesky(gram)).mT
+    return Factors(filters, mixing.unflatten(1, (channels, rank)))
+
+
+def update_channels(weight: Tensor, metric: Tensor, factors: Factors, scale: Tensor) -> Factors:
+    """One sweep of block updates: each channel's factors, best given all the others'.
+
+    With E the residual without channel c, the best rank T block is the truncated SVD of
+    L (E S)_c S_cc^(-1/2), so that J never rises.
+    """
+    filters, mixing = factors.filters.clone(), factors.mixing.clone()
+    channels, rank, taps = filters.shape
+    blocks = channel_blocks(metric, taps)
+    _, inverses = _roots(blocks)
+    residual = (weight - factors.dense()) @ metric  # E S
+    for c in range(channels):
+        here = slice(c * taps, (c + 1) * taps)
+        old = mixing[:, c] @ filters[c]
+        whitened = (residual[:, here] + old @ blocks[c]) @ inverses[c]  # [K, R*S]
+        scaled = whitened * scale[:, None]
+        _, vectors = torch.linalg.eigh(scaled.mT @ scaled)
+        kept = vectors[:, -rank:]
+        filters[c] = kept.mT @ inverses[c]
+        mixing[:, c] = whitened @ kept
+        residual -= (mixing[:, c] @ filters[c] - old) @ metric[here]
+    return Factors(filters, mixing)
+
+
+def channel_blocks(metric: Tensor, taps: int) -> Tensor:
+    """The diagonal blocks S_cc [C, R*S, R*S]."""
+    blocks = metric.unflatten(1, (-1, taps)).unflatten(0, (-1, taps))
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _roots(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square roots [C, R*S, R*S] of positive definite blocks, and their inverses."""
+    values, vectors = torch.linalg.eigh(blocks)
+    roots = values.clamp(min=1e-300).sqrt().unsqueeze(-2)
+    return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT

@@ -1,0 +1,252 @@
+"""Watch the convolutions of a running model, and run it with other weights.
+
+Everything happens while the model's own forward runs, by `TorchFunctionMode`: no tracing, no
+copy, no change of the model, so it works for any code that calls torch's convolutions.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d)
+_ADDITIONS = (
+    torch.add,
+    torch.Tensor.add,
+    torch.Tensor.add_,
+    torch.Tensor.__add__,
+    torch.Tensor.__radd__,
+    torch.Tensor.__iadd__,
+)
+
+
+class Dense(NamedTuple):
+    """What stands in for a convolution's parameters: a weight of its shape and a bias [K]."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass
+class Surroundings:
+    """What happens to a convolution's output.
+
+    Attributes:
+        calls: executions in one forward.
+        outputs: numbers it computes in one forward.
+        scale: [K], the factor of the BatchNorm behind it, or None.
+        summed: whether its output, normalised or not, is next added to another tensor of its
+            shape and read by nothing else: it ends a residual branch.
+    """
+
+    calls: int = 0
+    outputs: int = 0
+    scale: Tensor | None = None
+    summed: bool = False
+
+
+class Substitution(TorchFunctionMode):
+    """Runs convolutions with other parameters, by `id` of their weight."""
+
+    def __init__(self, substitutes: Mapping[int, Dense]) -> None:
+        super().__init__()
+        self._substitutes = substitutes
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _CONVOLUTIONS:
+            return self.other(func, args, kwargs)
+        names = ("input", "weight", "bias")
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        key, rest = id(kwargs["weight"]), args[len(names) :]
+        if key in self._substitutes:
+            kwargs.update(self._substitutes[key]._asdict())
+        x, weight, bias = (kwargs.pop(name, None) for name in names)
+        y = func(x, weight, bias, *rest, **kwargs)
+        self.convolved(key, x, y)
+        return y
+
+    def convolved(self, key: int, x: Tensor, y: Tensor) -> None:
+        """Called after each convolution."""
+
+    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called in the place of every other function."""
+        return func(*args, **kwargs)
+
+
+class _Follow(Substitution):
+    """Follows the outputs of chosen convolutions to the BatchNorm and the sum behind them."""
+
+    def __init__(self, keys: Iterable[int], substitutes: Mapping[int, Dense]) -> None:
+        super().__init__(substitutes)
+        self._keys = frozenset(keys)
+        self._followed: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def convolved(self, key: int, x: Tensor, y: Tensor) -> None:
+        if key in self._keys:
+            self._follow(y, key)
+            self.saw_convolution(key, x, y)
+
+    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        read = self._read(args, kwargs)
+        if not read:
+            return func(*args, **kwargs)
+        tensor, key = read[0]
+        if func in _ADDITIONS and (addend := _addend(tensor, args, kwargs)) is not None:
+            self.saw_sum(key, addend)
+            result = func(*args, **kwargs)
+            if result is tensor:
+                del self._followed[id(tensor)]
+            return result
+        result = func(*args, **kwargs)
+        if func is F.batch_norm and isinstance(result, Tensor):
+            self._follow(result, key)
+            self.saw_norm(key, _scale(*args, **kwargs))
+        elif isinstance(result, Tensor):
+            for _, key in read:
+                self.saw_other_use(key)
+        return result
+
+    def _follow(self, tensor: Tensor, key: int) -> None:
+        self._followed[id(tensor)] = (weakref.ref(tensor), key)
+
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tensor, int]]:
+        """The followed tensors among the arguments."""
+        found = []
+        for value in _flatten((*args, *kwargs.values())):
+            reference, key = self._followed.get(id(value), (None, 0))
+            if reference is not None and reference() is value:
+                found.append((value, key))
+        return found
+
+    def saw_convolution(self, key: int, x: Tensor, y: Tensor) -> None:
+        """A chosen convolution ran."""
+
+    def saw_norm(self, key: int, scale: Tensor | None) -> None:
+        """Its output went through a BatchNorm."""
+
+    def saw_sum(self, key: int, addend: Tensor) -> None:
+        """Its (normalised) output is about to be added to `addend`."""
+
+    def saw_other_use(self, key: int) -> None:
+        """Something else read its (normalised) output."""
+
+
+class Survey(_Follow):
+    """Finds the surroundings of convolutions while a model runs, in order of execution."""
+
+    def __init__(self, keys: Iterable[int]) -> None:
+        super().__init__(keys, {})
+        self.found: dict[int, Surroundings] = {}
+        self._used_elsewhere: set[int] = set()
+
+    def saw_convolution(self, key: int, x: Tensor, y: Tensor) -> None:
+        around = self.found.setdefault(key, Surroundings())
+        around.calls += 1
+        around.outputs += y.numel()
+        if around.calls > 1:
+            self.saw_other_use(key)
+
+    def saw_norm(self, key: int, scale: Tensor | None) -> None:
+        if self.found[key].scale is not None:
+            self.saw_other_use(key)
+        self.found[key].scale = scale
+
+    def saw_sum(self, key: int, addend: Tensor) -> None:
+        if self.found[key].summed:
+            self.saw_other_use(key)
+        self.found[key].summed = key not in self._used_elsewhere
+
+    def saw_other_use(self, key: int) -> None:
+        self._used_elsewhere.add(key)
+        self.found[key].summed = False
+
+
+class Seen(BaseException):
+    """Ends a forward once everything asked for was seen.
+
+    Not an `Exception`: a model's own error handling must not swallow it.
+    """
+
+
+class Probe(_Follow):
+    """Hands the tensors around chosen convolutions to `see`, and can end the forward there.
+
+    `see(key, x, y)` is called after each execution with its input and output, and
+    `see_sum(key, addend)` where its output is added to another tensor.
+    """
+
+    def __init__(
+        self,
+        keys: Iterable[int],
+        substitutes: Mapping[int, Dense],
+        see: Callable[[int, Tensor, Tensor], None],
+        see_sum: Callable[[int, Tensor], None] | None = None,
+        stop_after: int | None = None,
+    ) -> None:
+        super().__init__(keys, substitutes)
+        self._see, self._see_sum = see, see_sum
+        self._left = stop_after
+
+    def saw_convolution(self, key: int, x: Tensor, y: Tensor) -> None:
+        self._see(key, x, y)
+        if self._see_sum is None:
+            self._count()
+
+    def saw_sum(self, key: int, addend: Tensor) -> None:
+        if self._see_sum is not None:
+            self._see_sum(key, addend)
+            self._count()
+
+    def _count(self) -> None:
+        if self._left is not None:
+            self._left -= 1
+            if self._left == 0:
+                raise Seen
+
+
+def _flatten(values: Iterable[Any]) -> Iterable[Any]:
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from _flatten(value)
+        else:
+            yield value
+
+
+def _addend(tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The other operand of an addition of two tensors of one shape."""
+    operands = [v for v in (*args, kwargs.get("other")) if isinstance(v, Tensor)]
+    if len(operands) != 2 or kwargs.get("alpha", 1) != 1:
+        return None
+    a, b = operands
+    if a.shape != b.shape or a is b:
+        return None
+    return b if a is tensor else a
+
+
+def _scale(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """The factor [K] that `F.batch_norm`, called so, multiplies with."""
+    if running_var is None or training:
+        return None
+    factor = (running_var.double() + eps).rsqrt()
+    return factor if weight is None else factor * weight.double()
