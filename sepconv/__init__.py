@@ -7,6 +7,7 @@
 from sepconv import nn, ops
 from sepconv.budget import Budget
 from sepconv.convert import convert
+from sepconv.fuse import fuse
 from sepconv.ops import backend
 from sepconv.recipe import apply_recipe
 from sepconv.report import report
@@ -20,6 +21,7 @@ __all__ = [
     "apply_recipe",
     "backend",
     "convert",
+    "fuse",
     "load",
     "nn",
     "ops",

@@ -1,5 +1,7 @@
 """Time of a convolution in dense and in separable form, measured on the model's device."""
 
+import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +24,25 @@ def seconds(run: Callable[[], Any], min_run_time: float = _MIN_RUN_TIME) -> floa
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     timer.timeit(1)
     return timer.blocked_autorange(min_run_time=min_run_time).median
+
+
+def take_turns(forms: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median time of each form, called in turns, so that a slow spell of the machine hits all."""
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for turn in range(rounds + 1):
+        for name, run in forms.items():
+            _synchronize()
+            start = time.perf_counter()
+            run()
+            _synchronize()
+            if turn > 0:  # the first is to warm up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 class LatencyTable:

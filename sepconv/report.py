@@ -8,10 +8,11 @@ from typing import Any, Literal
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import fx, nn
 
 from sepconv.checksum import crc32
 from sepconv.factorize import full_rank
+from sepconv.fusion import FusionReport
 from sepconv.graph import Capture, Match, Skipped
 
 Status = Literal["converted", "skipped", "kept"]
@@ -161,11 +162,11 @@ class Report:
         return "; ".join(parts)
 
 
-def report(model: nn.Module) -> Report:
-    """The report of the conversion that made `model`.
+def report(model: nn.Module) -> Any:
+    """The report of what made `model`: a `Report` of `convert`, a `FusionReport` of `fuse`.
 
     Raises:
-        ValueError: `model` was not returned by `sepconv.convert`.
+        ValueError: `model` was returned by neither.
 
     Example:
         >>> import sepconv, torch
@@ -173,22 +174,36 @@ def report(model: nn.Module) -> Report:
         >>> sepconv.report(sepconv.convert(net)).layers[0].status
         'converted'
     """
-    found = getattr(model, _ATTRIBUTE, None)
-    if not isinstance(found, Report):
+    found = _attached(model)
+    if found is None:
         raise ValueError(
-            f"report: expected a model that sepconv.convert returned, got {type(model).__name__}"
+            f"report: expected a model that sepconv.convert or sepconv.fuse returned, "
+            f"got {type(model).__name__}"
         )
     return found
 
 
-def attach(model: nn.Module, made: Report) -> None:
+def attach(model: nn.Module, made: Report | FusionReport) -> None:
     """Keep the report with the model; it is copied and pickled with it."""
     vars(model)[_ATTRIBUTE] = made
+    if isinstance(model, fx.GraphModule):  # whose copies keep nothing else
+        model.meta[_ATTRIBUTE] = made
 
 
 def attached(model: nn.Module) -> Report | None:
     """The report an earlier conversion left with the model, if any."""
-    return vars(model).get(_ATTRIBUTE)
+    found = _attached(model)
+    return found if isinstance(found, Report) else None
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether `model` is what `sepconv.fuse` made of another."""
+    return isinstance(_attached(model), FusionReport)
+
+
+def _attached(model: nn.Module) -> Report | FusionReport | None:
+    meta = getattr(model, "meta", {}) if isinstance(model, fx.GraphModule) else {}
+    return getattr(model, _ATTRIBUTE, meta.get(_ATTRIBUTE))
 
 
 def converted_layer(conv: Match, rank: int, error: float) -> LayerReport:

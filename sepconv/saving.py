@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sepconv.errors import closest
 from sepconv.files import write_atomically
 from sepconv.recipe import Recipe, apply_structure, recipe_of
+from sepconv.report import is_fused
 
 _RECIPE_KEY = "sepconv.recipe"
 
@@ -116,7 +117,13 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
 def _saveable(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    return getattr(model, "_orig_mod", model) if "_orig_mod" in model._modules else model
+    model = getattr(model, "_orig_mod", model) if "_orig_mod" in model._modules else model
+    if is_fused(model):
+        raise ValueError(
+            "model: expected one that is not fused, got one from sepconv.fuse; "
+            "save the model it was made from, and fuse after loading"
+        )
+    return model
 
 
 def _opened(path: Path) -> Any:

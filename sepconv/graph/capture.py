@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 from sepconv.graph.state import evaluating, untouched, without_history
 from sepconv.graph.tracing import TraceLevel, trace
@@ -70,7 +69,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
     """
     args, kwargs = split_inputs(example_inputs)
     with untouched(model):
-        given = None if example_inputs is None else _given(model, args, kwargs)
+        given = None if example_inputs is None else arguments_given(model, args, kwargs)
         traced = trace(model, given)
     if example_inputs is None:
         safe = traced.level == "graph" and not _calls_view(traced.graph)
@@ -176,12 +175,17 @@ def _run(
 @contextmanager
 def _counting_macs(recorder: _ConvRecorder) -> Iterator[None]:
     """Torch's own flop counter; a multiply-add is two of its operations."""
+    # It imports Triton, which takes half a second and is not needed for anything else here.
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter:
         yield
     recorder.macs = counter.get_total_flops() // 2
 
 
-def _given(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+def arguments_given(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Mapping[str, Any]:
     """The arguments by name."""
     try:
         return inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments

@@ -68,7 +68,9 @@ class ModuleTracer(fx.Tracer):
             raise
 
 
-def trace(model: nn.Module, given: Mapping[str, Any] | None = None) -> Trace:
+def trace(
+    model: nn.Module, given: Mapping[str, Any] | None = None, opaque: Collection[str] = ()
+) -> Trace:
     """Trace `model` at the best level it allows; never raises because tracing failed.
 
     Args:
@@ -76,25 +78,26 @@ def trace(model: nn.Module, given: Mapping[str, Any] | None = None) -> Trace:
         given: the forward arguments that the caller passes, by name; flags and numbers among
             them are fixed. The others are fixed to their defaults. None: those without a
             default are passed.
+        opaque: names of submodules to take as leaves from the start.
     """
     concrete = _fixed(model, given)
     names = {name: m for name, m in model.named_modules() if name}
-    opaque: set[str] = set()
+    closed = set(opaque)
     why = ""
     while True:
-        tracer = ModuleTracer(opaque)
+        tracer = ModuleTracer(closed)
         try:
             graph = tracer.trace(model, concrete_args=concrete or None)
         # The model's own code runs here, so anything at all may be raised.
         except Exception as error:
             why = why or f"{type(error).__name__}: {error}".split("\n")[0]
-            if tracer.failed is None or tracer.failed in opaque or tracer.failed not in names:
+            if tracer.failed is None or tracer.failed in closed or tracer.failed not in names:
                 return Trace("modules", None, (), why)
             # Its siblings of the same class would fail the same way, one attempt each.
             failed_class = type(names[tracer.failed])
-            opaque.update(name for name, m in names.items() if type(m) is failed_class)
+            closed.update(name for name, m in names.items() if type(m) is failed_class)
             continue
-        return Trace("leaves" if opaque else "graph", graph, tuple(sorted(opaque)), why)
+        return Trace("leaves" if closed else "graph", graph, tuple(sorted(closed)), why)
 
 
 def _fixed(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any]:

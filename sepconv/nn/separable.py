@@ -8,17 +8,19 @@ from torch import Tensor, nn
 
 from sepconv import ops
 from sepconv.layout import is_channels_last
+from sepconv.ops.arguments import pair
 
 IntPair = int | tuple[int, int]
 Padding = IntPair | Literal["same", "valid"]
 
 
-def _pair(value: int | tuple[int, ...], name: str) -> tuple[int, int]:
-    """Repeat an int for height and width; check a pair."""
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
-        raise ValueError(f"{name}: expected an int or a pair of ints, got {value!r}")
-    return pair
+def _word(padding: str, stride: tuple[int, ...]) -> str:
+    """Check a padding that is given as a word."""
+    if padding not in ("same", "valid"):
+        raise ValueError(f'padding: expected "same", "valid" or ints, got {padding!r}')
+    if padding == "same" and max(stride) > 1:
+        raise ValueError(f'padding: "same" expected stride 1, got stride {stride}')
+    return padding
 
 
 class SeparableConv2d(nn.Module):
@@ -108,12 +110,14 @@ class SeparableConv2d(nn.Module):
     def _set_geometry(
         self, kernel_size: IntPair, stride: IntPair, padding: Padding, dilation: IntPair
     ) -> None:
-        self.kernel_size: tuple[int, ...] = _pair(kernel_size, "kernel_size")
-        self.stride: tuple[int, ...] = _pair(stride, "stride")
+        self.kernel_size: tuple[int, ...] = pair("kernel_size", kernel_size)
+        self.stride: tuple[int, ...] = pair("stride", stride)
         self.padding: tuple[int, ...] | str = (
-            padding if isinstance(padding, str) else _pair(padding, "padding")
+            _word(padding, self.stride)
+            if isinstance(padding, str)
+            else pair("padding", padding, least=0)
         )
-        self.dilation: tuple[int, ...] = _pair(dilation, "dilation")
+        self.dilation: tuple[int, ...] = pair("dilation", dilation)
         self.output_padding: tuple[int, ...] = (0, 0)
 
     @property
@@ -175,16 +179,20 @@ class SeparableConv1d(SeparableConv2d):
     def _set_geometry(
         self, kernel_size: IntPair, stride: IntPair, padding: Padding, dilation: IntPair
     ) -> None:
-        def single(value: int | tuple[int, ...], name: str) -> tuple[int]:
+        def single(name: str, value: int | tuple[int, ...], least: int = 1) -> tuple[int]:
             values = (value,) if isinstance(value, int) else tuple(value)
-            if len(values) != 1:
-                raise ValueError(f"{name}: expected an int, got {value!r}")
+            if len(values) != 1 or not isinstance(values[0], int) or values[0] < least:
+                raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
             return (values[0],)
 
-        self.kernel_size = single(kernel_size, "kernel_size")
-        self.stride = single(stride, "stride")
-        self.padding = padding if isinstance(padding, str) else single(padding, "padding")
-        self.dilation = single(dilation, "dilation")
+        self.kernel_size = single("kernel_size", kernel_size)
+        self.stride = single("stride", stride)
+        self.padding = (
+            _word(padding, self.stride)
+            if isinstance(padding, str)
+            else single("padding", padding, least=0)
+        )
+        self.dilation = single("dilation", dilation)
         self.output_padding = (0,)
 
     @property

@@ -1,0 +1,59 @@
+"""Replace chains of a graph by fused modules. The caller makes the modules."""
+
+from collections.abc import Callable
+
+from torch import fx, nn
+
+from sepconv.graph.chains import Chain, find_chains
+from sepconv.graph.tidy import tidy
+
+
+def lower_graph(
+    module: fx.GraphModule, make: Callable[[Chain, fx.GraphModule], nn.Module]
+) -> list[Chain]:
+    """Rewrite the graph of `module` in place; return what was fused.
+
+    Args:
+        module: traced in eval mode; its submodules may be shared by several calls.
+        make: returns the module that computes a chain, called with its source and, where it has a
+            summand, the residual.
+    """
+    graph = module.graph
+    modules = dict(module.named_modules(remove_duplicate=False))
+    tidy(graph, modules)
+    chains = find_chains(graph, modules)
+    names: dict[object, str] = {}
+    for chain in chains:
+        if chain.key not in names:
+            names[chain.key] = _unused_name(module, f"{chain.stages[-1].conv}_fused")
+            module.add_submodule(names[chain.key], make(chain, module))
+        _call_instead(graph, chain, names[chain.key])
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+    graph.lint()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return chains
+
+
+def _call_instead(graph: fx.Graph, chain: Chain, name: str) -> None:
+    arguments = [chain.source]
+    if chain.summand is not None:
+        node, position = chain.summand
+        residual = node.args[position]
+        assert isinstance(residual, fx.Node)
+        arguments.append(residual)
+    with graph.inserting_before(chain.place):
+        call = graph.call_module(name, tuple(arguments))
+    chain.nodes[-1].replace_all_uses_with(call)
+    for node in reversed(chain.nodes):
+        graph.erase_node(node)
+
+
+def _unused_name(module: nn.Module, name: str) -> str:
+    taken = dict(module.named_modules())
+    number, free = 1, name
+    while free in taken:
+        number, free = number + 1, f"{name}_{number}"
+    return free
