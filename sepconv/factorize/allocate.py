@@ -68,7 +68,8 @@ def _lower_hull(options: Sequence[Option]) -> list[int]:
     for k in order:
         if hull and options[k].error >= options[hull[-1]].error:
             continue  # dearer and no better
-        while len(hull) > 1 and _slope(options, hull[-2], hull[-1]) >= _slope(options, hull[-2], k):
+        # Points on the line between two others stay: small steps fit where a big one does not.
+        while len(hull) > 1 and _slope(options, hull[-2], hull[-1]) > _slope(options, hull[-2], k):
             hull.pop()
         hull.append(k)
     return hull

@@ -3,7 +3,7 @@
 A dense weight is, for each input channel c, a matrix W_c [K, R*S]. Rank T depthwise separable
 form replaces it by P_c D_c, T filters D_c [T, R*S] and their mixing weights P_c [K, T]. The best
 such pair in the Frobenius norm is the truncated SVD of each W_c (Eckart and Young 1936; for
-convolutions: Guo et al., "Network Decoupling", 2018). Only the right singular vectors are
+convolutions: Guo et al., "Network Decoupling", 2018). Only the singular vectors of one side are
 needed, and they are the eigenvectors of a Gram matrix no larger than min(K, R*S).
 """
 
@@ -73,10 +73,13 @@ def factorize(weight: Tensor, rank: int) -> SeparableFactors:
 def _truncate(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Filters [C, T, R*S], mixing weights [C, K, T], energy lost and total [C]."""
     per_channel = _per_channel(weight)
-    filters, energies = _right_singular_vectors(per_channel)
-    kept = filters[:, :rank]
-    mixing = per_channel @ kept.mT
-    return kept, mixing.to(weight.dtype), energies[:, rank:].sum(1), energies.sum(1)
+    vectors, energies = _singular_vectors(per_channel)
+    kept = vectors[:, :, :rank]
+    if _is_tall(per_channel):
+        filters, mixing = kept.mT, per_channel @ kept
+    else:
+        filters, mixing = kept.mT @ per_channel, kept
+    return filters, mixing.to(weight.dtype), energies[:, rank:].sum(1), energies.sum(1)
 
 
 def weight_errors(weight: Tensor) -> Tensor:
@@ -87,7 +90,7 @@ def weight_errors(weight: Tensor) -> Tensor:
         the last entry is 0. Decreasing and convex in T.
     """
     _check(weight)
-    _, energies = _right_singular_vectors(_per_channel(weight))
+    _, energies = _singular_vectors(_per_channel(weight))
     by_rank = energies.sum(dim=0)[: full_rank(weight.shape)]
     total = by_rank.sum()
     if total == 0:
@@ -111,21 +114,25 @@ def _per_channel(weight: Tensor) -> Tensor:
     return weight.detach().flatten(2).transpose(0, 1).to(torch.float64)
 
 
-def _right_singular_vectors(per_channel: Tensor) -> tuple[Tensor, Tensor]:
-    """Right singular vectors as rows [C, min, R*S], squared singular values [C, min], falling."""
-    _, out_channels, taps = per_channel.shape
-    if taps <= out_channels:
-        energies, vectors = torch.linalg.eigh(per_channel.mT @ per_channel)
-        return vectors.mT.flip(1), energies.flip(1).clamp_(min=0.0)
-    # Fewer outputs than taps: the other Gram matrix is the smaller one, and has U, not V.
-    energies, left = torch.linalg.eigh(per_channel @ per_channel.mT)
-    energies = energies.flip(1).clamp_(min=0.0)
-    projected = left.mT.flip(1) @ per_channel  # rows sigma_i v_i
-    return torch.nn.functional.normalize(projected, dim=2, eps=1e-300), energies
+def _is_tall(per_channel: Tensor) -> bool:
+    return per_channel.shape[1] >= per_channel.shape[2]
+
+
+def _singular_vectors(per_channel: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular vectors as columns, and squared singular values [C, min(K, R*S)], falling.
+
+    Of the two sides the one with the smaller Gram matrix: right vectors [C, R*S, R*S] where the
+    matrices are tall, else left vectors [C, K, K]. Projecting on either gives the same factors;
+    computing one side from the other would divide by singular values that may be zero.
+    """
+    gram = per_channel.mT @ per_channel if _is_tall(per_channel) else per_channel @ per_channel.mT
+    energies, vectors = torch.linalg.eigh(gram)
+    return vectors.flip(2), energies.flip(1).clamp_(min=0.0)
 
 
 def _exact(weight: Tensor) -> SeparableFactors:
-    per_channel = weight.detach().flatten(2).transpose(0, 1)  # [C, K, R*S]
+    # Cloned: factors that shared the weight's memory would be changed with it.
+    per_channel = weight.detach().clone().flatten(2).transpose(0, 1)  # [C, K, R*S]
     channels, out_channels, taps = per_channel.shape
     if taps <= out_channels:
         identity = torch.eye(taps, dtype=weight.dtype, device=weight.device)
