@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-Checker = Literal["fuzz", "lint"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +13,8 @@ class Mutant:
         file: in ``kernels/``.
         old: source text to replace, which must occur exactly once.
         new: what replaces it.
-        ops: which fuzz must notice, as (op, direction); empty for the lint of the compiled kernels.
+        ops: which fuzz must notice, as (op, direction); or ("lint", launcher), where nothing short
+            of the compiled kernel shows it.
     """
 
     name: str
@@ -46,7 +44,7 @@ DEPTHWISE = (("depthwise", "forward"),)
 DEPTHWISE_BACKWARD = (("depthwise", "backward"),)
 POINTWISE = (("pointwise", "forward"),)
 SEPARABLE = (("separable", "forward"),)
-LINT: tuple[tuple[str, str], ...] = ()
+LINT = (("lint", "depthwise_fwd"),)
 
 MUTANTS = [
     Mutant("halo_off_by_one", "depthwise.py", "(w < W))[:, None]", "(w <= W))[:, None]", DEPTHWISE),
@@ -166,15 +164,15 @@ MUTANTS = [
     Mutant(
         "unwritten_tail",
         "depthwise.py",
-        "num_g * P * triton.cdiv(N * Q, config.block_nq)",
-        "num_g * P * max(N * Q // config.block_nq, 1)",
+        "mask_g = offs_g < G",
+        "mask_g = offs_g < G // BLOCK_C * BLOCK_C",
         DEPTHWISE,
     ),
     Mutant(
         "lost_channel_tail",
         "pointwise.py",
-        "triton.cdiv(C, config.block_c), num_tiles)",
-        "max(C // config.block_c, 1), num_tiles)",
+        "mask_c = first_c + offs_c < C",
+        "mask_c = first_c + offs_c < C // BLOCK_C * BLOCK_C",
         POINTWISE,
     ),
     Mutant(
@@ -218,5 +216,19 @@ MUTANTS = [
         "    if bias_pw_ptr is not None:",
         "    acc = acc.to(x_ptr.dtype.element_ty).to(ACC)\n    if bias_pw_ptr is not None:",
         SEPARABLE,
+    ),
+    Mutant(
+        "int32_offset",
+        "depthwise.py",
+        "pid = tl.program_id(0).to(tl.int64)",
+        "pid = tl.program_id(0)",
+        LINT,
+    ),
+    Mutant(
+        "load_without_other",
+        "depthwise.py",
+        "tl.load(bias_ptr + offs_g * stride_bias, mask=mask_g, other=0.0)",
+        "tl.load(bias_ptr + offs_g * stride_bias, mask=mask_g)",
+        LINT,
     ),
 ]

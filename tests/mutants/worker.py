@@ -1,5 +1,7 @@
 """Fuzz the kernels of one folder until a case fails: ``worker.py FOLDER N OP DIRECTION``.
 
+With ``lint`` for OP, compile and lint the kernel of the launcher named in place of DIRECTION.
+
 Prints the case that failed and exits with `CAUGHT`, or exits with 0 when N cases have passed. Any
 other exit status means that nothing was learnt: a kernel that does not even run is no mutant.
 """
@@ -10,11 +12,13 @@ from pathlib import Path
 
 CAUGHT = 3
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "kernels")]
 
 import torch  # noqa: E402 (the project need not be installed)
 
-if not torch.cuda.is_available():
+if sys.argv[3] == "lint":
+    os.environ.pop("TRITON_INTERPRET", None)
+elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import sepconv.kernels  # noqa: E402
@@ -55,10 +59,21 @@ def first_failure(count: int, op: Op, direction: Direction) -> str | None:
     return None
 
 
+def first_fault(launcher: str) -> str | None:
+    """Lint one kernel; return the first line of its compiled form that is at fault."""
+    from static import VARIANTS, launch_of, lint
+
+    launch = launch_of(launcher, torch.float16, *VARIANTS["stride 2"])
+    return next(iter(lint(launch)), None)
+
+
 if __name__ == "__main__":
     folder, count, op, direction = sys.argv[1:]
     if Path(check.depthwise.__file__).parent != Path(folder):
         sys.exit(f"the kernels came from {check.depthwise.__file__}, not from {folder}")
-    failure = first_failure(int(count), op, direction)
+    if op == "lint":
+        failure = first_fault(direction)
+    else:
+        failure = first_failure(int(count), op, direction)
     print(failure or f"{count} cases passed")
     sys.exit(CAUGHT if failure else 0)
