@@ -296,10 +296,9 @@ VARIANTS = {
 def _group(name: str) -> Iterator[tuple[str, str, str, Launch]]:
     """(label, dtype, target, launch) of everything that a group of checks compiles."""
     if name in ("quick", "full"):
-        targets = TARGETS if name == "full" else ("sm_80", "sm_90", "sm_120", "gfx942")
-        dtypes = DTYPES if name == "full" else ("bf16",)
-        for target in targets:
-            for dtype in dtypes:
+        for target in TARGETS:
+            every_type = name == "full" or target == "sm_90"
+            for dtype in DTYPES if every_type else ("bf16",):
                 for op in OPS:
                     yield op, dtype, target, launch_of(op, DTYPES[dtype], LAYER, target=target)
         if name == "full":
