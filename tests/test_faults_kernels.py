@@ -303,11 +303,11 @@ def test_23_errors_are_no_larger_than_the_frameworks(dtype, factor):
     torch.manual_seed(2)
     shapes = [(2, C, *size), (C, 1, 3, 3), (K, C, 1, 1), (C,), (K,)]
     p = Problem(*(torch.randn(s, device=DEVICE).to(dtype) for s in shapes), padding=(1, 1, 1, 1))
-    with sepconv.backend("triton"), torch.backends.cudnn.flags(allow_tf32=False):
+    with sepconv.backend("triton"), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         y = ops.separable_conv2d(*(p.x, p.weight_dw, p.weight_pw, p.bias_dw, p.bias_pw), padding=1)
     truth = forward(p, Arithmetic(dtype))
     check(y, truth)
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         check_no_worse(y, framework(p), truth, factor)
 
 
