@@ -132,7 +132,7 @@ def find_chains(graph: fx.Graph, modules: Modules) -> list[Chain]:
     for node in graph.nodes:
         if node in taken or convolution(node, modules) is None:
             continue
-        chain = _chain(node, modules)
+        chain = _chain(node, modules, taken)
         taken.update(chain.nodes)
         chains.append(chain)
     return chains
@@ -190,7 +190,7 @@ def is_depthwise(module: nn.Module | None) -> bool:
     )
 
 
-def _chain(node: fx.Node, modules: Modules) -> Chain:
+def _chain(node: fx.Node, modules: Modules, taken: set[fx.Node]) -> Chain:
     conv = convolution(node, modules)
     stage, nodes = _stage(node, modules)
     if is_depthwise(conv):
@@ -198,11 +198,11 @@ def _chain(node: fx.Node, modules: Modules) -> Chain:
         if follower is not None and is_pointwise(convolution(follower, modules)):
             second, more = _stage(follower, modules)
             chain = Chain([stage, second], [*nodes, *more], "separable")
-            _extend(chain, modules)
+            _extend(chain, modules, taken)
             return chain
     chain = Chain([stage], nodes, _form(conv))
-    _extend(chain, modules)
-    _take_norms_before(chain, modules)
+    _extend(chain, modules, taken)
+    _take_norms_before(chain, modules, taken)
     return chain
 
 
@@ -227,11 +227,13 @@ def _stage(node: fx.Node, modules: Modules) -> tuple[Stage, list[fx.Node]]:
     return stage, nodes
 
 
-def _extend(chain: Chain, modules: Modules) -> None:
+def _extend(chain: Chain, modules: Modules, taken: set[fx.Node]) -> None:
     """Take a sum with a residual, and the activation of the sum, where no activation came first."""
     last, stage = chain.nodes[-1], chain.stages[-1]
     user = _only_user(last)
     if stage.activation is not None or user is None or user.target not in _SUMS:
+        return
+    if user in taken:  # by the convolution that computes the other summand
         return
     if len(user.args) != 2 or user.kwargs:
         return
@@ -255,14 +257,14 @@ def _take_activation(stage: Stage, nodes: list[fx.Node], modules: Modules) -> No
         nodes.append(user)
 
 
-def _take_norms_before(chain: Chain, modules: Modules) -> None:
+def _take_norms_before(chain: Chain, modules: Modules, taken: set[fx.Node]) -> None:
     conv = modules[chain.stages[0].conv]
     if not isinstance(conv, nn.Conv2d) or conv.padding not in ((0, 0), "valid"):
         return
     while (norm := batch_norm(before := chain.source, modules)) is not None:
         # The BatchNorm's input is now read where the fused module stands.
         moved = written_between(norm[0], before, chain.place, modules, set(chain.nodes))
-        if _only_user(before) is not chain.nodes[0] or moved:
+        if before in taken or _only_user(before) is not chain.nodes[0] or moved:
             return
         chain.before = (norm[1], *chain.before)
         chain.nodes.insert(0, before)

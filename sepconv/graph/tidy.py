@@ -69,6 +69,10 @@ def _erase_axes_check(graph: fx.Graph, check: fx.Node) -> None:
     if len(inputs) != 1 or inputs[0].target is not getattr or inputs[0].args[1] != "ndim":
         return
     graph.erase_node(check)
-    for node in (test, inputs[0]):
-        if not node.users:
+    if not test.users:
+        graph.erase_node(test)
+    # The check's message may have read the attribute too.
+    source = inputs[0].all_input_nodes[0]
+    for node in list(source.users):
+        if node.target is getattr and not node.users:
             graph.erase_node(node)
