@@ -42,7 +42,9 @@ def depthwise(
     geometry = (stride, padding, dilation)
     if choice == ASK:
         G, _, R, S = weight_dw.shape
-        choice = lookup("depthwise_fwd", x, x.shape, (G, R, S), G, *geometry, channels_last)
+        epilogue = bias is not None or activation is not None
+        sizes = (x.shape, (G, R, S), G)
+        choice = lookup("depthwise_fwd", x, *sizes, *geometry, channels_last, False, epilogue)
     if choice == "library":
         y = reference.depthwise_conv2d(x, weight_dw, bias, *geometry, activation)
         return to_layout(y, channels_last)
@@ -64,8 +66,10 @@ def pointwise(
     tf32 = x.dtype == torch.float32 and allows_tf32()
     if choice == ASK:
         K, C = weight_pw.shape[:2]
+        epilogue = bias is not None or activation is not None or residual is not None
+        sizes = (x.shape, (C, 1, 1), K)
         geometry = (_ONE, _NO_PADDING, _ONE)
-        choice = lookup("pointwise_fwd", x, x.shape, (C, 1, 1), K, *geometry, channels_last, tf32)
+        choice = lookup("pointwise_fwd", x, *sizes, *geometry, channels_last, tf32, epilogue)
     if choice == "library":
         y = reference.pointwise_conv2d(x, weight_pw, bias, activation, residual)
         return to_layout(y, channels_last)
@@ -101,8 +105,10 @@ def separable(
     tf32 = x.dtype == torch.float32 and allows_tf32()
     if choice == ASK:
         G, _, R, S = weight_dw.shape
-        K = weight_pw.shape[0]
-        choice = lookup("separable_fwd", x, x.shape, (G, R, S), K, *geometry, channels_last, tf32)
+        parts = (bias_dw, bias_pw, activation_mid, activation, residual)
+        epilogue = any(part is not None for part in parts)
+        sizes = (x.shape, (G, R, S), weight_pw.shape[0])
+        choice = lookup("separable_fwd", x, *sizes, *geometry, channels_last, tf32, epilogue)
     if choice == "unfused":
         mid = depthwise(x, weight_dw, bias_dw, *geometry, activation_mid, channels_last)
         return pointwise(mid, weight_pw, bias_pw, activation, residual, channels_last)

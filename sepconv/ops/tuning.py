@@ -42,7 +42,9 @@ class Problem(NamedTuple):
     """One call of a launcher: everything that block sizes may depend on.
 
     The fields are in cuDNN's letters: `x_shape` is (N, C, H, W), `filter_shape` (C*M, R, S), and
-    `K` the number of output channels. A device of -1 is the CPU, where Triton's interpreter runs.
+    `K` the number of output channels. An `epilogue` is a bias, an activation or a residual: free in
+    a kernel, more passes over the result in the library. A device of -1 is the CPU, where Triton's
+    interpreter runs.
     """
 
     op: str
@@ -56,6 +58,7 @@ class Problem(NamedTuple):
     dilation: Pair
     channels_last: bool
     tf32: bool
+    epilogue: bool
     deterministic: bool
 
     @property
@@ -83,7 +86,7 @@ class Problem(NamedTuple):
         words += [f"stride{self.stride[0]}x{self.stride[1]}"]
         words += [f"dilation{self.dilation[0]}x{self.dilation[1]}"]
         words += ["nhwc" if self.channels_last else "nchw"]
-        return "_".join(words + ["tf32"] * self.tf32)
+        return "_".join(words + ["tf32"] * self.tf32 + ["epilogue"] * self.epilogue)
 
 
 _answers: dict[tuple[Any, ...], Choice] = {}
@@ -112,6 +115,7 @@ def lookup(
     dilation: Pair,
     channels_last: bool,
     tf32: bool = False,
+    epilogue: bool = False,
 ) -> Choice:
     """What is to run a call: block sizes, `None` for the default ones, or a name of `OTHERS`.
 
@@ -126,6 +130,7 @@ def lookup(
         dilation: (vertical, horizontal).
         channels_last: Whether the result is to be channels_last.
         tf32: Whether float32 products may use TF32.
+        epilogue: Whether there is a bias, an activation or a residual.
     """
     call = (
         op,
@@ -139,6 +144,7 @@ def lookup(
         dilation,
         channels_last,
         tf32,
+        epilogue,
         torch.are_deterministic_algorithms_enabled(),
     )
     if _seen is not None:

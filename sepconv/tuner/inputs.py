@@ -23,8 +23,8 @@ class Operands(NamedTuple):
     dy: Tensor  # [N, C*M, P, Q], of a gradient
     weight_dw: Tensor  # [C*M, 1, R, S]
     weight_pw: Tensor  # [K, C*M, 1, 1]
-    bias_dw: Tensor  # [C*M]
-    bias_pw: Tensor  # [K]
+    bias_dw: Tensor | None  # [C*M], of a problem with an epilogue
+    bias_pw: Tensor | None  # [K], likewise
 
 
 def make_operands(problem: Problem, integers: bool, seed: int = 0) -> Operands:
@@ -56,8 +56,8 @@ def make_operands(problem: Problem, integers: bool, seed: int = 0) -> Operands:
         tensor(n, G, *problem.output_size) if gradient else tensor(0),
         tensor(G, 1, R, S),
         tensor(problem.K, G, 1, 1),
-        tensor(G),
-        tensor(problem.K),
+        tensor(G) if problem.epilogue else None,
+        tensor(problem.K) if problem.epilogue else None,
     )
 
 
@@ -74,13 +74,14 @@ def run_choice(problem: Problem, operands: Operands, choice: Choice) -> Tensor:
     x, dy, weight_dw, weight_pw, bias_dw, bias_pw = operands
     geometry = (problem.stride, problem.padding, problem.dilation)
     last = problem.channels_last
+    relu = "relu" if problem.epilogue else None
     if problem.op == "depthwise_fwd":
-        return run.depthwise(x, weight_dw, bias_dw, *geometry, None, last, choice)
+        return run.depthwise(x, weight_dw, bias_dw, *geometry, relu, last, choice)
     if problem.op == "pointwise_fwd":
-        return run.pointwise(x, weight_pw, bias_pw, None, None, last, choice)
+        return run.pointwise(x, weight_pw, bias_pw, relu, None, last, choice)
     if problem.op == "separable_fwd":
         weights = (weight_dw, weight_pw, bias_dw, bias_pw)
-        return run.separable(x, *weights, *geometry, None, None, None, last, choice)
+        return run.separable(x, *weights, *geometry, relu, relu, None, last, choice)
     if problem.op == "depthwise_bwd_input":
         n, c, h, w = problem.x_shape
         return run.depthwise_bwd_input(dy, weight_dw, (n, c, h, w), *geometry, last, choice)
@@ -90,15 +91,17 @@ def run_choice(problem: Problem, operands: Operands, choice: Choice) -> Tensor:
 
 def right_answer(problem: Problem, operands: Operands) -> Tensor:
     """What the call must return for integers: computed by torch in float64, then rounded."""
-    x, dy, weight_dw, weight_pw, bias_dw, bias_pw = (t.double() for t in operands)
+    x, dy, weight_dw, weight_pw = (t.double() for t in operands[:4])
+    bias_dw, bias_pw = (None if t is None else t.double() for t in operands[4:])
+    relu = "relu" if problem.epilogue else None
     geometry = (problem.stride, problem.padding, problem.dilation)
     if problem.op == "depthwise_fwd":
-        y = reference.depthwise_conv2d(x, weight_dw, bias_dw, *geometry, None)
+        y = reference.depthwise_conv2d(x, weight_dw, bias_dw, *geometry, relu)
     elif problem.op == "pointwise_fwd":
-        y = reference.pointwise_conv2d(x, weight_pw, bias_pw, None, None)
+        y = reference.pointwise_conv2d(x, weight_pw, bias_pw, relu, None)
     elif problem.op == "separable_fwd":
         weights = (weight_dw, weight_pw, bias_dw, bias_pw)
-        y = reference.separable_conv2d(x, *weights, *geometry, None, None, None)
+        y = reference.separable_conv2d(x, *weights, *geometry, relu, relu, None)
     elif problem.op == "depthwise_bwd_input":
         y = reference.depthwise_conv2d_backward_input(
             dy, weight_dw, problem.x_shape, *geometry, problem.channels_last

@@ -70,7 +70,7 @@ def test_the_fastest_is_found_kept_and_used(wanted, monkeypatch: pytest.MonkeyPa
     weight_dw = make_operands(problem, integers=True).weight_dw
     tuning.forget()
     with sepconv.backend("triton"):
-        sepconv.ops.depthwise_conv2d(x, weight_dw, padding=1)
+        sepconv.ops.depthwise_conv2d(x, weight_dw, padding=1, activation="relu")
     assert used == ([] if wanted == "library" else [wanted])
 
 

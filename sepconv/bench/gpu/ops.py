@@ -1,0 +1,70 @@
+"""Every launcher on the layers of known networks, against the library."""
+
+from functools import partial
+from itertools import product
+
+import torch
+
+from sepconv.bench.gpu.layers import DRY_LAYERS, LAYERS, problems
+from sepconv.bench.gpu.library import baselines
+from sepconv.bench.gpu.measure import Bench, Contender
+from sepconv.ops.run import ASK
+from sepconv.ops.tuning import Problem
+from sepconv.roofline import moved_bytes, predicted_seconds
+from sepconv.tuner.candidates import cache_bytes, conv_shape, known_gpu
+from sepconv.tuner.inputs import operands_in_turn, run_choice
+
+# The most telling first: what does not fit into the time is noted as such.
+_SWEEP = (
+    *product([torch.bfloat16], [256, 32]),
+    *product([torch.float32, torch.float16], [256]),
+    (torch.bfloat16, 1),
+    *product([torch.float32, torch.float16], [32, 1]),
+)
+
+
+def run(bench: Bench) -> None:
+    """All layers, forward and backward, by type and batch."""
+    sweep = [(torch.float32, 1)] if bench.dry else _SWEEP
+    for dtype, batch in sweep:
+        for layer in DRY_LAYERS if bench.dry else LAYERS:
+            name = f"{layer.network} {layer.channels}x{layer.size}x{layer.size}"
+            name += f" {layer.filter}x{layer.filter} s{layer.stride}"
+            for problem in problems(layer, batch, dtype, -1 if bench.dry else 0):
+                outputs = f" -> {problem.K}" if layer.channels != problem.K else ""
+                measure_problem(bench, "ops", name + outputs, problem)
+
+
+def measure_problem(bench: Bench, part: str, name: str, problem: Problem) -> None:
+    """Our launcher, by what tuning chose and by default, and the library's ways."""
+    gpu, shape = known_gpu(problem.device), conv_shape(problem)
+    predicted = None
+    if gpu is not None:
+        predicted = predicted_seconds(problem.op, shape, problem.dtype, gpu, tf32=problem.tf32)
+    if bench.left <= 0:
+        bench.measure(part, name, [Contender("sepconv", list, ours=True)], op=problem.op)
+        return
+    with torch.no_grad():
+        sets = operands_in_turn(problem, cache_bytes(problem.device))
+        choices = {"sepconv": ASK, "sepconv, default blocks": None}
+        ours = [
+            Contender(label, partial(_calls, problem, sets, choice), ours=True)
+            for label, choice in choices.items()
+        ]
+        large = problem.dtype == torch.bfloat16 and problem.x_shape[0] == 256
+        others = baselines(problem, sets, compiled=large and problem.op == "separable_fwd")
+        bench.measure(
+            part,
+            name,
+            [*others, *ours],
+            useful_bytes=moved_bytes(problem.op, shape, problem.dtype),
+            predicted=predicted,
+            comparable=True,
+            op=problem.op,
+            dtype=str(problem.dtype).removeprefix("torch."),
+            batch=problem.x_shape[0],
+        )
+
+
+def _calls(problem, sets, choice):  # type: ignore[no-untyped-def]
+    return [partial(run_choice, problem, operands, choice) for operands in sets]
