@@ -91,7 +91,7 @@ def test_reported_errors_are_the_weights_errors(
         old, new = model.get_submodule(layer.name), converted.get_submodule(layer.name)
         full = min(old.out_channels, old.weight[0, 0].numel())
         assert layer.rank == new.channel_multiplier == min(rank, full)
-        error = float((old.weight - new.weight).norm() / old.weight.norm())
+        error = ((old.weight - new.weight).norm() / old.weight.norm()).item()
         assert abs(layer.error - error) <= 1e-7  # a square root of float64 rounding
         assert (layer.error == 0) == (rank >= full)
 

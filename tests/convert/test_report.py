@@ -93,7 +93,7 @@ def test_layers_tell_name_status_cost_and_error(rank: object) -> None:
             continue
         assert isinstance(new, SeparableConv2d)
         assert layer.rank == new.channel_multiplier
-        true_error = float((old.weight - new.weight).norm() / old.weight.norm())
+        true_error = ((old.weight - new.weight).norm() / old.weight.norm()).item()
         assert layer.error == pytest.approx(true_error, abs=1e-6)
         assert layer.latency_before > 0
         assert layer.latency_after > 0
