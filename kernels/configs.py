@@ -76,17 +76,18 @@ def default(op: str, dtype: torch.dtype, shape: ConvShape) -> Config:
         block_nq = _power_of_2(shape.N * shape.P * shape.Q, 16, block_nq)
         return GemmConfig(block_nq, block_c, _power_of_2(shape.K, 16, block_k), num_stages=3)
 
-    block_nq, block_k = {8: (32, 32), 4: (64, 64)}.get(dtype.itemsize, (64, 128))
+    block_nq, block_c, block_k = {8: (32, 32, 32), 4: (64, 16, 64)}.get(
+        dtype.itemsize, (64, 32, 128)
+    )
     block_nq = _power_of_2(shape.N * shape.Q, 16, block_nq)
     # Conversions from 16 bits are what rows share; narrow loads leave no registers for them.
     strip = dtype.itemsize == 2 and _loads_vectors(shape) and shape.R > 1 and shape.P >= 4
-    return GemmConfig(
-        block_nq,
-        32,
-        _power_of_2(shape.K, 16, block_k),
-        rows=4 if strip else 1,
-        num_warps=8 if block_nq > 16 else 4,
-    )
+    rows = 4 if strip else 1
+    if strip and block_k < shape.K:
+        # Making h once for twice the channels saves more than two more rows do.
+        rows, block_k = 2, 2 * block_k
+    block_k = _power_of_2(shape.K, 16, block_k)
+    return GemmConfig(block_nq, block_c, block_k, rows, num_warps=8 if block_nq > 16 else 4)
 
 
 def candidates(

@@ -289,6 +289,7 @@ VARIANTS = {
     "5 x 5": (LAYER._replace(R=5, S=5), (1, 1)),
     "11 x 11": (LAYER._replace(R=11, S=11), (1, 1)),
     "narrow": (LAYER._replace(C=32, K=32), (1, 1)),
+    "K = 128": (LAYER._replace(K=128), (1, 1)),
     "odd": (ConvShape(3, 33, 9, 11, 17, 9, 11, 3, 5, 2), (1, 1)),
 }
 
@@ -364,12 +365,13 @@ def report() -> str:
     issue_rows = []
     for label, op, config, elements, trips in (
         ("general", "depthwise_fwd", DepthwiseConfig(32, 64), 32 * 64, 1),
+        ("rolling", "depthwise_fwd", DepthwiseConfig(16, 64, 14, 4, 3), 16 * 64, 1),
         ("rolling", "depthwise_fwd", DepthwiseConfig(16, 64, 14), 16 * 64, 1),
-        ("rolling", "depthwise_fwd", DepthwiseConfig(32, 64, 14), 32 * 64, 1),
-        ("rolling", "depthwise_bwd_input", DepthwiseConfig(16, 64, 14), 16 * 64, 1),
+        ("rolling", "depthwise_bwd_input", DepthwiseConfig(16, 64, 14, 4, 3), 16 * 64, 1),
         ("one row", "separable_fwd", GemmConfig(64, 64, 128, 1), 64 * 64, 3),
         ("two rows", "separable_fwd", GemmConfig(64, 64, 128, 2, 8), 2 * 64 * 64, 3),
         ("four rows", "separable_fwd", GemmConfig(64, 32, 128, 4, 8), 4 * 64 * 32, 3),
+        ("two rows, wide", "separable_fwd", GemmConfig(64, 32, 256, 2, 8), 2 * 64 * 32, 3),
     ):
         launch = launch_of(op, torch.bfloat16, LAYER, config=config)
         used = resources(build(launch, "sm_90"), "sm_90")
@@ -398,7 +400,8 @@ Cases: {", ".join(VARIANTS)}. {"Only these spill:" if variant_rows else "None sp
 ## Thread instructions per depthwise element, sm_90, bf16
 
 Counted in the machine code of the loop that makes the elements. About 31 fit in the time that the
-memory of an H100-class GPU needs for one 16-bit element read and one written, at stride 1.
+memory of an H100-class GPU needs for one 16-bit element read and one written, at stride 1. The
+fused kernel makes h anew for each block of output channels, so its count is per element and block.
 
 {_table(["op", "kernel", "block sizes", "instructions", "registers", "spilled"], issue_rows)}
 """
