@@ -37,6 +37,15 @@ class Batch(NamedTuple):
 
         return Batch(tuple(map(cut, self.args)), {k: cut(v) for k, v in self.kwargs.items()})
 
+    def mirrored(self) -> "Batch":
+        """The same with images [N, C, H, W] flipped left to right."""
+
+        def flip(value: Any) -> Any:
+            image = isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
+            return value.flip(3) if image else value
+
+        return Batch(tuple(map(flip, self.args)), {k: flip(v) for k, v in self.kwargs.items()})
+
     def parts(self, n: int) -> "list[Batch]":
         """All samples, n at a time."""
         return [self.part(start, n) for start in range(0, self.samples, n)]

@@ -123,6 +123,13 @@ class Calibration:
             ranks: by layer; None and layers not named stay dense. A full rank is exact without
                 a fit and is left out.
         """
+        fitted, spreads = self._closed_forms(ranks)
+        if self._method.tune and fitted:
+            fitted = self._better(self._tuned(fitted, spreads), fitted)
+        return fitted
+
+    def _closed_forms(self, ranks: Ranks) -> tuple[dict[str, Fitted], dict[str, float]]:
+        """Layer by layer in order of execution; and the spread of each layer's output."""
         layers = [conv for conv in self.layers if _below_full(conv, ranks.get(conv.name))]
         fitted: dict[str, Fitted] = {}
         rescaled: dict[str, Fitted] = {}
@@ -138,22 +145,23 @@ class Calibration:
             fitted[conv.name] = self._fitted(conv, problem, rank, self._method.sweeps)
             rescaled[conv.name] = _with_variance(fitted[conv.name], problem)
             spreads[conv.name] = float(problem.variance_y.mean().sqrt())
-        if self._method.restore_variance:
+        if self._method.restore_variance and fitted:
             fitted = self._better(rescaled, fitted)
-        if self._method.tune and layers:
-            fitted = self._better(self._tuned(layers, fitted, spreads), fitted)
-        return fitted
+        return fitted, spreads
 
     def _better(self, new: dict[str, Fitted], old: dict[str, Fitted]) -> dict[str, Fitted]:
         """`new` where it changes the model's output less, else `old`."""
         return new if self.output_error(new) < self.output_error(old) else old
 
     def _tuned(
-        self, layers: Sequence[Match], fitted: Mapping[str, Fitted], spreads: Mapping[str, float]
+        self, fitted: Mapping[str, Fitted], spreads: Mapping[str, float]
     ) -> dict[str, Fitted]:
         """The layers after gradient steps on all of them at once, if those are affordable."""
+        layers = [conv for conv in self.layers if conv.name in fitted]
         parts = [part for batch in self._batches for part in batch.parts(TUNE_SAMPLES)]
         steps = min(STEPS, TUNE_EPOCHS * len(parts))
+        # The original answers for mirrored images too: as good as new ones, and free.
+        parts += [part.mirrored() for part in parts]
         macs = sum(self._responses.macs(conv) for conv in self.layers) * TUNE_SAMPLES
         if steps * macs > TUNE_MACS:
             return dict(fitted)
@@ -161,7 +169,8 @@ class Calibration:
         def respond(index: int, weights: Mapping[str, Fitted]) -> tuple[list[Tensor], list[Tensor]]:
             return self._responses.inner(layers, parts[index], self._substitutes(weights))
 
-        return tune(fitted, spreads, respond, len(parts), self._seed, steps)
+        with self._responses.quiet():
+            return tune(fitted, spreads, respond, len(parts), self._seed, steps)
 
     def output_error(self, fitted: Mapping[str, Fitted]) -> float:
         """Mean squared change of the model's outputs, relative to their variance.
@@ -173,6 +182,10 @@ class Calibration:
             self._wanted = self._responses.outputs(self._samples, {})
         outputs = self._responses.outputs(self._samples, self._substitutes(fitted))
         return _relative_error(outputs, self._wanted)
+
+    def plain_error(self, ranks: Ranks) -> float:
+        """`output_error` of the closed forms alone, which tuning only lowers."""
+        return self.output_error(self._closed_forms(ranks)[0])
 
     def _save_samples(self, forwards: int) -> None:
         """Measure errors on as many samples as the given number of forwards allows."""

@@ -8,7 +8,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sepconv.budget import Budget
+from sepconv.calibration import Calibration
 from sepconv.checks import check_finite, check_options, checked_model
+from sepconv.choose import ranks_for
 from sepconv.factorize import factorize
 from sepconv.graph import (
     ExampleInputs,
@@ -18,10 +20,11 @@ from sepconv.graph import (
     rewrite,
     separable_module,
 )
+from sepconv.install import install, install_biases
 from sepconv.latency import measure_latencies
 from sepconv.nn import SeparableConv2d
 from sepconv.optimizers import check_optimizers, update_optimizers
-from sepconv.plan import check_within, ranks_asked, ranks_within
+from sepconv.plan import check_within, ranks_asked
 from sepconv.report import (
     LayerReport,
     attach,
@@ -31,6 +34,7 @@ from sepconv.report import (
     summarise,
 )
 from sepconv.select import FilterFn, RankChoice, select
+from sepconv.tuning import Fitted
 
 
 def convert(
@@ -47,6 +51,8 @@ def convert(
     optimizers: Optimizer | Iterable[Optimizer] | None = None,
     inplace: bool = False,
     dryrun: bool = False,
+    calibration: Iterable[Any] | None = None,
+    seed: int = 0,
 ) -> Any:
     """Rewrite the standard convolutions of a model into depthwise separable form.
 
@@ -63,8 +69,9 @@ def convert(
         rank: an int, `"full"` (exact), or a mapping of name patterns to an int, `"full"` or None
             (leave); layers that a mapping does not name are left. A rank above a layer's full
             rank, min(K, R*S), means its full rank. Default: 1, the MobileNet form.
-        budget: `Budget(macs=)` (needs `example_inputs`) or `Budget(params=)`; the ranks are then
-            planned, with dense as one of the choices.
+        budget: `Budget(macs=)`, `Budget(params=)`, `Budget(latency=)` or `Budget(error=)`; the
+            ranks are then planned, with dense as one of the choices. All but `params` need
+            `example_inputs`, and `error` needs `calibration`.
         include: name patterns; only these convolutions are converted.
         exclude: name patterns; these are not.
         filter_fn: `(module, name) -> bool`, True to convert.
@@ -74,6 +81,11 @@ def convert(
         optimizers: optimizers over the model's parameters; they will train the result's.
         inplace: change `model` itself instead of a copy.
         dryrun: return the `sepconv.report.Report` of what would be done, and do nothing.
+        calibration: batches of inputs, labels not needed: an iterable of tensors, of tuples whose
+            first entries are the inputs (a `DataLoader`), or of dicts. The factors then keep what
+            the model computes on them instead of the weights, which is what makes low ranks
+            usable (docs/accuracy.md). A layer without a bias gets one. Full rank stays exact.
+        seed: of the choice of samples in calibration; the same seed gives the same result.
 
     Returns:
         The converted model: its own class, methods and hooks, with the same dtype, device,
@@ -103,10 +115,13 @@ def convert(
     params = sum(
         p.numel() for p in model.parameters() if not isinstance(p, nn.UninitializedParameter)
     )
+    study = None
+    if calibration is not None:
+        study = Calibration(model, matches, calibration, example_inputs, seed)
     if budget is None:
         planned = ranks_asked(matches, ranks)
     else:
-        planned = ranks_within(matches, budget, params, captured.macs)
+        planned = ranks_for(budget, model, example_inputs, captured, matches, study)
 
     replacements: dict[Match, SeparableConv2d] = {}
     layers: dict[str, LayerReport] = {}
@@ -125,6 +140,12 @@ def convert(
             if layers[conv.name].keep_unless_faster():
                 del replacements[conv]
 
+    fitted: dict[str, Fitted] = {}
+    if study is not None:
+        chosen = {conv.name: planned[conv.name] for conv in replacements}
+        fitted = study.fit(chosen) if not dryrun else {}
+        install(fitted, replacements, layers)
+
     made = summarise(
         list(layers.values()), captured, params=params, dryrun=dryrun, earlier=attached(model)
     )
@@ -135,6 +156,7 @@ def convert(
     if not replacements:
         warnings.warn(f"convert: nothing was converted: {made.reasons()}", stacklevel=2)
     converted, memo = rewrite(model, replacements, inplace, captured.channels_last)
+    install_biases(fitted, replacements)
     names = {id(p): name for name, p in converted.named_parameters()}
     update_optimizers(listed, _successors(model, replacements, memo), names)
     attach(converted, made)
@@ -144,8 +166,10 @@ def convert(
 def _successors(
     model: nn.Module, replacements: Mapping[Match, SeparableConv2d], memo: Mapping[int, Any]
 ) -> dict[int, list[nn.Parameter]]:
-    """What took the place of each parameter: its copy, or the two factors of a dense weight."""
+    """What took the place of each parameter: its copy, or the factors of a dense weight."""
     successors = {id(p): [memo[id(p)]] for p in model.parameters() if id(p) in memo}
     for conv, module in replacements.items():
         successors[id(conv.weight)] = [module.weight_dw, module.weight_pw]
+        if conv.bias is None and module.bias is not None:
+            successors[id(conv.weight)].append(module.bias)
     return successors

@@ -3,16 +3,19 @@
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from sepconv.graph import Match
+from sepconv.factorize import factorize, full_rank
+from sepconv.graph import ExampleInputs, Match, separable_module, split_inputs
+from sepconv.graph.state import evaluating, untouched
 from sepconv.nn import SeparableConv2d
+from sepconv.plan import Costs, cheaper_than_dense
 from sepconv.progress import track
 from sepconv.report import LayerReport
 
@@ -106,3 +109,23 @@ def measure_latencies(
     for conv, module in track(list(modules.items()), "measuring latency"):
         layers[conv.name].latency_before = table.dense(conv)
         layers[conv.name].latency_after = table.separable(conv, module)
+
+
+def latency_costs(matches: Sequence[Match], channels_last: bool) -> Costs:
+    """Seconds of every form of every layer that is faster than the dense one, and of that."""
+    table = LatencyTable()
+    costs: Costs = {}
+    for conv in track(matches, "measuring latency"):
+        forms: dict[int | None, float] = {None: table.dense(conv)}
+        for rank in range(1, full_rank(conv.weight_2d.shape) + 1):
+            module = separable_module(conv, factorize(conv.weight_2d, rank), channels_last)
+            forms[rank] = table.separable(conv, module)
+        costs[conv.name] = cheaper_than_dense(forms)
+    return costs
+
+
+def model_latency(model: nn.Module, example_inputs: ExampleInputs) -> float:
+    """Seconds of one forward in eval mode; the model is left as it was."""
+    args, kwargs = split_inputs(example_inputs)
+    with untouched(model), evaluating(model):
+        return seconds(lambda: model(*args, **kwargs), min_run_time=0.2)

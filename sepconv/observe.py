@@ -96,7 +96,7 @@ class _Follow(Substitution):
     def convolved(self, key: int, x: Tensor, y: Tensor) -> None:
         if key in self._keys:
             self._follow(y, key)
-            self.saw_convolution(key, x, y)
+            self._saw_convolution(key, x, y)
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         read = self._read(args, kwargs)
@@ -104,7 +104,7 @@ class _Follow(Substitution):
             return func(*args, **kwargs)
         tensor, key = read[0]
         if func in _ADDITIONS and (addend := _addend(tensor, args, kwargs)) is not None:
-            self.saw_sum(key, addend)
+            self._saw_sum(key, addend)
             result = func(*args, **kwargs)
             if result is tensor:
                 del self._followed[id(tensor)]
@@ -112,10 +112,10 @@ class _Follow(Substitution):
         result = func(*args, **kwargs)
         if func is F.batch_norm and isinstance(result, Tensor):
             self._follow(result, key)
-            self.saw_norm(key, _scale(*args, **kwargs))
+            self._saw_norm(key, _scale(*args, **kwargs))
         elif isinstance(result, Tensor):
             for _, key in read:
-                self.saw_other_use(key)
+                self._saw_other_use(key)
         return result
 
     def _follow(self, tensor: Tensor, key: int) -> None:
@@ -123,23 +123,25 @@ class _Follow(Substitution):
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tensor, int]]:
         """The followed tensors among the arguments."""
-        found = []
+        found: list[tuple[Tensor, int]] = []
         for value in _flatten((*args, *kwargs.values())):
-            reference, key = self._followed.get(id(value), (None, 0))
-            if reference is not None and reference() is value:
+            if id(value) not in self._followed:
+                continue
+            reference, key = self._followed[id(value)]
+            if reference() is value:  # an id may be used again
                 found.append((value, key))
         return found
 
-    def saw_convolution(self, key: int, x: Tensor, y: Tensor) -> None:
+    def _saw_convolution(self, key: int, x: Tensor, y: Tensor) -> None:
         """A chosen convolution ran."""
 
-    def saw_norm(self, key: int, scale: Tensor | None) -> None:
+    def _saw_norm(self, key: int, scale: Tensor | None) -> None:
         """Its output went through a BatchNorm."""
 
-    def saw_sum(self, key: int, addend: Tensor) -> None:
+    def _saw_sum(self, key: int, addend: Tensor) -> None:
         """Its (normalised) output is about to be added to `addend`."""
 
-    def saw_other_use(self, key: int) -> None:
+    def _saw_other_use(self, key: int) -> None:
         """Something else read its (normalised) output."""
 
 
@@ -151,24 +153,24 @@ class Survey(_Follow):
         self.found: dict[int, Surroundings] = {}
         self._used_elsewhere: set[int] = set()
 
-    def saw_convolution(self, key: int, x: Tensor, y: Tensor) -> None:
+    def _saw_convolution(self, key: int, x: Tensor, y: Tensor) -> None:
         around = self.found.setdefault(key, Surroundings())
         around.calls += 1
         around.outputs += y.numel()
         if around.calls > 1:
-            self.saw_other_use(key)
+            self._saw_other_use(key)
 
-    def saw_norm(self, key: int, scale: Tensor | None) -> None:
+    def _saw_norm(self, key: int, scale: Tensor | None) -> None:
         if self.found[key].scale is not None:
-            self.saw_other_use(key)
+            self._saw_other_use(key)
         self.found[key].scale = scale
 
-    def saw_sum(self, key: int, addend: Tensor) -> None:
+    def _saw_sum(self, key: int, addend: Tensor) -> None:
         if self.found[key].summed:
-            self.saw_other_use(key)
+            self._saw_other_use(key)
         self.found[key].summed = key not in self._used_elsewhere
 
-    def saw_other_use(self, key: int) -> None:
+    def _saw_other_use(self, key: int) -> None:
         self._used_elsewhere.add(key)
         self.found[key].summed = False
 
@@ -199,12 +201,12 @@ class Probe(_Follow):
         self._see, self._see_sum = see, see_sum
         self._left = stop_after
 
-    def saw_convolution(self, key: int, x: Tensor, y: Tensor) -> None:
+    def _saw_convolution(self, key: int, x: Tensor, y: Tensor) -> None:
         self._see(key, x, y)
         if self._see_sum is None:
             self._count()
 
-    def saw_sum(self, key: int, addend: Tensor) -> None:
+    def _saw_sum(self, key: int, addend: Tensor) -> None:
         if self._see_sum is not None:
             self._see_sum(key, addend)
             self._count()

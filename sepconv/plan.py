@@ -1,22 +1,27 @@
 """Which rank each layer gets: what the caller asked for, or what the budget allows."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from sepconv.budget import Budget
 from sepconv.factorize import Option, allocate, full_rank, weight_errors
+from sepconv.factorize.knapsack import knapsack
 from sepconv.graph import Match
 from sepconv.report import Report
 from sepconv.select import Rank
 
 DENSE = None  # the choice to leave a layer as it is
 
+Ranks = dict[str, int | None]
+Costs = dict[str, dict[int | None, float]]  # by layer, of each rank and of dense
+Errors = Mapping[str, Mapping[int, float]]  # by layer and rank
 
-def ranks_asked(
-    matches: Sequence[Match], ranks: Mapping[str, Rank | None]
-) -> dict[str, int | None]:
+_BISECTIONS = 7  # narrows the fraction down to one percent
+
+
+def ranks_asked(matches: Sequence[Match], ranks: Mapping[str, Rank | None]) -> Ranks:
     """The caller's ranks, at most each layer's full rank; rank 1 where none was named."""
-    planned: dict[str, int | None] = {}
+    planned: Ranks = {}
     for conv in matches:
         full = full_rank(conv.weight_2d.shape)
         wanted = ranks[conv.name]
@@ -24,45 +29,114 @@ def ranks_asked(
     return planned
 
 
-def ranks_within(
-    matches: Sequence[Match], budget: Budget, params: int, macs: int | None
-) -> dict[str, int | None]:
-    """Ranks, or dense, with the least sum of relative squared weight errors within the budget.
+def counted_costs(matches: Sequence[Match], kind: str, new_biases: bool) -> Costs:
+    """Multiply-adds or parameters of every rank that is cheaper than the dense form, and of it.
 
     Args:
         matches: the layers to choose for.
-        budget: of `macs` or `params`.
-        params: parameters of the whole original model.
-        macs: multiply-adds of the whole original model.
+        kind: `macs` or `params`.
+        new_biases: whether layers without a bias get one, as calibration gives them.
+    """
+    costs: Costs = {}
+    for conv in matches:
+        ranks = range(1, full_rank(conv.weight_2d.shape) + 1)
+        if kind == "macs":
+            forms: dict[int | None, float] = {rank: conv.macs(rank) for rank in ranks}
+            forms[DENSE] = conv.dense_macs
+        else:
+            extra = len(conv.weight) if new_biases and conv.bias is None else 0
+            forms = {rank: conv.params(rank) + extra for rank in ranks}
+            forms[DENSE] = conv.dense_params
+        costs[conv.name] = cheaper_than_dense(forms)
+    return costs
+
+
+def cheaper_than_dense(forms: Mapping[int | None, float]) -> dict[int | None, float]:
+    """The forms that cost less than the dense one, and last that."""
+    dense = forms[DENSE]
+    cheaper = {rank: cost for rank, cost in forms.items() if cost < dense}
+    return cheaper | {DENSE: dense}
+
+
+def ranks_to_choose(costs: Costs) -> dict[str, list[int]]:
+    """The ranks among the forms of each layer."""
+    return {name: [r for r in forms if r is not None] for name, forms in costs.items()}
+
+
+def weight_only_errors(matches: Sequence[Match]) -> Errors:
+    """Relative squared errors of the weights, where there is no data to measure anything else."""
+    return {conv.name: dict(enumerate(weight_errors(conv.weight_2d).tolist())) for conv in matches}
+
+
+def ranks_within(budget: Budget, costs: Costs, errors: Errors, total: float) -> Ranks:
+    """Ranks, or dense, with the least sum of errors within the budget.
+
+    Args:
+        budget: of what `costs` counts.
+        costs: by layer, of each form.
+        errors: by layer, of each rank; a layer without any stays dense.
+        total: cost of the whole original model.
 
     Raises:
-        ValueError: the budget is below what rank 1 everywhere costs.
+        ValueError: the budget is below what the cheapest forms cost.
     """
-    if budget.kind not in ("macs", "params"):
-        raise NotImplementedError(f"budget: {budget.kind} needs calibration, which is not given")
-    total = params if budget.kind == "params" else macs
-    assert total is not None, "check_options() asks for example inputs"
-    options = [_options(conv, budget.kind) for conv in matches]
-    choices = [[option for _, option in layer] for layer in options]
+    forms = {
+        name: {r: c for r, c in layer.items() if r is DENSE or r in errors.get(name, {})}
+        for name, layer in costs.items()
+    }
+    choices = [
+        [Option(cost, 0.0 if r is DENSE else errors[name][r]) for r, cost in layer.items()]
+        for name, layer in forms.items()
+    ]
     # What the chosen layers do not account for stays: other layers, biases, heads.
-    rest = total - sum(layer[-1].cost for layer in choices)
+    rest = max(total - sum(layer[DENSE] for layer in costs.values()), 0.0)
     limit = budget.fraction * total - rest
     cheapest = sum(min(option.cost for option in layer) for layer in choices)
     if cheapest > limit:
         lowest = math.ceil((rest + cheapest) / total * 1e4) / 1e4
         raise ValueError(
             f"budget: {budget.kind}={budget.fraction:g} of the model cannot be reached; "
-            f"the lowest reachable is {lowest:.4f} (rank 1 in {len(matches)} convolutions)"
+            f"the lowest reachable is {lowest:.4f} (the cheapest form of {len(forms)} "
+            "convolutions)"
         )
-    chosen = allocate(choices, limit)
-    return {
-        conv.name: layer[index][0]
-        for conv, layer, index in zip(matches, options, chosen, strict=True)
-    }
+    # Latency comes in steps, which no convex hull describes; counts are nearly convex.
+    choose = knapsack if budget.kind == "latency" else allocate
+    chosen = choose(choices, limit)
+    return {name: list(layer)[i] for (name, layer), i in zip(forms.items(), chosen, strict=True)}
+
+
+def ranks_for_error(
+    limit: float, costs: Costs, errors: Errors, total: float, measure: Callable[[Ranks], float]
+) -> Ranks:
+    """The cheapest ranks whose measured error stays within a limit, by bisecting the budget.
+
+    Args:
+        limit: the largest error.
+        costs: multiply-adds by layer, of each form.
+        errors: by layer, of each rank.
+        total: multiply-adds of the whole original model.
+        measure: the error of a plan.
+    """
+    best: Ranks = dict.fromkeys(costs, DENSE)
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS):
+        fraction = (low + high) / 2
+        try:
+            planned = ranks_within(Budget(macs=fraction), costs, errors, total)
+        except ValueError:
+            low = fraction
+            continue
+        if measure(planned) <= limit:
+            best, high = planned, fraction
+        else:
+            low = fraction
+    return best
 
 
 def check_within(budget: Budget, made: Report) -> None:
     """Raise `ValueError` where layers that were kept for their latency broke the budget."""
+    if budget.kind not in ("macs", "params"):
+        return
     before, after = (
         (made.params_before, made.params_after)
         if budget.kind == "params"
@@ -73,15 +147,3 @@ def check_within(budget: Budget, made: Report) -> None:
             f"budget, only_if_faster: expected {budget.kind} <= {budget.fraction:g} of the model, "
             f"got {after / before:.4f} from the layers that measure faster"
         )
-
-
-def _options(conv: Match, kind: str) -> list[tuple[int | None, Option]]:
-    """Every rank that is cheaper than the dense form, and last the dense form."""
-    errors = weight_errors(conv.weight_2d)
-    dense = conv.dense_macs if kind == "macs" else conv.dense_params
-    options: list[tuple[int | None, Option]] = []
-    for rank in range(1, len(errors)):
-        cost = conv.macs(rank) if kind == "macs" else conv.params(rank)
-        if cost < dense:
-            options.append((rank, Option(cost, float(errors[rank]))))
-    return [*options, (DENSE, Option(dense, 0.0))]

@@ -46,8 +46,9 @@ class Responses:
         self, model: nn.Module, matches: Sequence[Match], batches: Sequence[Batch], seed: int
     ) -> None:
         self._model, self._batches, self._seed = model, batches, seed
+        self._is_quiet = False
         survey = Survey(id(conv.weight) for conv in matches)
-        with self._quiet():
+        with self.quiet():
             for index, batch in enumerate(batches):
                 self._try(survey if index == 0 else Substitution({}), batch.part(0, 1), index)
         by_key = {id(conv.weight): conv for conv in matches}
@@ -75,7 +76,7 @@ class Responses:
     def inputs(self, layers: Sequence[Match]) -> dict[Match, Moments]:
         """Moments of the original's inputs and outputs, all layers in one pass."""
         moments = {conv: Moments() for conv in layers}
-        with self._quiet():
+        with self.quiet():
             for index, batch in enumerate(self._batches):
                 sampler = _Sampler(self, layers, index)
 
@@ -96,7 +97,7 @@ class Responses:
         moments = Moments()
         scale = self._around[conv].scale
         summed = branch_sum and self.ends_branch(conv)
-        with self._quiet():
+        with self.quiet():
             for index, batch in enumerate(self._batches):
                 before = self._sample(conv, {}, index, batch, summed, want_x=False)
                 after = self._sample(conv, substitutes, index, batch, summed, want_x=True)
@@ -110,9 +111,10 @@ class Responses:
     def outputs(self, samples: int, substitutes: Substitutes) -> list[list[Tensor]]:
         """The floating-point tensors that the model returns, for a share of every batch."""
         share = -(-samples // len(self._batches))
-        with self._quiet():
+        with self.quiet():
             return [
-                self._run(Substitution(substitutes), batch.part(0, share)) for batch in self._batches
+                self._run(Substitution(substitutes), batch.part(0, share))
+                for batch in self._batches
             ]
 
     def inner(
@@ -141,7 +143,7 @@ class Responses:
             seen.append(values.pop(key) + addend)
 
         probe = Probe(followed, substitutes, see, see_sum if ends else None)
-        with self._quiet(), torch.set_grad_enabled(bool(substitutes)):
+        with self.quiet(), torch.set_grad_enabled(bool(substitutes)):
             outputs = self._run(probe, batch)
         return seen, outputs
 
@@ -204,9 +206,17 @@ class Responses:
         return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
 
     @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        with untouched(self._model), evaluating(self._model):
+    def quiet(self) -> Iterator[None]:
+        """The model in eval mode, without gradients, and left as it was at the end."""
+        if self._is_quiet:
             yield
+            return
+        self._is_quiet = True
+        try:
+            with untouched(self._model), evaluating(self._model):
+                yield
+        finally:
+            self._is_quiet = False
 
 
 class _Sampler:

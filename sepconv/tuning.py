@@ -61,8 +61,9 @@ def tune(
         rate = LEARNING_RATE * min(1, (step + 1) / WARM_UP)
         optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
         inner_wanted, end_wanted = respond(batch, {})
-        inner, end = respond(batch, {name: layer.current() for name, layer in free.items()})
-        loss = INNER_WEIGHT * _error(inner, inner_wanted) + _error(end, end_wanted)
+        with torch.enable_grad():
+            inner, end = respond(batch, {name: layer.current() for name, layer in free.items()})
+            loss = INNER_WEIGHT * _error(inner, inner_wanted) + _error(end, end_wanted)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient

@@ -58,9 +58,7 @@ def patches(
     image = positions // (height * width)
     row = positions // width % height
     column = positions % width
-    taps = [
-        torch.arange(k, device=x.device) * d for k, d in zip(kernel, dilation, strict=True)
-    ]
+    taps = [torch.arange(k, device=x.device) * d for k, d in zip(kernel, dilation, strict=True)]
     rows = row[:, None] * stride[0] + taps[0]  # [n, R]
     columns = column[:, None] * stride[1] + taps[1]  # [n, S]
     read = padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]  # [n, R, S, C]

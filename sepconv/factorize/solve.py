@@ -64,9 +64,7 @@ def weighted_norm(error: Tensor, metric: Tensor, scale: Tensor) -> float:
     return float(((scaled @ metric) * scaled).sum())
 
 
-def whitened_filters(
-    weight: Tensor, metric: Tensor, rank: int, taps: int, scale: Tensor
-) -> Tensor:
+def whitened_filters(weight: Tensor, metric: Tensor, rank: int, taps: int, scale: Tensor) -> Tensor:
     """Filters [C, T, R*S] that would be the best if channels were uncorrelated.
 
     The singular vectors of L W_c S_cc^(1/2), from its R*S x R*S Gram matrix (the whitening of
