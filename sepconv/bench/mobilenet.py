@@ -83,10 +83,11 @@ def build_timm() -> nn.Module:
 def _table(rows: list[dict[str, Any]], resolution: int) -> Table:
     threads = torch.get_num_threads()
     table = Table(title=f"MobileNetV1 1.0, {resolution} px, float32, {threads} threads, ms")
-    for column in ("batch", *rows[0]["ms"], "speed-up over the best", "difference"):
-        table.add_column(column, justify="right")
+    table.add_column("form")
     for row in rows:
-        shown = [f"{milliseconds:.2f}" for milliseconds in row["ms"].values()]
-        ratio, difference = f"{row['speed-up']:.2f}x", f"{row['difference']:.1e}"
-        table.add_row(str(row["batch"]), *shown, ratio, difference)
+        table.add_column(f"batch {row['batch']}", justify="right")
+    for form in rows[0]["ms"]:
+        table.add_row(form, *(f"{row['ms'][form]:.2f}" for row in rows))
+    table.add_row("speed-up over timm's best", *(f"{row['speed-up']:.2f}x" for row in rows))
+    table.add_row("difference of the logits", *(f"{row['difference']:.1e}" for row in rows))
     return table
