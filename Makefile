@@ -45,7 +45,7 @@ lint: $(VENV)/dev ## ruff and mypy
 	$(BIN)/mypy
 
 docs: $(VENV)/installed ## run every example in docstrings, README and docs
-	$(BIN)/python -m pytest --doctest-modules --doctest-glob='*.md' sepconv README.md docs
+	$(BIN)/python -m pytest --import-mode=prepend --doctest-modules --doctest-glob='*.md' sepconv README.md docs
 
 wheel: $(VENV)/dev ## build the wheel and try it in a clean environment
 	rm -rf build dist
