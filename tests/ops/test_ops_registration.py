@@ -158,6 +158,19 @@ def test_exports(run, without_kernels):
     assert ("sepconv.separable_conv2d.default" in called) == (run is registered)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own, while it packs
+def test_compiled_ahead_of_time(tmp_path, without_kernels):
+    """AOTInductor, loaded into a Python process that has the operators."""
+    block, x = Block(registered, True).eval(), _images(True, 2, 3, 6, 5)
+    with torch.no_grad():
+        program = torch.export.export(block, (x,))
+        path = str(tmp_path / "block.pt2")
+        torch._inductor.aoti_compile_and_package(program, package_path=path)
+        for ours, wanted in zip(torch._inductor.aoti_load_package(path)(x), block(x), strict=True):
+            torch.testing.assert_close(ours, wanted)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_flops_are_two_for_each_multiply_add(op, without_kernels):
     call = arguments(op, requires_grad=True)
