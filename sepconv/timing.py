@@ -12,8 +12,8 @@ Call = Callable[[], Any]
 Timer = Callable[[Sequence[Call], float], float]
 
 
-def device_seconds(calls: Sequence[Call], duration: float = 0.05) -> float:
-    """Median seconds of one call on the GPU, without the host's share.
+def device_seconds(calls: Sequence[Call], duration: float = 0.05, *, capture: bool = True) -> float:
+    """Median seconds of one call on the GPU, without the host's share if it can be captured.
 
     The calls, the same work on different tensors, are captured into one CUDA graph that is
     replayed; what cannot be captured is launched call by call. Results stay alive within a replay,
@@ -21,9 +21,10 @@ def device_seconds(calls: Sequence[Call], duration: float = 0.05) -> float:
 
     Args:
         calls: What to time, one after the other.
-        duration: Seconds to measure for, after as many replays to warm up.
+        duration: Seconds to measure for, after half as many replays to warm up.
+        capture: Whether to capture; a training step that is captured halfway leaves ruins.
     """
-    replay = _captured(calls) or (lambda: [call() for call in calls])
+    replay = (_captured(calls) if capture else None) or (lambda: [call() for call in calls])
     replay()
     torch.cuda.synchronize()
     start = time.perf_counter()

@@ -34,7 +34,7 @@ def run(bench: Bench) -> None:
     """Each problem in float32, as stated, and in bfloat16; NCHW, as stated, and channels_last."""
     for dtype in (torch.float32,) if bench.dry else (torch.float32, torch.bfloat16):
         for stated in STATED:
-            for channels_last in (True, False):
+            for channels_last in (True,) if bench.dry else (True, False):
                 layout = "channels_last" if channels_last else "NCHW"
                 problem = as_problem(stated, dtype, channels_last, bench.dry)
                 name = f"{stated.number} {stated.what}, {layout}"
@@ -43,7 +43,7 @@ def run(bench: Bench) -> None:
 
 def as_problem(stated: Stated, dtype: torch.dtype, channels_last: bool, dry: bool) -> Problem:
     """The launch that a stated problem asks for; a small one for a dry run."""
-    x_shape = (1, 4, 9, 10) if dry else stated.x_shape
+    x_shape = (1, 4, 4, 8) if dry else stated.x_shape
     C, (R, S), p = x_shape[1], stated.filter_size, stated.padding
     outputs = min(stated.outputs, 8) if dry else stated.outputs
     op = "depthwise_fwd"

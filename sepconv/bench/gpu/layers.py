@@ -41,7 +41,7 @@ LAYERS = (
     Layer("ConvNeXt-T", 384, 0, 14, 7),
     Layer("ConvNeXt-T", 768, 0, 7, 7),
 )
-DRY_LAYERS = (Layer("tiny", 8, 8, 5), Layer("tiny", 8, 0, 5, 5, 2))
+DRY_LAYERS = (Layer("tiny", 8, 8, 4),)
 
 
 def problems(layer: Layer, batch: int, dtype: torch.dtype, device: int) -> Iterator[Problem]:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sepconv.timing import Call, device_seconds, host_seconds
+from sepconv.timing import Call, device_seconds
 
+_DURATION = 0.03  # seconds that a contender is timed for
 OUT_OF_TIME = "not run: out of time"
 
 
@@ -24,12 +25,14 @@ class Contender:
         make: Builds whatever the work needs and returns it, once per set of tensors in turn.
         ours: Whether it is measured against the others or is one of the others.
         needs: Seconds that preparing it may take; it is left out where less is left.
+        capture: Whether it may be timed in a CUDA graph, without the host's share.
     """
 
     name: str
     make: Callable[[], Sequence[Call]]
     ours: bool = False
     needs: float = 0.0
+    capture: bool = True
 
 
 @dataclass
@@ -90,25 +93,22 @@ class Bench:
     Args:
         device: `cuda`, or `cpu` for a dry run.
         dry: Tiny shapes and short measurements: proves the scripts, measures nothing.
-        seconds: Time limit of a part.
     """
 
-    def __init__(self, device: str, dry: bool, seconds: float) -> None:
+    def __init__(self, device: str, dry: bool) -> None:
         self.device = torch.device(device)
         self.dry = dry
-        self.seconds = seconds
         self.cases: list[Case] = []
         self.end = math.inf
-        self._duration = 0.0 if dry else 0.03
 
     @property
     def left(self) -> float:
         """Seconds left for this part."""
         return self.end - time.monotonic()
 
-    def start_part(self, seconds: float | None = None) -> None:
-        """Give the next cases their time."""
-        self.end = time.monotonic() + (self.seconds if seconds is None else seconds)
+    def start_part(self, seconds: float) -> None:
+        """Give the next cases their time; a dry run tries everything."""
+        self.end = math.inf if self.dry else time.monotonic() + seconds
 
     def measure(
         self,
@@ -147,7 +147,7 @@ class Bench:
                     expected = calls[0]()
                 elif comparable and contender.ours and case.difference is None:
                     case.difference = distance(calls[0](), expected)
-                case.times[contender.name] = self.time(calls)
+                case.times[contender.name] = self.time(calls, contender.capture)
             except Exception as error:
                 # Recorded, whatever it is: the other contenders' figures are still worth having.
                 case.errors[contender.name] = f"{type(error).__name__}: {error}"[:300]
@@ -155,10 +155,13 @@ class Bench:
             self.clean()
         return case
 
-    def time(self, calls: Sequence[Call]) -> float:
+    def time(self, calls: Sequence[Call], capture: bool = True) -> float:
         """Seconds of one call."""
-        timer = host_seconds if self.device.type == "cpu" else device_seconds
-        return timer(calls, self._duration)
+        if self.dry:
+            start = time.perf_counter()
+            calls[0]()
+            return time.perf_counter() - start
+        return device_seconds(calls, _DURATION, capture=capture)
 
     def clean(self) -> None:
         """Return memory between contenders."""

@@ -47,6 +47,8 @@ def measure_problem(bench: Bench, part: str, name: str, problem: Problem) -> Non
     with torch.no_grad():
         sets = operands_in_turn(problem, cache_bytes(problem.device))
         choices = {"sepconv": ASK, "sepconv, default blocks": None}
+        if bench.dry:
+            del choices["sepconv, default blocks"]
         ours = [
             Contender(label, partial(_calls, problem, sets, choice), ours=True)
             for label, choice in choices.items()

@@ -1,0 +1,69 @@
+"""A training step of MobileNetV1: bfloat16 autocast, SGD, batch 256."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sepconv.bench.gpu import networks
+from sepconv.bench.gpu.measure import Bench, Contender
+from sepconv.timing import Call
+
+_COMPILE = 60.0  # seconds that compiling both directions may take
+
+
+def run(bench: Bench) -> None:
+    """Our network against timm's, eager and compiled."""
+    batch = networks.dry_or(bench, 2, 256)
+    x = networks.images(bench, batch, torch.float32)
+    theirs, mine = networks.timm_model("mobilenetv1_100"), networks.own_mobilenet(bench)
+    last, first = torch.channels_last, torch.contiguous_format
+    make = partial(_step_calls, bench, x=x)
+    contenders = [
+        Contender(name, partial(make, model, memory_format, settings), ours, needs, capture=False)
+        for name, model, memory_format, settings, ours, needs in (
+            ("sepconv", mine, last, None, True, 0.0),
+            ("eager channels_last", theirs, last, None, False, 0.0),
+            ("eager NCHW", theirs, first, None, False, 0.0),
+            ("compile channels_last", theirs, last, {}, False, _COMPILE),
+            ("compile NCHW, forced layout", theirs, first, networks.FORCED_LAYOUT, False, _COMPILE),
+            ("sepconv compiled", mine, last, {}, True, _COMPILE),
+        )
+    ]
+    if bench.dry:
+        contenders = [contenders[0], contenders[1], contenders[3]]
+    case = bench.measure("train", "MobileNetV1 training step", contenders, batch=batch)
+    case.facts["images_per_second"] = networks.rates(case.times, batch)
+
+
+def _step_calls(
+    bench: Bench,
+    model: nn.Module,
+    memory_format: torch.memory_format,
+    settings: dict[str, Any] | None = None,
+    *,
+    x: Tensor,
+) -> list[Call]:
+    """A step of an own copy of the model; compiled where settings of the compiler are given."""
+    own = networks.in_layout(copy.deepcopy(model).to(x.device), memory_format).train()
+    x = x.contiguous(memory_format=memory_format)
+    run_model: Callable[[Tensor], Tensor] = own
+    if settings is not None:
+        (call,) = networks.compile_calls(bench, own, x, settings=settings)
+        run_model = call.func  # type: ignore[attr-defined]
+    optimizer = torch.optim.SGD(own.parameters(), lr=1e-3, momentum=0.9)
+    labels = torch.randint(0, 1000, (len(x),), device=x.device)
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=not bench.dry):
+            loss = F.cross_entropy(run_model(x), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return [step]
