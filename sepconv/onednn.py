@@ -55,23 +55,30 @@ def usable(x: Tensor, *weights: Tensor) -> bool:
 
 
 class PackedConv2d:
-    """A convolution whose weight lies in oneDNN's own layout.
+    """A convolution whose weight lies in the layout that oneDNN wants for the inputs it gets.
+
+    The layout depends on the input's shape: a weight packed for another one would be rearranged at
+    every call, slowly. So it is packed at the first call, and again when the shape changes.
 
     Args:
         weight: `[K, C/groups, R, S]`, float32, on the CPU.
         bias: `[K]`, or none.
         stride: Of both dimensions.
         groups: As in `torch.nn.functional.conv2d`.
+        dilation: Of both dimensions.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int, groups: int) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, stride: int, groups: int, dilation: int = 1
+    ) -> None:
         assert _OPERATORS is not None
-        reorder, self._convolve = _OPERATORS
+        self._reorder, self._convolve = _OPERATORS
+        self._weight = weight
         self._bias = bias
         self._stride = [stride, stride]
+        self._dilation = [dilation, dilation]
         self._groups = groups
-        # The layout chosen without an input size serves every size equally well.
-        self._weight = reorder(weight, [0, 0], self._stride, [1, 1], groups)
+        self._packed: tuple[Any, Tensor] | None = None
 
     def __call__(self, x: Tensor, padding: Sides) -> Tensor:
         """Return `x * weight + bias`, channels_last and fresh, for `x [N, C, H, W]`."""
@@ -80,13 +87,21 @@ class PackedConv2d:
             x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
         return self._convolve(
             x.contiguous(memory_format=torch.channels_last),
-            self._weight,
+            self._weight_for(x.shape, [top, left]),
             self._bias,
             [top, left],
             self._stride,
-            [1, 1],
+            self._dilation,
             self._groups,
             "none",
             [],
             "",
         )
+
+    def _weight_for(self, shape: torch.Size, padding: list[int]) -> Tensor:
+        packed = self._packed  # read once: another thread may replace it
+        if packed is None or packed[0] != (shape, padding):
+            settings = (padding, self._stride, self._dilation, self._groups)
+            packed = (shape, padding), self._reorder(self._weight, *settings, list(shape))
+            self._packed = packed
+        return packed[1]
