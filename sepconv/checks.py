@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sepconv.budget import Budget
+from sepconv.factorize import is_finite
 from sepconv.graph import Match
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
@@ -59,7 +60,7 @@ def _check_module(name: str, module: nn.Module) -> None:
 def check_finite(matches: Iterable[Match]) -> None:
     """Raise `ValueError` for a convolution whose weight has a NaN or an infinity."""
     for conv in matches:
-        if not bool(torch.isfinite(conv.weight).all()):
+        if not is_finite(conv.weight):
             raise ValueError(f"model: expected finite weights, got NaN or Inf in {conv.name}")
 
 

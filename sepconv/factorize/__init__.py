@@ -1,6 +1,20 @@
 """Factorisations of a dense weight: tensors in, tensors out."""
 
 from sepconv.factorize.allocate import Option, allocate
-from sepconv.factorize.svd import SeparableFactors, factorize, full_rank, weight_errors
+from sepconv.factorize.svd import (
+    SeparableFactors,
+    factorize,
+    full_rank,
+    is_finite,
+    weight_errors,
+)
 
-__all__ = ["Option", "SeparableFactors", "allocate", "factorize", "full_rank", "weight_errors"]
+__all__ = [
+    "Option",
+    "SeparableFactors",
+    "allocate",
+    "factorize",
+    "full_rank",
+    "is_finite",
+    "weight_errors",
+]

@@ -39,11 +39,9 @@ def separable_module(
         device="meta",
         dtype=conv.weight.dtype,
     )
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     for name in ("weight_dw", "weight_pw"):
         values: Tensor = getattr(factors, name).to(conv.weight.device)
-        # `contiguous` would keep the strides of a shape that fits both formats.
-        laid_out = torch.empty_like(values, memory_format=memory_format).copy_(values)
+        laid_out = _laid_out(values, channels_last)
         setattr(module, name, nn.Parameter(laid_out, requires_grad=conv.weight.requires_grad))
     module.bias = conv.bias
     return module
@@ -91,14 +89,18 @@ def rewrite(
             # Not `dense.weight`: reading a parametrised weight may change its buffers.
             weight = dense._parameters.get("weight") if isinstance(dense, nn.Conv2d) else None
             if weight is not None and not isinstance(weight, nn.UninitializedParameter):
-                _make_channels_last(weight)
+                weight.data = _laid_out(weight.data, channels_last=True)
     return copied, memo
 
 
-def _make_channels_last(weight: nn.Parameter) -> None:
-    laid_out = torch.empty_like(weight, memory_format=torch.channels_last)
-    with torch.no_grad():
-        weight.data = laid_out.copy_(weight)
+def _laid_out(weight: Tensor, channels_last: bool) -> Tensor:
+    """A weight [K, C, R, S] with the very strides of a layout, copied only if the order differs."""
+    _, c, r, s = weight.shape
+    if channels_last and (c == 1 or r * s == 1):
+        # Both layouts hold the values in the same order, and only the strides tell which it is.
+        return weight.contiguous().as_strided(weight.shape, (c * r * s, 1, s * c, c))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return weight.contiguous(memory_format=layout)
 
 
 def _argument(value: tuple[int, ...] | str) -> Any:
