@@ -66,7 +66,7 @@ def tune(
         model: Any module that uses sepconv's ops, on a GPU. Its buffers keep their values.
         x: Its input: one tensor, positional arguments, or named arguments.
         backward: Whether to tune the backward pass too.
-        seconds: Time limit. Every kind of call gets its share of what is left.
+        seconds: Time limit, shared among the kinds of calls.
         retune: Whether to measure again what is in the cache.
         timer: Measures instead of `sepconv.timing.device_seconds`.
 
@@ -126,7 +126,8 @@ def tune_problems(
             now = time.monotonic()
             if now >= end:
                 break
-            deadline = now + (end - now) / (len(ordered) - i)
+            # Twice a fair share: the first problems compile what later ones use again.
+            deadline = now + 2 * (end - now) / (len(ordered) - i + 1)
             tuned = _tune_one(problem, deadline, retune, timer)
             if tuned is not None:
                 found.append((tuning.target(problem.device), tuned))

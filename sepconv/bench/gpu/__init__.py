@@ -9,10 +9,11 @@ import argparse
 import datetime
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -95,7 +96,7 @@ def _run(args: argparse.Namespace) -> None:
     copy_case = ceilings.copy(bench)
     copy_time = copy_case.times.get("library")
     bandwidth = copy_case.useful_bytes / copy_time if copy_time and copy_case.useful_bytes else None
-    for part in parts:
+    for i, part in enumerate(parts):
         work, share = _PARTS[part]
         bench.cases = []
         start = time.monotonic()
@@ -111,6 +112,31 @@ def _run(args: argparse.Namespace) -> None:
         Console().print(results.markdown({part: done[part]}), soft_wrap=True, markup=False)
         if path:
             results.write(path, done)
+        if _device_lost(bench):
+            _go_on_elsewhere(parts[i + 1 :], args, seconds / whole)
+            return
+
+
+def _device_lost(bench: Bench) -> bool:
+    """Whether an error has left this process without its GPU."""
+    if bench.device.type == "cpu":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _go_on_elsewhere(parts: Sequence[str], args: argparse.Namespace, seconds: float) -> None:
+    """Run the other parts in a process that has a GPU."""
+    if not parts:
+        return
+    print("the GPU's context is lost: the other parts go on in a new process", file=sys.stderr)
+    left = seconds * sum(_PARTS[part][1] for part in parts)
+    command = [sys.executable, "-m", "sepconv.bench", "gpu", "--part", *parts]
+    command += ["--seconds", f"{left:.0f}", *(["--out", str(args.out)] if args.out else [])]
+    subprocess.run(command, check=False)
 
 
 def _bench(dry: bool) -> Bench:
@@ -120,10 +146,11 @@ def _bench(dry: bool) -> Bench:
         return Bench("cpu", dry=True)
     if not torch.cuda.is_available():
         sys.exit("no GPU: torch.cuda.is_available() is false (try --dry-run)")
-    # The baselines at their best, and both sides by the same rules.
+    # The baselines at their best, and both sides by the same rules. Set by the older of torch's two
+    # interfaces: parts of torch refuse to read what the newer one has set.
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = True
     return Bench("cuda", dry=False)
 
 

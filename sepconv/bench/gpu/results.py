@@ -13,6 +13,8 @@ _HEADER = (
     *("work", "type", "batch", "ours", "us", "best baseline", "us", "ratio"),
     *("GB/s", "of copy", "predicted us", "difference"),
 )
+# Relative distance of two results that no rounding of 16-bit operands explains.
+_SUSPICIOUS = 0.02
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -60,6 +62,8 @@ def _part(name: str, part: dict[str, Any]) -> str:
         lines.append(_row(_cells(case)))
         title = f"{case['name']} {case['facts'].get('op', '')}".strip()
         notes += [f"- {title}, {who}: {why}" for who, why in case["errors"].items()]
+        if case["difference"] is not None and not float(case["difference"]) < _SUSPICIOUS:
+            notes.append(f"- {title}: OUR RESULT DIFFERS from the first baseline's")
         for fact in ("images_per_second", "gain", "launches", "operations_per_second"):
             if case["facts"].get(fact):
                 notes.append(f"- {title}: {fact} {_rounded(case['facts'][fact])}")
@@ -96,7 +100,8 @@ def _micro(seconds: float | None) -> str:
 
 
 def _number(value: float | None, form: str, scale: float = 1.0) -> str:
-    return "" if value is None else form.format(value * scale)
+    # An infinite figure stands in the files as a word.
+    return "" if value is None else form.format(float(value) * scale)
 
 
 def _rounded(value: Any) -> str:
