@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SENTINEL = -1248  # lies around allocations; exact in every dtype
 GUARD = 128  # elements of NaN on each side of a buffer; keeps its 512-byte alignment in 32 bits
 
 
@@ -55,8 +56,8 @@ class Arithmetic:
             differ where a weight is not finite, and the framework has both: its float64
             convolution multiplies, oneDNN's float32 one skips.
         skips_outside: the same for what lies outside dy in the gradient of the input.
-        nan_is_large: the slope of hardswish at NaN is the one above 3, and not NaN. The framework
-            has both: the first in its scalar loop, the second in its vectorised one.
+        nan_passes: the slope of relu6 and hardswish at NaN is one, as in the framework's scalar
+            loops, and not zero and NaN, as in its vectorised ones.
     """
 
     dtype: torch.dtype
@@ -66,12 +67,12 @@ class Arithmetic:
     truncating: bool = False
     skips_padding: bool = False
     skips_outside: bool = False
-    nan_is_large: bool = False
+    nan_passes: bool = False
 
     @property
     def variants(self) -> "list[Arithmetic]":
         """All that are right where something is not finite."""
-        names = ("skips_padding", "skips_outside", "nan_is_large")
+        names = ("skips_padding", "skips_outside", "nan_passes")
         choices = itertools.product((False, True), repeat=len(names))
         return [dataclasses.replace(self, **dict(zip(names, c, strict=True))) for c in choices]
 
@@ -135,9 +136,11 @@ def contract(
     magnitude = f(a.value.abs(), b.value.abs())
     error = torch.zeros_like(value)
     if a.error.any():
-        error = error + f(a.error, b.value.abs() + b.error)
+        error = error + f(a.error, _finite(b) + b.error)
     if b.error.any():
-        error = error + f(a.value.abs(), b.error)
+        error = error + f(_finite(a), b.error)
+    # an infinity times what may be zero or of either sign: every answer is right
+    doubtful = f(_may_vanish(a), _infinite(b)) + f(_infinite(a), _may_vanish(b))
     for term in plus:
         value = value + term.value
         magnitude = magnitude + term.value.abs()
@@ -145,7 +148,21 @@ def contract(
     if not _sums_exactly(magnitude, error, (a, b, *plus), arithmetic):
         rounding = (length + 2) * arithmetic.unit_acc * (magnitude + error)
         error = error + rounding + (length + 2) * arithmetic.smallest_acc
-    return Bounded(value, torch.where(value.isfinite(), error, 0.0))
+    error = torch.where(error.isnan(), math.inf, error)  # what may be anything, times zero
+    error = torch.where(value.isfinite() | error.isinf(), error, 0.0)
+    return Bounded(value, torch.where(doubtful > 0, math.inf, error))
+
+
+def _finite(x: Bounded) -> Tensor:
+    return torch.where(x.value.isfinite(), x.value.abs(), 0.0)
+
+
+def _infinite(x: Bounded) -> Tensor:
+    return x.value.isinf().double()
+
+
+def _may_vanish(x: Bounded) -> Tensor:
+    return ((x.error > 0) & (x.value.abs() <= x.error)).double()
 
 
 def _sums_exactly(
@@ -180,6 +197,9 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+_SLOPE_AT_NAN = {"relu6": 0.0, "hardswish": math.nan}  # see Arithmetic.nan_passes
+
+
 def activated(z: Bounded, name: str | None, arithmetic: Arithmetic) -> Bounded:
     if name is None:
         return z
@@ -188,7 +208,8 @@ def activated(z: Bounded, name: str | None, arithmetic: Arithmetic) -> Bounded:
     if activation.rounds:
         error = error + 8 * arithmetic.unit_acc * (z.value.abs() + z.error)
     # an infinity comes from an exact one, so what f makes of it is exact
-    return Bounded(activation.function(z.value), torch.where(z.value.isfinite(), error, 0.0))
+    error = torch.where(z.value.isfinite() | error.isinf(), error, 0.0)
+    return Bounded(activation.function(z.value), error)
 
 
 def through_activation(
@@ -204,21 +225,23 @@ def through_activation(
         (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y), retain_graph=True)
         # not dy * slope: where f is flat the framework makes zero even of an infinite dy
         (value,) = torch.autograd.grad(y, leaf, dy.value)
-    if name == "hardswish":
-        at_nan = dy.value if arithmetic.nan_is_large else torch.full_like(value, math.nan)
+    if name in _SLOPE_AT_NAN:
+        at_nan = dy.value if arithmetic.nan_passes else dy.value * _SLOPE_AT_NAN[name]
         value = torch.where(z.value.isnan(), at_nan, value)
     doubt = activation.derivative_lipschitz * z.error
+    doubt = doubt.clamp(max=2 * activation.lipschitz)  # the most by which two slopes differ
     for kink, jump in activation.kinks.items():
         reached = ((z.value - kink).abs() <= z.error) & (z.error > 0)
         doubt = doubt + jump * reached
     if activation.rounds:
         doubt = doubt + 8 * arithmetic.unit_acc
-    doubt = torch.where(z.value.isfinite(), doubt, 0.0)
+    doubt = torch.where(z.value.isfinite() | doubt.isinf(), doubt, 0.0)
     error = dy.error * (slope.abs() + doubt) + dy.value.abs() * doubt
     if activation.rounds:
         error = error + arithmetic.unit_acc * (dy.value * slope).abs()
     # times a slope of zero or one nothing is rounded; a non-finite gradient carries no bound
-    return Bounded(value, torch.where(value.isfinite(), error, 0.0))
+    error = torch.where(value.isfinite() | error.isinf(), error, 0.0)
+    return Bounded(value, torch.where(z.error.isinf() | dy.error.isinf(), math.inf, error))
 
 
 # ---- the three ops ----------------------------------------------------------------------------
@@ -470,7 +493,7 @@ def _ratio(actual: Tensor, expected: Bounded, largest: float) -> Tensor:
     # what overflows the dtype becomes infinite; within the error of its limit it may go either way
     overflows = actual.isinf() & (actual.sign() == value.sign())
     overflows &= value.isfinite() & (value.abs() + error >= largest)
-    ratio = torch.where(same | overflows, 0.0, ratio)
+    ratio = torch.where(same | overflows | error.isinf(), 0.0, ratio)
     return torch.where(ratio.isnan(), math.inf, ratio)
 
 
@@ -583,6 +606,11 @@ def _last(shape: Sequence[int], strides: Sequence[int]) -> int:
     return sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
+def _extent(t: Tensor) -> tuple[int, int]:
+    """Where a tensor's elements begin and end in its storage."""
+    return t.storage_offset(), t.storage_offset() + _last(t.shape, t.stride()) + 1
+
+
 def _bits(t: Tensor) -> Tensor:
     return t.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
@@ -602,6 +630,9 @@ def poisoned_allocations() -> Iterator[None]:
             if plain.device.type == "meta" or type(plain) is not Tensor or not plain.numel():
                 return plain
             tensor, buffer = _surrounded(plain.shape, plain.stride(), plain.dtype, plain.device)
+            first, last = _extent(tensor)
+            # not NaN, which a kernel that goes astray may well write
+            buffer[:first], buffer[last:] = SENTINEL, SENTINEL
             made.append((tensor, buffer))
             return tensor
 
@@ -614,11 +645,8 @@ def poisoned_allocations() -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
         yield
     for tensor, buffer in made:
-        first = tensor.storage_offset()
-        last = first + _last(tensor.shape, tensor.stride())
-        outside = torch.cat((buffer[:first], buffer[last + 1 :]))
-        fresh = outside.isnan() if outside.is_floating_point() else outside == outside[0]
-        if not fresh.all():
+        first, last = _extent(tensor)
+        if not ((buffer[:first] == SENTINEL).all() and (buffer[last:] == SENTINEL).all()):
             raise AssertionError(
                 f"the call wrote outside a {tuple(tensor.shape)} tensor that it allocated"
             )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from unittest import mock
 
 import torch
@@ -31,13 +31,16 @@ def check_case(case: Case, backend: Backend = "triton") -> float:
     """
     placed = case.tensors(DEVICE)
     tensors = {name: p.tensor for name, p in placed.items()}
-    with poisoned_allocations(), tiles(case), ops.backend(backend):
+    precision = torch.backends.cudnn.flags(enabled=True, allow_tf32=case.tf32)
+    kernels = tiles(case) if backend == "triton" else nullcontext()
+    with poisoned_allocations(), kernels, precision, ops.backend(backend):
         results = call(case, tensors)
     for name, p in placed.items():
         p.assert_untouched(name)
 
     arithmetic = Arithmetic(
         DTYPES[case.dtype],
+        tf32=case.tf32,
         composite=backend == "reference",
         splits_activation=case.direction == "backward" and case.activation not in FLAT,
         truncating=backend == "triton" and DEVICE == "cpu" and case.dtype == "bfloat16",
@@ -51,6 +54,23 @@ def check_case(case: Case, backend: Backend = "triton") -> float:
         if case.plant is None:
             raise
     return _hold(results, problem, tensors.get("dy"), arithmetic.variants)
+
+
+def check_case_and_framework(case: Case) -> float:
+    """Check a case; where it fails, say whether the framework's own result is any better.
+
+    Raises:
+        AssertionError: as `check_case`.
+    """
+    try:
+        return check_case(case)
+    except AssertionError as error:
+        try:
+            ratio = check_case(case, "reference")
+            error.add_note(f"the framework's own result is right: {ratio:.3g} times the bound")
+        except AssertionError as own:
+            error.add_note(f"the framework's own result is wrong too: {own}")
+        raise
 
 
 def _hold(

@@ -1,7 +1,7 @@
 """Each op, forward and backward, on cases drawn at the boundaries, held to the oracle."""
 
 import pytest
-from fuzz.check import check_case
+from fuzz.check import check_case_and_framework
 from fuzz.found import FOUND
 from fuzz.session import FuzzSession
 from fuzz.strategies import cases
@@ -12,4 +12,4 @@ from fuzz.strategies import cases
 @pytest.mark.parametrize("op", ["depthwise", "pointwise", "separable"])
 def test_op(op, direction, fuzz: FuzzSession):
     found = [case for case in FOUND if (case.op, case.direction) == (op, direction)]
-    fuzz.run(f"{op}_{direction}", cases(op, direction), check_case, found)
+    fuzz.run(f"{op}_{direction}", cases(op, direction), check_case_and_framework, found)

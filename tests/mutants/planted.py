@@ -213,8 +213,9 @@ MUTANTS = [
     Mutant(
         "half_precision_sums",
         "separable.py",
-        "    if bias_pw_ptr is not None:",
-        "    acc = acc.to(x_ptr.dtype.element_ty).to(ACC)\n    if bias_pw_ptr is not None:",
+        "            accs = accs[:t] + (acc,) + accs[t + 1 :]  # noqa: RUF005",
+        "            acc = acc.to(x_ptr.dtype.element_ty).to(ACC)\n"
+        "            accs = accs[:t] + (acc,) + accs[t + 1 :]",
         SEPARABLE,
     ),
     Mutant(

@@ -25,7 +25,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-CASES = 150
+CASES = 300
 CAUGHT = 3
 
 
