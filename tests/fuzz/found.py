@@ -1,5 +1,65 @@
 """Cases that once failed; every run of the fuzz begins with them."""
 
-from fuzz.case import Case
+import math
 
-FOUND: list[Case] = []
+from fuzz.case import Case, Plant, Tiles
+from oracle import Layout
+
+# So far only the oracle was wrong: none of these is a kernel's fault.
+FOUND = [
+    # The slopes of hardswish and relu6 at NaN differ between the framework's own loops.
+    Case(
+        "depthwise",
+        "backward",
+        "float64",
+        N=3,
+        C=2,
+        W=7,
+        R=2,
+        S=5,
+        stride=(3, 5),
+        padding=(1, 1, 1, 0),
+        activation="hardswish",
+        values="normal",
+        plant=Plant("weight_dw", 1, -math.inf),
+        layout_dy=Layout(expanded=(2, 3)),
+    ),
+    Case(
+        "pointwise",
+        "backward",
+        W=2,
+        K=4,
+        bias_pw=True,
+        residual=True,
+        activation="relu6",
+        plant=Plant("x", 0, math.nan),
+    ),
+    # A call that is to be differentiated stores what goes into its last activation.
+    Case(
+        "separable",
+        "backward",
+        "float16",
+        N=3,
+        W=4,
+        K=5,
+        S=2,
+        bias_pw=True,
+        activation="gelu",
+        values="normal",
+        tiles=Tiles(4, 4, 4, 1, 1, packed=True),
+    ),
+    # The bound itself overflowed.
+    Case(
+        "separable",
+        "backward",
+        "float64",
+        C=3,
+        W=6,
+        K=3,
+        R=2,
+        padding=(3, 3, 0, 1),
+        activation_mid="gelu",
+        activation="gelu",
+        values="huge",
+    ),
+]
