@@ -20,7 +20,7 @@ from sepconv.graph.lower import lower_graph
 from sepconv.graph.state import untouched, without_history
 from sepconv.graph.tracing import TraceLevel, trace
 from sepconv.latency import take_turns
-from sepconv.nn import FusedConv2d, FusedSeparableConv2d, SeparableConv2d
+from sepconv.nn import FusedConv2d, FusedLinear, FusedSeparableConv2d, SeparableConv2d
 from sepconv.ops.arguments import pair, sides
 from sepconv.report import attach
 
@@ -91,7 +91,9 @@ def _lower(
     layers = []
     for name, module in names.items():
         reason = obstacle(module) or Left.UNTRACED
-        layers.append(lowering.fused.get(name) or FusedLayer(name, "left", reason=str(reason)))
+        left = FusedLayer(name, "left", reason=str(reason))
+        layers.append(lowering.fused.pop(name, left))
+    layers += lowering.fused.values()
     return lowered, FusionReport(layers, lowering.level, lowering.note, channels_last)
 
 
@@ -156,6 +158,8 @@ class _Lowering:
             tensors = (first.weight_dw, weight, None, bias)
             tail = (None, last.activation, self.channels_last)
             return FusedSeparableConv2d(*tensors, *_geometry(first), *tail)
+        if isinstance(first, nn.Linear):
+            return FusedLinear(first.weight, first.bias, last.activation)
         assert isinstance(first, nn.Conv2d)
         weight, bias = first.weight, first.bias
         for norm in reversed(chain.before):

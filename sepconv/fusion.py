@@ -12,12 +12,13 @@ from rich.table import Table
 
 @dataclass
 class FusedLayer:
-    """One convolution of the model.
+    """One convolution or linear layer of the model.
 
     Attributes:
-        name: of the convolution module.
+        name: of the module.
         status: `fused` or `left`.
-        form: what it became part of: `separable`, `pointwise`, `depthwise` or `convolution`.
+        form: what it became part of: `separable`, `pointwise`, `depthwise`, `convolution` or
+            `linear`.
         takes: what was folded in behind or before it, as `bn`, `+` or an activation's name.
         reason: why it was left.
     """
@@ -34,7 +35,7 @@ class FusionReport:
     """A whole lowering.
 
     Attributes:
-        layers: one entry per convolution module.
+        layers: one entry per convolution module and fused linear layer.
         trace_level: `graph`, `leaves` or `modules`; see `sepconv.graph.tracing`.
         trace_note: what kept fx from tracing more, in its own words.
         channels_last: whether the fused modules return channels_last tensors.
@@ -80,7 +81,7 @@ class FusionReport:
         return table
 
     def _totals(self) -> str:
-        parts = [f"{len(self.fused)} of {len(self.layers)} convolutions fused"]
+        parts = [f"{len(self.fused)} of {len(self.layers)} layers fused"]
         reasons = Counter(layer.reason for layer in self.layers if layer.reason)
         parts += [f"{n} left: {reason}" for reason, n in reasons.most_common()]
         if self.latency_before is not None and self.latency_after is not None:

@@ -2,7 +2,7 @@
 
 `torch.conv2d` rearranges its weights into oneDNN's blocked layout at every call. The operators that
 `torch.compile` uses for frozen models do it once. They have no autograd, so they only serve tensors
-that need none. Their fused activations are left unused: they turn NaN into 0.
+that need none. Of their fused activations only those are used that keep NaN: relu turns it into 0.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Sides = tuple[int, int, int, int]
+
+# By our name of an activation: oneDNN's name and algorithm.
+FUSED_ACTIVATIONS = {
+    "silu": ("swish", ""),
+    "hardswish": ("hardswish", ""),
+    "gelu": ("gelu", "none"),
+}
 
 
 def _operators() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
@@ -80,8 +87,15 @@ class PackedConv2d:
         self._groups = groups
         self._packed: tuple[Any, Tensor] | None = None
 
-    def __call__(self, x: Tensor, padding: Sides) -> Tensor:
-        """Return `x * weight + bias`, channels_last and fresh, for `x [N, C, H, W]`."""
+    def __call__(self, x: Tensor, padding: Sides, activation: str | None = None) -> Tensor:
+        """Return `activation(x * weight + bias)`, channels_last and fresh, for `x [N, C, H, W]`.
+
+        Args:
+            x: As `usable` allows.
+            padding: Top, bottom, left, right.
+            activation: One of `FUSED_ACTIVATIONS`.
+        """
+        name, algorithm = ("none", "") if activation is None else FUSED_ACTIVATIONS[activation]
         top, bottom, left, right = padding
         if top != bottom or left != right:
             x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
@@ -93,9 +107,9 @@ class PackedConv2d:
             self._stride,
             self._dilation,
             self._groups,
-            "none",
+            name,
             [],
-            "",
+            algorithm,
         )
 
     def _weight_for(self, shape: torch.Size, padding: list[int]) -> Tensor:

@@ -91,7 +91,7 @@ class Chain:
         stages: one, or a depthwise and the pointwise convolution behind it.
         nodes: in order of execution.
         before: BatchNorms in front of the first convolution.
-        form: `separable`, `pointwise`, `depthwise` or `convolution`.
+        form: `separable`, `pointwise`, `depthwise`, `convolution` or `linear`.
         summand: the node that adds a residual, and the position of the residual in its arguments.
         head: the first convolution.
     """
@@ -126,13 +126,21 @@ class Chain:
 
 
 def find_chains(graph: fx.Graph, modules: Modules) -> list[Chain]:
-    """Every chain of the graph; each convolution that can be fused is in one, if only alone."""
+    """Every chain of the graph; whatever can be fused is in one, if only alone."""
     taken: set[fx.Node] = set()
     chains = []
     for node in graph.nodes:
-        if node in taken or convolution(node, modules) is None:
+        if node in taken:
             continue
-        chain = _chain(node, modules, taken)
+        if _is_linear(node, modules):
+            stage = Stage(str(node.target))
+            nodes = [node]
+            _take_activation(stage, nodes, modules)
+            chain = Chain([stage], nodes, "linear")
+        elif convolution(node, modules) is not None:
+            chain = _chain(node, modules, taken)
+        else:
+            continue
         taken.update(chain.nodes)
         chains.append(chain)
     return chains
@@ -168,6 +176,16 @@ def convolution(node: fx.Node, modules: Modules) -> nn.Module | None:
     module = modules[str(node.target)]
     kinds = (nn.Conv2d, SeparableConv2d)
     return module if isinstance(module, kinds) and obstacle(module) is None else None
+
+
+def _is_linear(node: fx.Node, modules: Modules) -> bool:
+    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        return False
+    module = modules[str(node.target)]
+    plain = type(module) is nn.Linear and "forward" not in vars(module)
+    if not plain or has_hooks(module) or parametrize.is_parametrized(module):
+        return False
+    return isinstance(node.args[0], fx.Node) and set(module._parameters) == {"weight", "bias"}
 
 
 def is_pointwise(module: nn.Module | None) -> bool:

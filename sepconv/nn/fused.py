@@ -13,6 +13,8 @@ from sepconv.ops.backend import chosen_backend
 Pair = tuple[int, int]
 Sides = tuple[int, int, int, int]
 
+_NO_PADDING = (0, 0, 0, 0)
+_PACKED_ROWS = 32  # below it there is nothing to win
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
     "relu6": lambda y: F.relu6(y, inplace=True),
@@ -46,28 +48,32 @@ class _Packed:
         return self._convolution
 
 
-class _FusedConv(nn.Module):
-    """What the two modules share: frozen parameters, and the epilogue."""
+class _Fused(nn.Module):
+    """What the modules share: frozen parameters, and the end of a packed convolution."""
 
     activation: str | None
 
-    def _freeze(self, name: str, value: Tensor | None, channels_last: bool) -> None:
+    def _freeze(self, name: str, value: Tensor | None, channels_last: bool = False) -> None:
         if value is not None and value.dim() == 4:
             layout = torch.channels_last if channels_last else torch.contiguous_format
             value = torch.empty_like(value, memory_format=layout).copy_(value.detach())
         frozen = None if value is None else nn.Parameter(value.detach(), requires_grad=False)
         self.register_parameter(name, frozen)
 
-    def _finish(self, y: Tensor, residual: Any) -> Tensor:
-        """Add the residual, then activate; `y` is fresh and may be written to."""
-        if residual is not None:
-            if not _like(residual, y.shape, y.dtype):
-                return reference.activate(y + residual, self.activation)
-            y = y.add_(residual)
+    def _finish(
+        self, convolution: onednn.PackedConv2d, x: Tensor, padding: Sides, residual: Any = None
+    ) -> Tensor:
+        """Convolve, add the residual, activate."""
+        if residual is None:
+            return _convolve(convolution, x, padding, self.activation)
+        y = convolution(x, padding)
+        if not _like(residual, y.shape, y.dtype):
+            return reference.activate(y + residual, self.activation)
+        y = y.add_(residual)  # a fresh tensor, like every result of a packed convolution
         return y if self.activation is None else _IN_PLACE[self.activation](y)
 
 
-class FusedConv2d(_FusedConv):
+class FusedConv2d(_Fused):
     """`activation(conv(x) + bias + residual)` with frozen parameters.
 
     Args:
@@ -116,7 +122,7 @@ class FusedConv2d(_FusedConv):
             return self.forward(x[None], other)[0]
         if self._packable and _may_pack(x, self.weight, self.bias):
             packed = self._packed.get(self.weight, self.bias, self.stride[0], self.groups)
-            return self._finish(packed(x, self.padding), residual)
+            return self._finish(packed, x, self.padding, residual)
         if self._pointwise:
             shape = (x.shape[0], self.weight.shape[0], *x.shape[2:])
             if residual is None or _joins_op(residual, x, shape):
@@ -139,7 +145,7 @@ class FusedConv2d(_FusedConv):
         return f"{tuple(self.weight.shape)}, stride={self.stride}, activation={self.activation}"
 
 
-class FusedSeparableConv2d(_FusedConv):
+class FusedSeparableConv2d(_Fused):
     """A depthwise and a pointwise convolution as one op, with frozen parameters.
 
     Args:
@@ -195,11 +201,9 @@ class FusedSeparableConv2d(_FusedConv):
         # Several filters per channel leave oneDNN's fast path; the op goes around that.
         if self._packable and len(dw) == x.shape[1] and _may_pack(x, dw, pw, bias_dw, bias_pw):
             depthwise = self._packed_dw.get(dw, bias_dw, self.stride[0], len(dw))
-            z = depthwise(x, self.padding)
-            if self.activation_mid is not None:
-                z = _IN_PLACE[self.activation_mid](z)
+            z = _convolve(depthwise, x, self.padding, self.activation_mid)
             pointwise = self._packed_pw.get(pw, bias_pw, 1, 1)
-            return self._finish(pointwise(z, (0, 0, 0, 0)), residual)
+            return self._finish(pointwise, z, _NO_PADDING, residual)
 
         top, bottom, left, right = sides = self.padding
         inside = None
@@ -226,6 +230,51 @@ class FusedSeparableConv2d(_FusedConv):
         """Shown by `print(module)`."""
         shapes = f"{tuple(self.weight_dw.shape)}, {tuple(self.weight_pw.shape)}"
         return f"{shapes}, stride={self.stride}, activation={self.activation}"
+
+
+class FusedLinear(_Fused):
+    """`activation(x @ weight.T + bias)` with frozen parameters; x [..., C], result [..., K].
+
+    Args:
+        weight: [K, C].
+        bias: [K] or None.
+        activation: as the ops name it.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+    ) -> None:
+        super().__init__()
+        self._freeze("weight", weight)
+        self._freeze("bias", bias)
+        self.activation = activation
+        self._packed = _Packed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the channels of each row, activate."""
+        channels = self.weight.shape[1]
+        if x.numel() >= _PACKED_ROWS * channels and _may_pack(x, self.weight, self.bias):
+            # A matrix product is a 1x1 convolution; its rows are pixels.
+            packed = self._packed.get(self.weight[:, :, None, None], self.bias, 1, 1)
+            pixels = x.reshape(1, 1, -1, channels).permute(0, 3, 1, 2)
+            y = self._finish(packed, pixels, _NO_PADDING)
+            return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+        return reference.activate(F.linear(x, self.weight, self.bias), self.activation)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(module)`."""
+        return f"{tuple(self.weight.shape)}, activation={self.activation}"
+
+
+def _convolve(
+    convolution: onednn.PackedConv2d, x: Tensor, padding: Sides, activation: str | None
+) -> Tensor:
+    if activation is None or activation in onednn.FUSED_ACTIVATIONS:
+        return convolution(x, padding, activation)
+    return _IN_PLACE[activation](convolution(x, padding))
 
 
 def _may_pack(x: Tensor, *tensors: Tensor | None) -> bool:
