@@ -212,7 +212,7 @@ def _issue_slots(op: str, shape: Any, config: Any) -> float:
         per_tap, per_element = _BWD_WEIGHT_SLOTS
     elif op == "separable_fwd":
         # Every tile of output channels makes the depthwise half again.
-        repeats = ceil(shape.K / (config.block_k if config else 128))
+        repeats = ceil(shape.K / (config.block_k if config else 256))
         one_row = config is not None and config.rows == 1
         per_tap, per_element = _FUSED_ROW_SLOTS if one_row else _FUSED_STRIP_SLOTS
     elif taps <= _ROLLING_MOST_TAPS and shape.H == shape.P and (config is None or config.rows):

@@ -2,9 +2,10 @@
 
 `lookup` answers from memory. The first call of its kind asks, in this order: what this process has
 tuned, the user's cache directory, the table shipped for this GPU, the table shipped for its
-architecture; else the kernel's default block sizes. It only reads small files: nothing is timed and
-nothing is launched, so it may happen anywhere, a CUDA graph's capture included. `sepconv.tune`
-does the timing and writes the cache.
+architecture; else the kernel's default block sizes run, or both halves of a separable convolution
+one after the other where the cost model is sure that this is faster. It only reads small files:
+nothing is timed and nothing is launched, so it may happen anywhere, a CUDA graph's capture
+included. `sepconv.tune` does the timing and writes the cache.
 
 While `torch.use_deterministic_algorithms(True)` is in force, what was tuned here and the user's
 cache are left out: every process with this package and this kind of GPU then makes the same choice,
@@ -23,11 +24,15 @@ import torch
 from torch import Tensor
 
 from sepconv.ops import tuning_files
+from sepconv.ops.kernel_modules import kernel_module
 from sepconv.ops.tuning_files import Choice
 from sepconv.reference import Pair, Sides, output_size
+from sepconv.roofline import find_gpu, predicted_seconds
 
 # Calls of different sizes are remembered one by one; a process that sees more starts again.
 _MOST_CALLS = 4096
+# Two kernels run in place of the fused one, unmeasured, if predicted to take less than this of it.
+_SURELY_FASTER = 0.8
 
 
 class Target(NamedTuple):
@@ -72,6 +77,28 @@ class Problem(NamedTuple):
         return output_size(
             self.x_shape, (0, 1, *self.filter_shape[1:]), self.stride, self.padding, self.dilation
         )
+
+    @property
+    def conv_shape(self) -> Any:
+        """The sizes as a `ConvShape` of the kernels' configurations."""
+        n, c, h, w = self.x_shape
+        sizes = (n, c, h, w, self.K, *self.output_size, *self.filter_shape[1:], self.M)
+        return kernel_module("configs").ConvShape(*sizes, self.channels_last)
+
+    @property
+    def halves(self) -> tuple["Problem", "Problem"]:
+        """A separable convolution's depthwise and pointwise convolution."""
+        G = self.filter_shape[0]
+        depthwise = self._replace(op="depthwise_fwd", K=G, tf32=False)
+        pointwise = self._replace(
+            op="pointwise_fwd",
+            x_shape=(self.x_shape[0], G, *self.output_size),
+            filter_shape=(G, 1, 1),
+            stride=(1, 1),
+            padding=(0, 0, 0, 0),
+            dilation=(1, 1),
+        )
+        return depthwise, pointwise
 
     @property
     def key(self) -> str:
@@ -230,7 +257,30 @@ def _find(problem: Problem) -> Choice:
         table = tuning_files.shipped(name, where.triton)
         if key in table:
             return table[key]
-    return None
+    return _untuned(problem, where)
+
+
+def _untuned(problem: Problem, where: Target) -> Choice:
+    """The same on every machine with this GPU: a wide layer that is fused repeats its first half.
+
+    Every tile of output channels makes the depthwise result again.
+    """
+    gpu = find_gpu(where.gpu, where.arch)
+    if problem.op != "separable_fwd" or gpu is None or 0 in problem.x_shape:
+        return None
+    configs = kernel_module("configs")
+    fused, *halves = (
+        predicted_seconds(
+            part.op,
+            part.conv_shape,
+            part.dtype,
+            gpu,
+            config=configs.default(part.op, part.dtype, part.conv_shape),
+            tf32=part.tf32,
+        )
+        for part in (problem, *problem.halves)
+    )
+    return "unfused" if sum(halves) < _SURELY_FASTER * fused else None
 
 
 def _power_of_2(n: int) -> int:

@@ -19,7 +19,7 @@ def candidates(problem: Problem) -> list[Choice]:
     device's or whose sums exceed the registers (`sepconv.kernels.configs`), and those that the
     cost model gives no chance.
     """
-    shape = conv_shape(problem)
+    shape = problem.conv_shape
     sizes = kernel_module("configs").candidates(
         problem.op, problem.dtype, shape, shared_limit(problem.device)
     )
@@ -35,18 +35,6 @@ def candidates(problem: Problem) -> list[Choice]:
         sizes = sorted(sizes, key=predicted.__getitem__)
         sizes = [config for config in sizes if predicted[config] <= _HOPELESS * best]
     return list(dict.fromkeys([None, *others(problem.op), *sizes]))
-
-
-def conv_shape(problem: Problem) -> tuple[int, ...]:
-    """The problem's sizes as the kernels' configurations take them."""
-    n, c, h, w = problem.x_shape
-    _, r, s = problem.filter_shape
-    p, q = problem.output_size
-    make = kernel_module("configs").ConvShape
-    shape: tuple[int, ...] = make(
-        n, c, h, w, problem.K, p, q, r, s, problem.M, problem.channels_last
-    )
-    return shape
 
 
 def known_gpu(device: int) -> Gpu | None:

@@ -159,26 +159,10 @@ def _kinds(problems: Iterable[Problem]) -> list[Problem]:
     """One problem per key, with the two halves of every separable convolution."""
     kinds: dict[tuple[int, str], Problem] = {}
     for problem in problems:
-        for part in (*_halves(problem), problem):
+        halves = problem.halves if problem.op == "separable_fwd" else ()
+        for part in (*halves, problem):
             kinds.setdefault((part.device, part.key), part)
     return list(kinds.values())
-
-
-def _halves(problem: Problem) -> tuple[Problem, ...]:
-    if problem.op != "separable_fwd":
-        return ()
-    G = problem.filter_shape[0]
-    n = problem.x_shape[0]
-    depthwise = problem._replace(op="depthwise_fwd", K=G, tf32=False)
-    pointwise = problem._replace(
-        op="pointwise_fwd",
-        x_shape=(n, G, *problem.output_size),
-        filter_shape=(G, 1, 1),
-        stride=(1, 1),
-        padding=(0, 0, 0, 0),
-        dilation=(1, 1),
-    )
-    return depthwise, pointwise
 
 
 def _refuse_capture() -> None:

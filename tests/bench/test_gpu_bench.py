@@ -18,7 +18,6 @@ from sepconv.bench.gpu.measure import OUT_OF_TIME, Bench, Case, Contender, dista
 from sepconv.kernels.configs import ConvShape
 from sepconv.ops.tuning import Problem
 from sepconv.timing import device_seconds, host_seconds
-from sepconv.tuner.candidates import conv_shape
 from sepconv.tuner.inputs import make_operands, right_answer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,14 +100,14 @@ def test_baselines_compute_what_the_launchers_compute():
 def test_layers_keep_their_networks_sizes():
     downsampling = layers.Layer("MobileNetV1", 64, 128, 112, stride=2)
     depthwise, *_, separable, pointwise = layers.problems(downsampling, 256, torch.bfloat16, -1)
-    assert conv_shape(depthwise) == ConvShape(256, 64, 112, 112, 64, 56, 56, 3, 3)
-    assert conv_shape(separable) == ConvShape(256, 64, 112, 112, 128, 56, 56, 3, 3)
-    assert conv_shape(pointwise) == ConvShape(256, 64, 56, 56, 128, 56, 56)
+    assert depthwise.conv_shape == ConvShape(256, 64, 112, 112, 64, 56, 56, 3, 3)
+    assert separable.conv_shape == ConvShape(256, 64, 112, 112, 128, 56, 56, 3, 3)
+    assert pointwise.conv_shape == ConvShape(256, 64, 56, 56, 128, 56, 56)
 
 
 def test_stated_problems():
     shapes = {
-        stated.number: conv_shape(kernelbench.as_problem(stated, torch.float32, False, dry=False))
+        stated.number: kernelbench.as_problem(stated, torch.float32, False, dry=False).conv_shape
         for stated in kernelbench.STATED
     }
     assert shapes == {

@@ -126,6 +126,19 @@ def test_eight_cold_threads_read_once(monkeypatch: pytest.MonkeyPatch):
     assert len(reads) == 1
 
 
+def test_untuned_wide_layers_run_unfused_and_narrow_ones_fused(monkeypatch: pytest.MonkeyPatch):
+    def choice(C: int, size: int, gpu: str = "NVIDIA H200", arch: str = "sm_90") -> Choice:
+        tuning.forget()
+        monkeypatch.setattr(tuning, "target", lambda _: Target(gpu, arch, "3.6"))
+        shape = (256, C, size, size)
+        return answer(separable(C, C)._replace(dtype=torch.bfloat16, x_shape=shape))
+
+    assert choice(128, 56) is None
+    assert choice(2048, 7) == "unfused"
+    assert choice(2048, 7, "another of the kind") == "unfused"
+    assert choice(2048, 7, "unknown", "unknown") is None
+
+
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tuning, "_MOST_CALLS", 10)
     for n in range(1, 40):

@@ -11,7 +11,7 @@ from sepconv.bench.gpu.measure import Bench, Contender
 from sepconv.ops.run import ASK
 from sepconv.ops.tuning import Problem
 from sepconv.roofline import moved_bytes, predicted_seconds
-from sepconv.tuner.candidates import cache_bytes, conv_shape, known_gpu
+from sepconv.tuner.candidates import cache_bytes, known_gpu
 from sepconv.tuner.inputs import operands_in_turn, run_choice
 
 # The most telling first: what does not fit into the time is noted as such.
@@ -37,7 +37,7 @@ def run(bench: Bench) -> None:
 
 def measure_problem(bench: Bench, part: str, name: str, problem: Problem) -> None:
     """Our launcher, by what tuning chose and by default, and the library's ways."""
-    gpu, shape = known_gpu(problem.device), conv_shape(problem)
+    gpu, shape = known_gpu(problem.device), problem.conv_shape
     predicted = None
     if gpu is not None:
         predicted = predicted_seconds(problem.op, shape, problem.dtype, gpu, tf32=problem.tf32)
