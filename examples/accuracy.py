@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import sepconv
-from sepconv.factorize import full_rank, weight_errors
+from sepconv.factorize import weight_errors
 from sepconv.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,10 +236,10 @@ def _print(depth: int, cells: dict[Any, Any], methods: list[str], budgets: list[
 
 
 def _draw(cells: dict[str, Any], setting: str, options: argparse.Namespace) -> None:
-    import matplotlib  # noqa: PLC0415 - only the plot needs it
+    import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot  # noqa: PLC0415
+    from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, len(options.depths), figsize=(9, 3.6), squeeze=False)
     for panel, depth in zip(panels[0], options.depths, strict=True):

@@ -7,11 +7,13 @@
 from sepconv import nn, ops
 from sepconv.budget import Budget
 from sepconv.convert import convert
+from sepconv.distill import distill
 from sepconv.fuse import fuse
 from sepconv.ops import backend
 from sepconv.recipe import apply_recipe
 from sepconv.report import report
 from sepconv.saving import load, read_recipe, save
+from sepconv.search import search
 from sepconv.tuner import tune
 from sepconv.version import __version__
 
@@ -21,6 +23,7 @@ __all__ = [
     "apply_recipe",
     "backend",
     "convert",
+    "distill",
     "fuse",
     "load",
     "nn",
@@ -28,5 +31,6 @@ __all__ = [
     "read_recipe",
     "report",
     "save",
+    "search",
     "tune",
 ]

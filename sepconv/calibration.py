@@ -15,16 +15,16 @@ from sepconv.factorize.target import asymmetric_target, damped
 from sepconv.graph import ExampleInputs, Match
 from sepconv.observe import Dense
 from sepconv.progress import track
+from sepconv.refine import STEPS, Fitted, refine
 from sepconv.responses import Responses, Substitutes
-from sepconv.tuning import STEPS, Fitted, tune
 
 Ranks = Mapping[str, int | None]  # None: dense
 Curves = dict[str, dict[int, float]]  # error by rank, for each layer
 
 MIN_SAMPLES, MAX_SAMPLES = 8, 128  # to measure the output's error on
 CURVE_MACS = 1.5e12  # what measuring the error curves may cost before samples are saved
-TUNE_SAMPLES, TUNE_EPOCHS = 32, 16
-TUNE_MACS = 1e12  # of the layers' forwards while tuning; a larger network is not tuned
+REFINE_SAMPLES, REFINE_EPOCHS = 32, 16
+REFINE_MACS = 1e12  # of the layers' forwards while refining; a larger network is not refined
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Method:
         norm_metric: weigh outputs by the BatchNorm behind them.
         sweeps: block updates over the channels.
         restore_variance: give outputs the original's variance where that lowers the error.
-        tune: follow the closed forms by gradient steps on all layers at once.
+        refine: follow the closed forms by gradient steps on all layers at once.
     """
 
     sequential: bool = True
@@ -45,7 +45,7 @@ class Method:
     norm_metric: bool = True
     sweeps: int = SWEEPS
     restore_variance: bool = True
-    tune: bool = True
+    refine: bool = True
 
 
 class _Problem(NamedTuple):
@@ -124,8 +124,8 @@ class Calibration:
                 a fit and is left out.
         """
         fitted, spreads = self._closed_forms(ranks)
-        if self._method.tune and fitted:
-            fitted = self._better(self._tuned(fitted, spreads), fitted)
+        if self._method.refine and fitted:
+            fitted = self._better(self._refined(fitted, spreads), fitted)
         return fitted
 
     def _closed_forms(self, ranks: Ranks) -> tuple[dict[str, Fitted], dict[str, float]]:
@@ -153,24 +153,24 @@ class Calibration:
         """`new` where it changes the model's output less, else `old`."""
         return new if self.output_error(new) < self.output_error(old) else old
 
-    def _tuned(
+    def _refined(
         self, fitted: Mapping[str, Fitted], spreads: Mapping[str, float]
     ) -> dict[str, Fitted]:
         """The layers after gradient steps on all of them at once, if those are affordable."""
         layers = [conv for conv in self.layers if conv.name in fitted]
-        parts = [part for batch in self._batches for part in batch.parts(TUNE_SAMPLES)]
-        steps = min(STEPS, TUNE_EPOCHS * len(parts))
+        parts = [part for batch in self._batches for part in batch.parts(REFINE_SAMPLES)]
+        steps = min(STEPS, REFINE_EPOCHS * len(parts))
         # The original answers for mirrored images too: as good as new ones, and free.
         parts += [part.mirrored() for part in parts]
-        macs = sum(self._responses.macs(conv) for conv in self.layers) * TUNE_SAMPLES
-        if steps * macs > TUNE_MACS:
+        macs = sum(self._responses.macs(conv) for conv in self.layers) * REFINE_SAMPLES
+        if steps * macs > REFINE_MACS:
             return dict(fitted)
 
         def respond(index: int, weights: Mapping[str, Fitted]) -> tuple[list[Tensor], list[Tensor]]:
             return self._responses.inner(layers, parts[index], self._substitutes(weights))
 
         with self._responses.quiet():
-            return tune(fitted, spreads, respond, len(parts), self._seed, steps)
+            return refine(fitted, spreads, respond, len(parts), self._seed, steps)
 
     def output_error(self, fitted: Mapping[str, Fitted]) -> float:
         """Mean squared change of the model's outputs, relative to their variance.
@@ -184,7 +184,7 @@ class Calibration:
         return _relative_error(outputs, self._wanted)
 
     def plain_error(self, ranks: Ranks) -> float:
-        """`output_error` of the closed forms alone, which tuning only lowers."""
+        """`output_error` of the closed forms alone, which refining only lowers."""
         return self.output_error(self._closed_forms(ranks)[0])
 
     def _save_samples(self, forwards: int) -> None:

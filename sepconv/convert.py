@@ -34,7 +34,7 @@ from sepconv.report import (
     summarise,
 )
 from sepconv.select import FilterFn, RankChoice, select
-from sepconv.tuning import Fitted
+from sepconv.refine import Fitted
 
 
 def convert(

@@ -8,7 +8,7 @@ from torch import nn
 from sepconv.graph import Match
 from sepconv.nn import SeparableConv2d
 from sepconv.report import LayerReport
-from sepconv.tuning import Fitted
+from sepconv.refine import Fitted
 
 
 def install(
@@ -24,6 +24,7 @@ def install(
         dense = conv.weight_2d.detach().flatten(1).double()
         change = fitted[conv.name].factors.dense() - dense
         layer = layers[conv.name]
+        layer.method = "calibrated"
         layer.error = float(change.norm() / dense.norm().clamp(min=1e-300))
         if conv.bias is None:
             layer.params_after += len(conv.weight)

@@ -128,8 +128,9 @@ class _Follow(Substitution):
             if id(value) not in self._followed:
                 continue
             reference, key = self._followed[id(value)]
-            if reference() is value:  # an id may be used again
-                found.append((value, key))
+            alive = reference()
+            if alive is not None and alive is value:  # an id may be used again
+                found.append((alive, key))
         return found
 
     def _saw_convolution(self, key: int, x: Tensor, y: Tensor) -> None:

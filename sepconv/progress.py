@@ -1,6 +1,6 @@
 """Progress bars: on a terminal only, and only for work that takes a while."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
@@ -18,4 +18,12 @@ def track(items: Sequence[Item], description: str) -> Iterator[Item]:
     console = Console(stderr=True)
     yield from rich_track(
         items, description, console=console, disable=not console.is_terminal, transient=True
+    )
+
+
+def track_batches(batches: Iterable[Item], description: str) -> Iterator[Item]:
+    """The same for an iterable whose length may be unknown."""
+    console = Console(stderr=True)
+    yield from rich_track(
+        batches, description, console=console, disable=not console.is_terminal, transient=True
     )

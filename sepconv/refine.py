@@ -31,7 +31,7 @@ class Fitted(NamedTuple):
     bias: Tensor
 
 
-def tune(
+def refine(
     fitted: Mapping[str, Fitted],
     spreads: Mapping[str, float],
     respond: Callable[[int, Mapping[str, Fitted]], Responses],
@@ -55,7 +55,7 @@ def tune(
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    for step in track(range(steps), "tuning"):
+    for step in track(range(steps), "refining"):
         order = order or torch.randperm(batches, generator=generator).tolist()
         batch = order.pop()
         rate = LEARNING_RATE * min(1, (step + 1) / WARM_UP)
