@@ -120,8 +120,12 @@ class FusedConv2d(_Fused):
         if x.dim() == 3:
             other = residual[None] if isinstance(residual, Tensor) else residual
             return self.forward(x[None], other)[0]
-        if self._packable and _may_pack(x, self.weight, self.bias):
-            packed = self._packed.get(self.weight, self.bias, self.stride[0], self.groups)
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
+        if self._packable and _may_pack(x, weight, bias):
+            if self._pointwise and residual is None and x.shape[2:] == (1, 1):
+                return self._of_one_pixel(x)
+            packed = self._packed.get(weight, bias, self.stride[0], self.groups)
             return self._finish(packed, x, self.padding, residual)
         if self._pointwise:
             shape = (x.shape[0], self.weight.shape[0], *x.shape[2:])
@@ -139,6 +143,12 @@ class FusedConv2d(_Fused):
         y = F.conv2d(x, self.weight, self.bias, self.stride, even, self.dilation, self.groups)
         y = y if residual is None else y + residual
         return reference.activate(y, self.activation)
+
+    def _of_one_pixel(self, x: Tensor) -> Tensor:
+        """As in squeeze-and-excitation blocks: a product with a vector, not worth a convolution."""
+        y = F.linear(x.flatten(1), self.weight.flatten(1), self.bias)
+        y = y if self.activation is None else _IN_PLACE[self.activation](y)
+        return y[:, None, None, :].permute(0, 3, 1, 2)  # with the strides of channels_last
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""
