@@ -20,13 +20,14 @@ _MATRIX_SHARE = 0.8
 _LIBRARY_SHARE = 0.6
 _START_SECONDS = 3e-6
 # Thread instructions per tap of one depthwise element, and per element: fitted to counts in the
-# machine code of the kernels for sm_90 (docs/results/static.md): 59 and 132 for 3 x 3 and 5 x 5 in
-# the general kernel, 22 rolling, 59 in the weight gradient, 52 and 31 fused, one row and four.
+# machine code of the kernels for sm_90 (docs/results/static.md): 60 and 132 for 3 x 3 and 5 x 5 in
+# the general kernel, 27 rolling, 59 in the weight gradient; fused 52, 37 to 44 and 31 for one, two
+# and four rows, which share the part of a tap that loads and converts.
 _GENERAL_SLOTS = (5.0, 8.0)
-_ROLLING_SLOTS = (2.0, 4.0)
+_ROLLING_SLOTS = (2.5, 4.0)
 _BWD_WEIGHT_SLOTS = (6.0, 5.0)
-_FUSED_ROW_SLOTS = (5.0, 6.0)
-_FUSED_STRIP_SLOTS = (3.0, 4.0)
+_FUSED_SLOTS, _FUSED_SHARED_SLOTS = (2.5, 3.0), 3.0
+_FUSED_ROWS, _FUSED_BLOCK_K = 2, 256  # of a large layer
 _ROLLING_MOST_TAPS = 9
 _WARP, _SCHEDULERS = 32, 4
 
@@ -212,15 +213,20 @@ def _issue_slots(op: str, shape: Any, config: Any) -> float:
         per_tap, per_element = _BWD_WEIGHT_SLOTS
     elif op == "separable_fwd":
         # Every tile of output channels makes the depthwise half again.
-        repeats = ceil(shape.K / (config.block_k if config else 256))
-        one_row = config is not None and config.rows == 1
-        per_tap, per_element = _FUSED_ROW_SLOTS if one_row else _FUSED_STRIP_SLOTS
-    elif taps <= _ROLLING_MOST_TAPS and shape.H == shape.P and (config is None or config.rows):
+        repeats = ceil(shape.K / (config.block_k if config else _FUSED_BLOCK_K))
+        per_tap, per_element = _FUSED_SLOTS
+        per_tap += _FUSED_SHARED_SLOTS / (config.rows if config else _FUSED_ROWS)
+    elif taps <= _ROLLING_MOST_TAPS and _strides_by_1(shape) and (config is None or config.rows):
         per_tap, per_element = _ROLLING_SLOTS
         if config:  # rows above and below each strip are computed for nothing
             repeats = 1 + (shape.R - 1) / config.rows
     slots = (per_tap * taps + per_element) * repeats
     return slots * prod((shape.N, shape.C, shape.M, shape.P, shape.Q))
+
+
+def _strides_by_1(shape: Any) -> bool:
+    """Vertically, judged by the sizes: stride 1 loses at most R - 1 rows, stride 2 half of them."""
+    return 2 * shape.P > shape.H + shape.R
 
 
 def _share_of_busy_units(op: str, shape: Any, config: Any, gpu: Gpu) -> float:
