@@ -200,7 +200,7 @@ MUTANTS = [
         "nan_swallowed_by_relu",
         "activations.py",
         "y = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)",
-        "y = tl.maximum(z, 0.0)",
+        "y = tl.where(z > 0.0, z, 0.0)",
         DEPTHWISE,
     ),
     Mutant(
