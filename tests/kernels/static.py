@@ -27,7 +27,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sepconv.kernels import (
-    activations,
     depthwise,
     depthwise_bwd,
     depthwise_rolling,
@@ -75,7 +74,6 @@ DTYPES = {
 }
 _POINTER_TYPES = {dtype: f"*{name}" for name, dtype in DTYPES.items()}
 _KERNEL_MODULES = (
-    activations,
     depthwise,
     depthwise_bwd,
     depthwise_rolling,
@@ -187,7 +185,6 @@ def launch_of(
             x, weight_dw, nhwc(dtype, K, C * M, 1, 1), bias_dw, bias_pw, *geometry, "relu", "relu",
             None, allow_tf32=False, **last, config=config,
         ),
-        "activation_bwd": lambda: activations.activation_bwd(dy, dy, "gelu"),
     }  # fmt: skip
     return record(calls[op], target)
 
@@ -280,7 +277,7 @@ def issue_slots(launch: Launch, elements: int, trips: int = 1) -> float:
 
 # A layer of MobileNetV1 at 224 pixels, batch 32.
 LAYER = ConvShape(32, 256, 28, 28, 256, 28, 28, 3, 3)
-OPS = (*DEPTHWISE_OPS, *GEMM_OPS, "activation_bwd")
+OPS = (*DEPTHWISE_OPS, *GEMM_OPS)
 VARIANTS = {
     "layer": (LAYER, (1, 1)),
     "stride 2": (LAYER._replace(P=14, Q=14), (2, 2)),
@@ -306,13 +303,13 @@ def _group(name: str) -> Iterator[tuple[str, str, str, Launch]]:
             for target in ("sm_80", "sm_90"):
                 for dtype in DTYPES:
                     for variant, (shape, stride) in VARIANTS.items():
-                        for op in OPS[:-1]:
+                        for op in OPS:
                             launch = launch_of(op, DTYPES[dtype], shape, stride)
                             yield f"{op}, {variant}", dtype, target, launch
     else:
         assert name == "candidates", f"no group {name}"
         for target in ("sm_80", "sm_90"):
-            for op in OPS[:-1]:
+            for op in OPS:
                 for config in candidates(op, torch.bfloat16, LAYER, SHARED_LIMIT[target]):
                     launch = launch_of(op, torch.bfloat16, LAYER, config=config)
                     yield f"{op} {config}", "bf16", target, launch

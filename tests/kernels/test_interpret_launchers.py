@@ -1,6 +1,5 @@
 """Every launcher and kernel variant against float64; the fuzz in tests/fuzz covers the rest."""
 
-import itertools
 from typing import NamedTuple
 
 import pytest
@@ -9,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sepconv.kernels import launch
-from sepconv.kernels.activations import activation_bwd
 from sepconv.kernels.configs import DepthwiseConfig, GemmConfig
 from sepconv.kernels.depthwise import depthwise_fwd
 from sepconv.kernels.depthwise_bwd import depthwise_bwd_input, depthwise_bwd_weight
@@ -184,30 +182,13 @@ SPECIAL = [float("nan"), float("inf"), float("-inf"), -1e30, -3.0, -0.5, 0.0, 0.
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_at_special_values(activation: str):
-    pairs = torch.tensor(list(itertools.product(SPECIAL, SPECIAL)), dtype=torch.float64)
-    z, dy = pairs.to(DEVICE).T.contiguous().unbind()
-    z.requires_grad_()
-    y = ACTIVATIONS[activation](z)
-    (expected,) = torch.autograd.grad(y, z, dy)
-    z = z.detach().view(1, -1, 1, 1)
+    z = torch.tensor(SPECIAL, dtype=torch.float64, device=DEVICE)
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64, device=DEVICE)
     got = pointwise_fwd(
-        z.movedim(1, 3), one, None, activation, None, allow_tf32=False, channels_last=True
+        z.view(1, 1, 1, -1), one, None, activation, None, allow_tf32=False, channels_last=True
     )
     close = {"rtol": 1e-12, "atol": 1e-12, "equal_nan": True}
-    torch.testing.assert_close(got.flatten(), y.detach(), **close)
-    dz = activation_bwd(dy.view_as(z), z, activation)
-    torch.testing.assert_close(dz.flatten(), expected, **close)
-
-
-def test_activation_bwd_of_any_layout():
-    torch.manual_seed(0)
-    z = integers(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    scattered = torch.empty(5, 3, 4, 2, 2, device=DEVICE)[..., 0].permute(3, 1, 2, 0)
-    expanded = integers(1, 1, 1, 1).expand(2, 3, 4, 5)
-    for dy in (integers(2, 3, 4, 5), expanded, scattered.copy_(integers(2, 3, 4, 5))):
-        dz = activation_bwd(dy, z, "relu")
-        assert_exact(dz, torch.where(z <= 0, 0, dy), channels_last=True)
+    torch.testing.assert_close(got.flatten(), ACTIVATIONS[activation](z), **close)
 
 
 @pytest.mark.parametrize("config", [DepthwiseConfig(8, 8), DepthwiseConfig(8, 8, 2)])
@@ -243,7 +224,6 @@ def test_nothing_is_launched_for_empty_tensors():
     assert_exact(depthwise_bwd_weight(x, x, (3, 1, 3, 3), *geometry), torch.zeros(3, 1, 3, 3))
     y = pointwise_fwd(x, weight_pw, None, None, None, allow_tf32=False, **last)
     assert y.shape == (0, 2, 4, 5)
-    assert activation_bwd(x, x, "relu").shape == x.shape
 
 
 def test_no_input_channels_leave_the_bias():
