@@ -1,5 +1,6 @@
 """BatchNorm folded into the convolution in front of it, once, until something changes."""
 
+import operator
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,10 @@ class FoldedConv:
         self.weight = weight
         self.bias = bias
         self._packed: onednn.PackedConv2d | None = None
+        self._packable = all(
+            t.device.type == "cpu" and t.dtype is torch.float32 and not t.requires_grad
+            for t in (weight, bias)
+        )
 
     def __call__(self, x: Tensor, activation: str | None) -> Tensor:
         """Convolve `x [N, C, H, W]` into `[N, K, P, Q]`, then activate."""
@@ -35,7 +40,7 @@ class FoldedConv:
 
     def packs(self, x: Tensor) -> bool:
         """Whether this call may run through oneDNN's packed weights."""
-        return chosen_backend() == "auto" and onednn.usable(x, self.weight, self.bias)
+        return self._packable and chosen_backend() == "auto" and onednn.usable(x)
 
     def run_packed(self, x: Tensor, activation: str | None) -> Tensor:
         """Convolve and activate through packed weights, packing them on the first call."""
@@ -102,33 +107,36 @@ def has_hooks(module: nn.Module) -> bool:
 Pair = tuple[MobileNetConv, _BatchNorm]
 
 
-class _Source(NamedTuple):
-    """A tensor that went into a fold, and how to see whether it is still the same."""
+class _Sources(NamedTuple):
+    """The tensors that went into a fold, and how to see whether they are still the same."""
 
-    tensor: Tensor
-    alias: Tensor  # keeps the storage alive, so that a new one cannot take its address
-    version: int
-    address: int
+    tensors: list[Tensor]
+    aliases: list[Tensor]  # keep the storages alive, so that new ones cannot take their addresses
+    versions: list[int]
+    addresses: list[int]
+
+    def are(self, tensors: list[Tensor]) -> bool:
+        """Whether these are `tensors`, unchanged."""
+        # Whole lists at a time, since this runs for every block of every forward.
+        return (
+            len(tensors) == len(self.tensors)
+            and all(map(operator.is_, tensors, self.tensors))
+            and [t._version for t in tensors] == self.versions
+            and [t.data_ptr() for t in tensors] == self.addresses
+        )
 
 
 class _Entry(NamedTuple):
     """What was folded, from what, and how many optimizer steps had been taken by then."""
 
-    sources: tuple[_Source, ...]
+    sources: _Sources
     folded: tuple[FoldedConv, ...]
     steps: int
 
     def is_current(self, tensors: list[Tensor]) -> bool:
-        if len(self.sources) != len(tensors):
+        if self.steps != _steps.taken and any(t.requires_grad for t in tensors):
             return False
-        stepped = self.steps != _steps.taken
-        return all(
-            source.tensor is tensor
-            and source.version == tensor._version
-            and source.address == tensor.data_ptr()
-            and not (stepped and tensor.requires_grad)
-            for source, tensor in zip(self.sources, tensors, strict=True)
-        )
+        return self.sources.are(tensors)
 
 
 class _Steps:
@@ -199,19 +207,24 @@ def _fold(pairs: tuple[Pair, ...]) -> tuple[FoldedConv, ...]:
 
 def _tensors(pairs: tuple[Pair, ...]) -> list[Tensor]:
     # Straight from the dictionaries: attribute access on modules is the costliest part of a check.
-    found = []
-    for conv, bn in pairs:
-        for values in (conv._parameters, bn._parameters, bn._buffers):
-            for name, value in values.items():
-                if value is not None and name != "num_batches_tracked":
-                    found.append(value)
-    return found
+    return [
+        value
+        for conv, bn in pairs
+        for values in (conv._parameters, bn._parameters, bn._buffers)
+        for value in values.values()
+        if value is not None and value.dim()  # not BatchNorm's counter of batches
+    ]
 
 
-def _watch(tensors: list[Tensor]) -> tuple[_Source, ...] | None:
+def _watch(tensors: list[Tensor]) -> _Sources | None:
     if not all(type(t) in (Tensor, nn.Parameter) and t.device.type != "meta" for t in tensors):
         return None
     try:
-        return tuple(_Source(t, t.detach(), t._version, t.data_ptr()) for t in tensors)
+        return _Sources(
+            tensors,
+            [t.detach() for t in tensors],
+            [t._version for t in tensors],
+            [t.data_ptr() for t in tensors],
+        )
     except RuntimeError:
         return None  # inference tensors count no versions, functorch's wrappers have no address
