@@ -328,7 +328,12 @@ def backward(p: Problem, dy: Tensor, arithmetic: Arithmetic) -> dict[str, Bounde
         pixels = _pixels(g.value)
         grads["residual"] = g
         grads["bias_pw"] = _summed(g, arithmetic)
-        operands = _pointwise_operands(g, stages.a, arithmetic)
+        a = stages.a
+        if stages.z_dw is not None and p.activation_mid and ACTIVATIONS[p.activation_mid].rounds:
+            # made again from a stored z, whose derivative is wanted too
+            z = stored(stages.z_dw, arithmetic)
+            a = stored(activated(z, p.activation_mid, arithmetic), arithmetic)
+        operands = _pointwise_operands(g, a, arithmetic)
         grads["weight_pw"] = contract(_mix_weight, *operands, pixels, arithmetic)
         operands = _pointwise_operands(g, exact(p.weight_pw), arithmetic)
         g = contract(_unmix, *operands, p.weight_pw.shape[0], arithmetic)

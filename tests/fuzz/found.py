@@ -62,4 +62,23 @@ FOUND = [
         activation="gelu",
         values="huge",
     ),
+    # The backward pass makes the depthwise half again from its stored values.
+    Case(
+        "separable",
+        "backward",
+        "float16",
+        C=5,
+        H=2,
+        W=7,
+        M=3,
+        K=2,
+        R=3,
+        padding=(0, 1, 0, 0),
+        residual=True,
+        activation_mid="silu",
+        activation="relu",
+        values="mixed",
+        seed=22,
+        layout_dw=Layout(expanded=(2, 3)),
+    ),
 ]
