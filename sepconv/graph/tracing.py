@@ -5,6 +5,7 @@ forward cannot be traced are taken as leaves. `modules`: the root itself cannot 
 """
 
 import inspect
+import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +33,37 @@ class Trace(NamedTuple):
     why: str
 
 
+class _Proxy(fx.Proxy):
+    """Records `x += y` as the write that it is; fx's own proxy makes `x = x + y` of it.
+
+    Then other names of the same tensor would keep the old value.
+    """
+
+
+def _record_in_place(name: str) -> None:
+    target = getattr(operator, name)
+
+    def method(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    setattr(_Proxy, f"__{name}__", method)
+
+
+for _name in (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+):
+    _record_in_place(_name)
+
+
 class ModuleTracer(fx.Tracer):
     """Traces down to convolutions, and remembers which module's forward raised.
 
@@ -43,6 +75,10 @@ class ModuleTracer(fx.Tracer):
         super().__init__()
         self.opaque = opaque
         self.failed: str | None = None
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """In-place operators are recorded as such."""
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Convolutions of any class are leaves: a subclass's own forward is not ours to open."""
