@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sepconv.mobilenet.config import Activation, Block, MobileNetV1Config
-from sepconv.mobilenet.folding import FoldCache, foldable, has_hooks
+from sepconv.mobilenet.folding import FoldCache, FoldedConv, foldable, has_hooks
 from sepconv.mobilenet.layers import (
     DepthwiseConv2d,
     MobileNetConv,
@@ -61,23 +61,23 @@ class SeparableBlock(nn.Module):
         """Map `x [N, C, H, W]` to `[N, K, ceil(H / stride), ceil(W / stride)]`."""
         # fx records the layers as they are written; folded weights would become constants in it.
         folds = isinstance(x, Tensor)
-        if folds and foldable(self.conv_dw, self.bn1) and foldable(self.conv_pw, self.bn2):
-            return self._fused(x)
-        x = _norm_act(self.conv_dw(x), self.bn1, self.activation)
-        return _norm_act(self.conv_pw(x), self.bn2, self.activation)
+        conv_dw, bn1, conv_pw, bn2 = self.conv_dw, self.bn1, self.conv_pw, self.bn2
+        if folds and foldable(conv_dw, bn1) and foldable(conv_pw, bn2):
+            return self._fused(x, *self._folds.get((conv_dw, bn1), (conv_pw, bn2)))
+        x = _norm_act(conv_dw(x), bn1, self.activation)
+        return _norm_act(conv_pw(x), bn2, self.activation)
 
-    def _fused(self, x: Tensor) -> Tensor:
-        dw, pw = self._folds.get((self.conv_dw, self.bn1), (self.conv_pw, self.bn2))
+    def _fused(self, x: Tensor, dw: FoldedConv, pw: FoldedConv) -> Tensor:
         if dw.packs(x):
             return pw.run_packed(dw.run_packed(x, self.activation), self.activation)
-        top, bottom, left, right = self.conv_dw.sides(x)
+        top, bottom, left, right = dw.conv.sides(x)
         return separable_conv2d(
             x,
             dw.weight,
             pw.weight,
             dw.bias,
             pw.bias,
-            stride=self.conv_dw.stride,
+            stride=dw.conv.stride,
             padding=((top, bottom), (left, right)),
             activation_mid=self.activation,
             activation=self.activation,

@@ -211,8 +211,8 @@ def _tensors(pairs: tuple[Pair, ...]) -> list[Tensor]:
         value
         for conv, bn in pairs
         for values in (conv._parameters, bn._parameters, bn._buffers)
-        for value in values.values()
-        if value is not None and value.dim()  # not BatchNorm's counter of batches
+        for name, value in values.items()
+        if value is not None and name != "num_batches_tracked"
     ]
 
 
