@@ -105,13 +105,13 @@ def separable(
     tf32 = x.dtype == torch.float32 and allows_tf32()
     if choice == ASK:
         G, _, R, S = weight_dw.shape
-        parts = (bias_dw, bias_pw, activation_mid, activation, residual)
-        epilogue = any(part is not None for part in parts)
+        mid = bias_dw is not None or activation_mid is not None
+        epilogue = bias_pw is not None or activation is not None or residual is not None
         sizes = (x.shape, (G, R, S), weight_pw.shape[0])
-        choice = lookup("separable_fwd", x, *sizes, *geometry, channels_last, tf32, epilogue)
+        choice = lookup("separable_fwd", x, *sizes, *geometry, channels_last, tf32, epilogue, mid)
     if choice == "unfused":
-        mid = depthwise(x, weight_dw, bias_dw, *geometry, activation_mid, channels_last)
-        return pointwise(mid, weight_pw, bias_pw, activation, residual, channels_last)
+        middle = depthwise(x, weight_dw, bias_dw, *geometry, activation_mid, channels_last)
+        return pointwise(middle, weight_pw, bias_pw, activation, residual, channels_last)
     weights = (weight_dw, weight_pw, bias_dw, bias_pw)
     activations = (activation_mid, activation)
     if choice == "library":

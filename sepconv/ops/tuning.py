@@ -64,6 +64,7 @@ class Problem(NamedTuple):
     channels_last: bool
     tf32: bool
     epilogue: bool
+    epilogue_mid: bool  # behind the depthwise half of a separable convolution
     deterministic: bool
 
     @property
@@ -89,8 +90,9 @@ class Problem(NamedTuple):
     def halves(self) -> tuple["Problem", "Problem"]:
         """A separable convolution's depthwise and pointwise convolution."""
         G = self.filter_shape[0]
-        depthwise = self._replace(op="depthwise_fwd", K=G, tf32=False)
-        pointwise = self._replace(
+        whole = self._replace(epilogue_mid=False)
+        depthwise = whole._replace(op="depthwise_fwd", K=G, tf32=False, epilogue=self.epilogue_mid)
+        pointwise = whole._replace(
             op="pointwise_fwd",
             x_shape=(self.x_shape[0], G, *self.output_size),
             filter_shape=(G, 1, 1),
@@ -113,7 +115,8 @@ class Problem(NamedTuple):
         words += [f"stride{self.stride[0]}x{self.stride[1]}"]
         words += [f"dilation{self.dilation[0]}x{self.dilation[1]}"]
         words += ["nhwc" if self.channels_last else "nchw"]
-        return "_".join(words + ["tf32"] * self.tf32 + ["epilogue"] * self.epilogue)
+        words += ["tf32"] * self.tf32 + ["mid"] * self.epilogue_mid + ["epilogue"] * self.epilogue
+        return "_".join(words)
 
 
 _answers: dict[tuple[Any, ...], Choice] = {}
@@ -143,6 +146,7 @@ def lookup(
     channels_last: bool,
     tf32: bool = False,
     epilogue: bool = False,
+    epilogue_mid: bool = False,
 ) -> Choice:
     """What is to run a call: block sizes, `None` for the default ones, or a name of `OTHERS`.
 
@@ -158,6 +162,7 @@ def lookup(
         channels_last: Whether the result is to be channels_last.
         tf32: Whether float32 products may use TF32.
         epilogue: Whether there is a bias, an activation or a residual.
+        epilogue_mid: Whether there is a bias or an activation between two convolutions.
     """
     call = (
         op,
@@ -172,6 +177,7 @@ def lookup(
         channels_last,
         tf32,
         epilogue,
+        epilogue_mid,
         torch.are_deterministic_algorithms_enabled(),
     )
     if _seen is not None:

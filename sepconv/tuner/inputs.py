@@ -56,9 +56,13 @@ def make_operands(problem: Problem, integers: bool, seed: int = 0) -> Operands:
         tensor(n, G, *problem.output_size) if gradient else tensor(0),
         tensor(G, 1, R, S),
         tensor(problem.K, G, 1, 1),
-        tensor(G) if problem.epilogue else None,
+        tensor(G) if _depthwise_epilogue(problem) else None,
         tensor(problem.K) if problem.epilogue else None,
     )
+
+
+def _depthwise_epilogue(problem: Problem) -> bool:
+    return problem.epilogue_mid if problem.op == "separable_fwd" else problem.epilogue
 
 
 def operands_in_turn(problem: Problem, cache_bytes: int) -> list[Operands]:
@@ -75,13 +79,14 @@ def run_choice(problem: Problem, operands: Operands, choice: Choice) -> Tensor:
     geometry = (problem.stride, problem.padding, problem.dilation)
     last = problem.channels_last
     relu = "relu" if problem.epilogue else None
+    relu_mid = "relu" if problem.epilogue_mid else None
     if problem.op == "depthwise_fwd":
         return run.depthwise(x, weight_dw, bias_dw, *geometry, relu, last, choice)
     if problem.op == "pointwise_fwd":
         return run.pointwise(x, weight_pw, bias_pw, relu, None, last, choice)
     if problem.op == "separable_fwd":
         weights = (weight_dw, weight_pw, bias_dw, bias_pw)
-        return run.separable(x, *weights, *geometry, relu, relu, None, last, choice)
+        return run.separable(x, *weights, *geometry, relu_mid, relu, None, last, choice)
     if problem.op == "depthwise_bwd_input":
         n, c, h, w = problem.x_shape
         return run.depthwise_bwd_input(dy, weight_dw, (n, c, h, w), *geometry, last, choice)
@@ -94,6 +99,7 @@ def right_answer(problem: Problem, operands: Operands) -> Tensor:
     x, dy, weight_dw, weight_pw = (t.double() for t in operands[:4])
     bias_dw, bias_pw = (None if t is None else t.double() for t in operands[4:])
     relu = "relu" if problem.epilogue else None
+    relu_mid = "relu" if problem.epilogue_mid else None
     geometry = (problem.stride, problem.padding, problem.dilation)
     if problem.op == "depthwise_fwd":
         y = reference.depthwise_conv2d(x, weight_dw, bias_dw, *geometry, relu)
@@ -101,7 +107,7 @@ def right_answer(problem: Problem, operands: Operands) -> Tensor:
         y = reference.pointwise_conv2d(x, weight_pw, bias_pw, relu, None)
     elif problem.op == "separable_fwd":
         weights = (weight_dw, weight_pw, bias_dw, bias_pw)
-        y = reference.separable_conv2d(x, *weights, *geometry, relu, relu, None)
+        y = reference.separable_conv2d(x, *weights, *geometry, relu_mid, relu, None)
     elif problem.op == "depthwise_bwd_input":
         y = reference.depthwise_conv2d_backward_input(
             dy, weight_dw, problem.x_shape, *geometry, problem.channels_last

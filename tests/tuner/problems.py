@@ -13,19 +13,19 @@ DEVICE = 0 if torch.cuda.is_available() else -1
 def depthwise(C: int = 4, N: int = 1, op: str = "depthwise_fwd", stride: int = 1) -> Problem:
     return Problem(
         op, torch.float32, DEVICE, (N, C, 5, 5), (C, 3, 3), C, (stride, stride), (1, 1, 1, 1),
-        (1, 1), True, False, "bwd" not in op, False,
+        (1, 1), True, False, "bwd" not in op, False, False,
     )  # fmt: skip
 
 
 def pointwise(C: int = 4, K: int = 6) -> Problem:
     return Problem(
         "pointwise_fwd", torch.float32, DEVICE, (1, C, 5, 5), (C, 1, 1), K, (1, 1), (0, 0, 0, 0),
-        (1, 1), True, False, True, False,
+        (1, 1), True, False, True, False, False,
     )  # fmt: skip
 
 
 def separable(C: int = 4, K: int = 6) -> Problem:
-    return depthwise(C)._replace(op="separable_fwd", K=K)
+    return depthwise(C)._replace(op="separable_fwd", K=K, epilogue_mid=True)
 
 
 def preferring(wanted: Choice) -> Callable[[Sequence[Callable], float], float]:

@@ -81,6 +81,7 @@ def test_keys_join_close_sizes_and_part_different_ones():
         depthwise(C=8), depthwise(N=2), depthwise(stride=2), depthwise(op="depthwise_bwd_input"),
         PROBLEM._replace(dtype=torch.float16), PROBLEM._replace(channels_last=False),
         PROBLEM._replace(tf32=True), PROBLEM._replace(epilogue=False),
+        PROBLEM._replace(epilogue_mid=True),
         PROBLEM._replace(dilation=(2, 2), padding=(2, 2, 2, 2)),
         PROBLEM._replace(filter_shape=(8, 3, 3), K=8), PROBLEM._replace(filter_shape=(4, 3, 1)),
         PROBLEM._replace(x_shape=(1, 4, 6, 5)), separable(), pointwise(),
@@ -89,6 +90,26 @@ def test_keys_join_close_sizes_and_part_different_ones():
     assert len(set(keys)) == len(keys)
     for key in keys:
         assert key.replace("_", "").isalnum(), "keys are file names"
+
+
+@pytest.mark.parametrize("biases", [(True, False), (False, True), (True, True), (False, False)])
+def test_the_halves_are_what_the_unfused_call_asks_for(biases: tuple[bool, bool]):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, weight_dw, weight_pw = (
+        torch.ones(shape, device=device) for shape in ((1, 4, 5, 5), (4, 1, 3, 3), (6, 4, 1, 1))
+    )
+    bias_dw = torch.ones(4, device=device) if biases[0] else None
+    bias_pw = torch.ones(6, device=device) if biases[1] else None
+    arguments = (x, weight_dw, weight_pw, bias_dw, bias_pw, 2, 1)
+    with sepconv.backend("triton"), tuning.recording() as calls:
+        sepconv.ops.separable_conv2d(*arguments)
+    (problem,) = (Problem(*call) for call in calls)
+    tuning.install(tuning.target(problem.device), problem.key, "unfused")
+    with sepconv.backend("triton"), tuning.recording() as calls:
+        sepconv.ops.separable_conv2d(*arguments)
+    assert [Problem(*call).key for call in calls] == [
+        problem.key, *(half.key for half in problem.halves)
+    ]  # fmt: skip
 
 
 def test_a_forward_reads_once_and_writes_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch):

@@ -62,5 +62,6 @@ def as_problem(stated: Stated, dtype: torch.dtype, channels_last: bool, dry: boo
         channels_last=channels_last,
         tf32=bool(outputs) and dtype == torch.float32,
         epilogue=False,
+        epilogue_mid=False,
         deterministic=False,
     )

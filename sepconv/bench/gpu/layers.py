@@ -60,6 +60,7 @@ def problems(layer: Layer, batch: int, dtype: torch.dtype, device: int) -> Itera
         channels_last=True,
         tf32=False,
         epilogue=False,
+        epilogue_mid=False,
         deterministic=False,
     )
     yield depthwise
