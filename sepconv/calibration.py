@@ -1,6 +1,7 @@
 """Factors that keep what a model computes on unlabelled inputs: plan, then fit layer by layer."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from sepconv.factorize.target import asymmetric_target, damped
 from sepconv.graph import ExampleInputs, Match
 from sepconv.observe import Dense
 from sepconv.progress import track
-from sepconv.refine import STEPS, Fitted, refine
+from sepconv.refine import STEPS, Fitted, ShapesDifferError, refine
 from sepconv.responses import Responses, Substitutes
 
 Ranks = Mapping[str, int | None]  # None: dense
@@ -125,7 +126,9 @@ class Calibration:
         """
         fitted, spreads = self._closed_forms(ranks)
         if self._method.refine and fitted:
-            fitted = self._better(self._refined(fitted, spreads), fitted)
+            # Without comparable outputs there is nothing to aim at: the closed forms stand.
+            with suppress(ShapesDifferError):
+                fitted = self._better(self._refined(fitted, spreads), fitted)
         return fitted
 
     def _closed_forms(self, ranks: Ranks) -> tuple[dict[str, Fitted], dict[str, float]]:
@@ -151,7 +154,10 @@ class Calibration:
 
     def _better(self, new: dict[str, Fitted], old: dict[str, Fitted]) -> dict[str, Fitted]:
         """`new` where it changes the model's output less, else `old`."""
-        return new if self.output_error(new) < self.output_error(old) else old
+        try:
+            return new if self.output_error(new) < self.output_error(old) else old
+        except ShapesDifferError:
+            return old
 
     def _refined(
         self, fitted: Mapping[str, Fitted], spreads: Mapping[str, float]
@@ -252,7 +258,7 @@ def _relative_error(outputs: list[list[Tensor]], wanted: list[list[Tensor]]) -> 
     """Squared error over variance of each output tensor, averaged over the tensors."""
     shapes = [[t.shape for t in batch] for batch in (*outputs, *wanted)]
     if shapes[: len(outputs)] != shapes[len(outputs) :]:
-        raise ValueError(
+        raise ShapesDifferError(
             "calibration: the shapes of the model's outputs depend on its weights, so their error "
             "cannot be measured; give `rank=` instead of a budget"
         )

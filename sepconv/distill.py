@@ -108,13 +108,14 @@ def distill(
                     loss = _loss(
                         student, teacher, batch, temperature, label_weight, layer_weight, layers
                     )
-                if not bool(torch.isfinite(loss)):
+                value = float(loss.detach())
+                if not math.isfinite(value):
                     raise ValueError(
-                        f"loader: the loss became {float(loss)} in epoch {epoch + 1}; check the "
+                        f"loader: the loss became {value} in epoch {epoch + 1}; check the "
                         "batches for NaN, or lower learning_rate"
                     )
                 run.step(loss)
-                total, steps = total + float(loss.detach()), steps + 1
+                total, steps = total + value, steps + 1
             if steps == 0:
                 raise ValueError("loader: expected batches in every epoch; a generator gives one")
             run.finish_epoch()

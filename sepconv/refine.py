@@ -24,6 +24,10 @@ INNER_WEIGHT = 50.0  # of the responses inside the network against those at its 
 Responses = tuple[list[Tensor], list[Tensor]]  # inside the network, at its end
 
 
+class ShapesDifferError(ValueError):
+    """Outputs of two forms of a model cannot be compared."""
+
+
 class Fitted(NamedTuple):
     """A convolution's calibrated form: factors, and the bias [K] that goes with them."""
 
@@ -105,6 +109,8 @@ class _Free:
 def _error(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
     """Squared error over variance of each tensor, averaged over the tensors."""
     errors = []
+    if [t.shape for t in ours] != [t.shape for t in theirs]:
+        raise ShapesDifferError("the shapes of the model's outputs depend on its weights")
     for a, b in zip(ours, theirs, strict=True):
         b = b.float()
         spread = (b - b.mean()).square().mean().clamp(min=1e-12)

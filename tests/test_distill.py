@@ -1,0 +1,180 @@
+"""Distillation: it learns, keeps its promises about decay and modes, and survives a kill."""
+
+import csv
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import sepconv
+from sepconv.distill import _parameter_groups
+
+
+@pytest.fixture
+def teacher() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 4),
+    ).eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def student(teacher: nn.Module) -> nn.Module:
+    return sepconv.convert(teacher, rank=1)
+
+
+def disagreement(student: nn.Module, teacher: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return float((student.eval()(x) - teacher(x)).square().mean())
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_the_student_comes_closer_and_the_teacher_stays(
+    student: nn.Module, teacher: nn.Module, x: Tensor, amp: bool
+) -> None:
+    before, original = disagreement(student, teacher, x), deepcopy(teacher.state_dict())
+    loader = list(x.split(16))
+    result = sepconv.distill(
+        student, teacher, loader, 12, learning_rate=1e-2, layer_weight=0.1, amp=amp
+    )
+    assert result is student
+    assert disagreement(student, teacher, x) < 0.7 * before
+    assert all(torch.equal(v, original[k]) for k, v in teacher.state_dict().items())
+    assert all(not module.training for module in (*student.modules(), *teacher.modules()))
+
+
+def test_labels_are_learned_where_asked_for(student: nn.Module, teacher: nn.Module) -> None:
+    x, labels = torch.randn(32, 3, 6, 6), torch.randint(0, 4, (32,))
+    with torch.no_grad():
+        before = nn.functional.cross_entropy(student(x), labels)
+    held_out = [(x, labels)]
+    pairs = [(x, labels)] * 10
+    sepconv.distill(
+        student, teacher, pairs, 4, held_out=held_out, learning_rate=3e-3, label_weight=50.0
+    )
+    with torch.no_grad():
+        # Judged by the teacher alone, so the epoch kept need not be the last.
+        assert nn.functional.cross_entropy(student(x), labels) <= before
+
+
+def test_depthwise_filters_biases_and_norms_have_no_weight_decay(student: nn.Module) -> None:
+    names = {id(p): name for name, p in student.named_parameters()}
+    decay = {
+        names[id(p)]: group["weight_decay"]
+        for group in _parameter_groups(student, 0.1)
+        for p in group["params"]
+    }
+    assert {name for name, value in decay.items() if value} == {
+        "0.weight",
+        "3.weight_pw",
+        "5.weight",
+    }
+    assert decay.keys() == set(names.values())
+
+
+class KilledError(RuntimeError):
+    pass
+
+
+def test_a_killed_run_goes_on_to_the_same_result(
+    student: nn.Module, teacher: nn.Module, x: Tensor, tmp_path: Path
+) -> None:
+    """Shuffled batches included: the random state is part of the checkpoint."""
+
+    def run(model: nn.Module, loader: Any, checkpoint: Path) -> nn.Module:
+        return sepconv.distill(
+            model, teacher, loader, 4, held_out=[x], checkpoint=checkpoint, learning_rate=1e-2
+        )
+
+    loader = DataLoader(TensorDataset(x), batch_size=16, shuffle=True)
+
+    class DiesInThirdEpoch:
+        epochs = 0
+
+        def __iter__(self) -> Any:
+            self.epochs += 1
+            if self.epochs == 3:
+                raise KilledError
+            return iter(loader)
+
+    torch.manual_seed(5)
+    whole = run(deepcopy(student), loader, tmp_path / "whole.pt")
+    torch.manual_seed(5)
+    with pytest.raises(KilledError):
+        run(deepcopy(student), DiesInThirdEpoch(), tmp_path / "killed.pt")
+    torch.manual_seed(99)
+    resumed = run(deepcopy(student), loader, tmp_path / "killed.pt")
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_the_best_epoch_is_kept(student: nn.Module, teacher: nn.Module, x: Tensor) -> None:
+    """A learning rate that ruins the student leaves it as it was."""
+    before = disagreement(student, teacher, x)
+    sepconv.distill(student, teacher, list(x.split(16)), 2, held_out=[x], learning_rate=30.0)
+    assert disagreement(student, teacher, x) <= before * (1 + 1e-5)
+
+
+def test_statistics_of_norms_stay_in_the_first_epoch(
+    student: nn.Module, teacher: nn.Module, x: Tensor
+) -> None:
+    seen: list[Tensor] = []
+
+    def watch(norm: nn.Module, *_: Any) -> None:
+        seen.append(norm.running_mean.clone())
+
+    student[1].register_forward_pre_hook(watch)
+    before = student[1].running_mean.clone()
+    sepconv.distill(student, teacher, [x + 1], 3, held_out=[x])
+    # Per epoch one step and one judgement; the first call of all is a judgement too.
+    assert torch.equal(seen[1], before)
+    assert not torch.equal(seen[-1], before)
+
+
+def test_the_log_has_a_row_per_epoch(
+    student: nn.Module, teacher: nn.Module, x: Tensor, tmp_path: Path
+) -> None:
+    log = tmp_path / "log.csv"
+    sepconv.distill(student, teacher, [x], 3, log=log)
+    with log.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[-1]["learning_rate"]) == pytest.approx(0, abs=1e-12)
+    assert all(float(row["loss"]) > 0 for row in rows)
+
+
+def test_bad_input_is_named(
+    student: nn.Module, teacher: nn.Module, x: Tensor, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="epochs: expected"):
+        sepconv.distill(student, teacher, [x], 0)
+    with pytest.raises(ValueError, match="at least one batch"):
+        sepconv.distill(student, teacher, [], 1)
+    with pytest.raises(ValueError, match="expected batches in every epoch"):
+        sepconv.distill(student, teacher, iter([x]), 2, held_out=[x])
+    with pytest.raises(ValueError, match="pairs of inputs and labels"):
+        sepconv.distill(student, teacher, [x], 1, label_weight=1.0)
+    with pytest.raises(ValueError, match="loss became nan"):
+        sepconv.distill(student, teacher, [x * torch.nan], 1, held_out=[x])
+    with pytest.raises(ValueError, match="expected logits"):
+        sepconv.distill(student[:4], teacher[:4], [x], 1)
+    with pytest.raises(ValueError, match="got dict"):
+        sepconv.distill(student, teacher, [{"x": x}], 1)
+    junk = tmp_path / "junk.pt"
+    junk.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"checkpoint: .*junk\.pt does not fit"):
+        sepconv.distill(student, teacher, [x], 1, checkpoint=junk)
