@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepconv import onednn, ops, reference
+from sepconv.ops.autocast import is_autocasting
 from sepconv.ops.backend import chosen_backend
 
 Pair = tuple[int, int]
@@ -297,4 +298,4 @@ def _like(residual: Any, shape: Sequence[int], dtype: torch.dtype) -> bool:
 
 def _joins_op(residual: Any, x: Tensor, shape: Sequence[int]) -> bool:
     """Whether an op can add the residual: no broadcasting, no promotion of dtypes."""
-    return _like(residual, shape, x.dtype) and not torch.is_autocast_enabled(x.device.type)
+    return _like(residual, shape, x.dtype) and not is_autocasting(x)
