@@ -7,6 +7,7 @@
 from sepconv import nn, ops
 from sepconv.budget import Budget
 from sepconv.convert import convert
+from sepconv.cost import cost
 from sepconv.distill import distill
 from sepconv.fuse import fuse
 from sepconv.ops import backend
@@ -23,6 +24,7 @@ __all__ = [
     "apply_recipe",
     "backend",
     "convert",
+    "cost",
     "distill",
     "fuse",
     "load",

@@ -1,7 +1,7 @@
 """Writing files so that a crash leaves the old one whole."""
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 
@@ -12,13 +12,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         OSError: the folder does not exist or cannot be written to; `path` is unchanged then.
     """
     data = content.encode() if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    # Not `tempfile`: its files are for their owner alone, and this one is to be read by others.
+    with open(temporary, "xb") as file:
+        try:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink()
+            raise
