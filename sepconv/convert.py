@@ -25,6 +25,7 @@ from sepconv.latency import measure_latencies
 from sepconv.nn import SeparableConv2d
 from sepconv.optimizers import check_optimizers, update_optimizers
 from sepconv.plan import check_within, ranks_asked
+from sepconv.refine import Fitted
 from sepconv.report import (
     LayerReport,
     attach,
@@ -34,7 +35,6 @@ from sepconv.report import (
     summarise,
 )
 from sepconv.select import FilterFn, RankChoice, select
-from sepconv.refine import Fitted
 
 
 def convert(

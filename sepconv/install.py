@@ -7,8 +7,8 @@ from torch import nn
 
 from sepconv.graph import Match
 from sepconv.nn import SeparableConv2d
-from sepconv.report import LayerReport
 from sepconv.refine import Fitted
+from sepconv.report import LayerReport
 
 
 def install(

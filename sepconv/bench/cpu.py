@@ -96,7 +96,9 @@ def measure_model(name: str, rank: int, batch: int, resolution: int, rounds: int
 def measure_conversion(name: str, rank: int) -> dict[str, Any]:
     """Seconds and peak memory of a conversion, in a process of its own."""
     code = f"from sepconv.bench import cpu; cpu.print_conversion({name!r}, {rank})"
-    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
