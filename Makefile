@@ -1,6 +1,7 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both set up everything they need.
 PYTHON ?= python3
 VENV ?= .venv
+OUT ?= docs/results
 BIN := $(VENV)/bin
 CLEAN := $(abspath $(VENV)-wheel)
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -38,6 +39,19 @@ mutants: $(VENV)/installed ## plant bugs in the kernels; each must be caught
 
 bench: $(VENV)/installed ## the benchmark of this machine's CPU
 	$(BIN)/python -m sepconv.bench cpu
+
+zoo: $(VENV)/installed ## convert every architecture of torchvision and timm; takes hours, resumes
+	$(PIP) -e ".[zoo]"
+	$(BIN)/python examples/zoo.py $(ARGS)
+
+zoo: $(VENV)/dev ## convert every torchvision and timm architecture, each in its own process
+	$(PIP) -e ".[zoo]"
+	$(BIN)/python examples/zoo.py $(ARGS)
+
+# On the machine's own Python: a GPU machine has its own torch, and need not be on line.
+gpu: ## fuzz against cuDNN, tune, measure everything; under ten minutes, results in OUT
+	PYTHONPATH=. $(PYTHON) -m pytest --hypothesis tests/fuzz --fuzz-seconds 60
+	PYTHONPATH=. $(PYTHON) -m sepconv.bench gpu --part all --out $(OUT)
 
 lint: $(VENV)/dev ## ruff and mypy
 	$(BIN)/ruff check .
