@@ -44,10 +44,6 @@ zoo: $(VENV)/installed ## convert every architecture of torchvision and timm; ta
 	$(PIP) -e ".[zoo]"
 	$(BIN)/python examples/zoo.py $(ARGS)
 
-zoo: $(VENV)/dev ## convert every torchvision and timm architecture, each in its own process
-	$(PIP) -e ".[zoo]"
-	$(BIN)/python examples/zoo.py $(ARGS)
-
 # On the machine's own Python: a GPU machine has its own torch, and need not be on line.
 gpu: ## fuzz against cuDNN, tune, measure everything; under ten minutes, results in OUT
 	PYTHONPATH=. $(PYTHON) -m pytest --hypothesis tests/fuzz --fuzz-seconds 60
