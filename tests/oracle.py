@@ -56,8 +56,6 @@ class Arithmetic:
             differ where a weight is not finite, and the framework has both: its float64
             convolution multiplies, oneDNN's float32 one skips.
         skips_outside: the same for what lies outside dy in the gradient of the input.
-        nan_passes: the slope of relu6 and hardswish at NaN is one, as in the framework's scalar
-            loops, and not zero and NaN, as in its vectorised ones.
     """
 
     dtype: torch.dtype
@@ -67,12 +65,11 @@ class Arithmetic:
     truncating: bool = False
     skips_padding: bool = False
     skips_outside: bool = False
-    nan_passes: bool = False
 
     @property
     def variants(self) -> "list[Arithmetic]":
         """All that are right where something is not finite."""
-        names = ("skips_padding", "skips_outside", "nan_passes")
+        names = ("skips_padding", "skips_outside")
         choices = itertools.product((False, True), repeat=len(names))
         return [dataclasses.replace(self, **dict(zip(names, c, strict=True))) for c in choices]
 
@@ -197,7 +194,9 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-_SLOPE_AT_NAN = {"relu6": 0.0, "hardswish": math.nan}  # see Arithmetic.nan_passes
+# At NaN their slope is one in the framework's scalar loops, zero and NaN in its vectorised ones,
+# which share the elements of a single tensor between them.
+_NO_SLOPE_AT_NAN = ("relu6", "hardswish")
 
 
 def activated(z: Bounded, name: str | None, arithmetic: Arithmetic) -> Bounded:
@@ -225,9 +224,6 @@ def through_activation(
         (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y), retain_graph=True)
         # not dy * slope: where f is flat the framework makes zero even of an infinite dy
         (value,) = torch.autograd.grad(y, leaf, dy.value)
-    if name in _SLOPE_AT_NAN:
-        at_nan = dy.value if arithmetic.nan_passes else dy.value * _SLOPE_AT_NAN[name]
-        value = torch.where(z.value.isnan(), at_nan, value)
     doubt = activation.derivative_lipschitz * z.error
     doubt = doubt.clamp(max=2 * activation.lipschitz)  # the most by which two slopes differ
     for kink, jump in activation.kinks.items():
@@ -241,7 +237,10 @@ def through_activation(
         error = error + arithmetic.unit_acc * (dy.value * slope).abs()
     # times a slope of zero or one nothing is rounded; a non-finite gradient carries no bound
     error = torch.where(value.isfinite() | error.isinf(), error, 0.0)
-    return Bounded(value, torch.where(z.error.isinf() | dy.error.isinf(), math.inf, error))
+    doubtful = z.error.isinf() | dy.error.isinf()
+    if name in _NO_SLOPE_AT_NAN:
+        doubtful = doubtful | z.value.isnan()
+    return Bounded(value, torch.where(doubtful, math.inf, error))
 
 
 # ---- the three ops ----------------------------------------------------------------------------
