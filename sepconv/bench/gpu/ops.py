@@ -1,5 +1,6 @@
 """Every launcher on the layers of known networks, against the library."""
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 
@@ -10,9 +11,11 @@ from sepconv.bench.gpu.library import baselines
 from sepconv.bench.gpu.measure import Bench, Contender
 from sepconv.ops.run import ASK
 from sepconv.ops.tuning import Problem
+from sepconv.ops.tuning_files import Choice
 from sepconv.roofline import moved_bytes, predicted_seconds
+from sepconv.timing import Call
 from sepconv.tuner.candidates import cache_bytes, known_gpu
-from sepconv.tuner.inputs import operands_in_turn, run_choice
+from sepconv.tuner.inputs import Operands, operands_in_turn, run_choice
 
 # The most telling first: what does not fit into the time is noted as such.
 _SWEEP = (
@@ -68,5 +71,5 @@ def measure_problem(bench: Bench, part: str, name: str, problem: Problem) -> Non
         )
 
 
-def _calls(problem, sets, choice):  # type: ignore[no-untyped-def]
+def _calls(problem: Problem, sets: Sequence[Operands], choice: Choice) -> list[Call]:
     return [partial(run_choice, problem, operands, choice) for operands in sets]
