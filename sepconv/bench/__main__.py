@@ -1,15 +1,15 @@
-"""`python -m sepconv.bench cpu | gpu | mobilenet | overhead`: a sub-command for each module."""
+"""`python -m sepconv.bench cpu | fuse | gpu | ...`: a sub-command for each module."""
 
 import argparse
 
-from sepconv.bench import cpu, gpu, mobilenet, overhead
+from sepconv.bench import cpu, fuse, gpu, mobilenet, overhead
 
 
 def main() -> None:
     """Run the benchmark that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m sepconv.bench")
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (cpu, gpu, mobilenet, overhead):
+    for module in (cpu, fuse, gpu, mobilenet, overhead):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(name, description=module.__doc__)
         module.add_arguments(command)

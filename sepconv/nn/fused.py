@@ -267,7 +267,8 @@ class FusedLinear(_Fused):
     def forward(self, x: Tensor) -> Tensor:
         """Mix the channels of each row, activate."""
         channels = self.weight.shape[1]
-        if x.numel() >= _PACKED_ROWS * channels and _may_pack(x, self.weight, self.bias):
+        # In this order: under torch.export a question about sizes would limit the batch.
+        if _may_pack(x, self.weight, self.bias) and x.numel() >= _PACKED_ROWS * channels:
             # A matrix product is a 1x1 convolution; its rows are pixels.
             packed = self._packed.get(self.weight[:, :, None, None], self.bias, 1, 1)
             pixels = x.reshape(1, 1, -1, channels).permute(0, 3, 1, 2)

@@ -1,7 +1,7 @@
 """What people do with a model after it was converted or fused: each a function that checks it.
 
-Run as ``python tests/afterwards/features.py`` to write `docs/afterwards.md`; `test_afterwards.py`
-asserts it on a small network.
+Run as ``python tests/afterwards/features.py [model ...]`` to write `docs/afterwards.md`;
+`test_afterwards.py` asserts it on a small network.
 """
 
 import copy
@@ -212,7 +212,7 @@ FEATURES: dict[str, Feature] = {
 SLOW = {compile_fullgraph, aot_inductor}
 LONG = {compile_aot_eager, export_in_another_process, onnx_plain_convolutions}
 
-MODELS = ("resnet18", "mobilenet_v2", "efficientnet_b0", "densenet121", "shufflenet_v2_x1_0")
+MODELS = ("resnet18", "mobilenet_v2", "efficientnet_b0")
 
 
 def main() -> None:
@@ -227,7 +227,8 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     rows: dict[str, list[str]] = {name: [] for name in FEATURES}
-    columns = [(name, how) for name in MODELS for how in ("converted", "fused")]
+    names = sys.argv[1:] or MODELS
+    columns = [(name, how) for name in names for how in ("converted", "fused")]
     footnotes: list[str] = []
     for name, how in track(columns, "models"):
         torch.manual_seed(0)
