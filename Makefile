@@ -46,7 +46,7 @@ zoo: $(VENV)/installed ## convert every architecture of torchvision and timm; ta
 
 # On the machine's own Python: a GPU machine has its own torch, and need not be on line.
 gpu: ## fuzz against cuDNN, tune, measure everything; under ten minutes, results in OUT
-	PYTHONPATH=. $(PYTHON) -m pytest --hypothesis tests/fuzz --fuzz-seconds 60
+	PYTHONPATH=. $(PYTHON) -m pytest --hypothesis tests/fuzz --fuzz-seconds 10
 	PYTHONPATH=. $(PYTHON) -m sepconv.bench gpu --part all --out $(OUT)
 
 lint: $(VENV)/dev ## ruff and mypy
