@@ -58,6 +58,7 @@ class BasicBlock(nn.Module):
         self.stride, self.extra = stride, out_channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, K, P, Q]."""
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.extra:
             side = self.extra // 2
@@ -85,6 +86,7 @@ class CifarResNet(nn.Module):
         return nn.Sequential(first, *rest)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images [N, 3, 32, 32] to logits [N, num_classes]."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean((2, 3)))

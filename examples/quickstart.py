@@ -80,8 +80,9 @@ def main() -> None:
     for name, model, macs, params in forms:
         with torch.no_grad():
             time = seconds(lambda model=model: model(x_test), 0.3)
-        shown = f"{100 * accuracy(model, x_test, y_test):.1f}"
-        table.add_row(name, shown, f"{macs / 1e6:.2f}M", f"{params / 1e3:.1f}k", f"{time * 1e3:.1f}")
+        right = f"{100 * accuracy(model, x_test, y_test):.1f}"
+        cost = (f"{macs / 1e6:.2f}M", f"{params / 1e3:.1f}k")
+        table.add_row(name, right, *cost, f"{time * 1e3:.1f}")
 
     console = Console()
     console.print(table)
