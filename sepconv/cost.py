@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -113,6 +113,8 @@ class _Recorder(TorchDispatchMode):
         self.layers: dict[tuple[str, str], LayerCost] = {}
         self.operand_shapes: dict[tuple[str, str], set[torch.Size]] = {}
         self._running = [""]
+        # The flop counter imports Triton, which importing sepconv must not.
+        self._formulas = import_module("torch.utils.flop_counter").flop_registry
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -139,7 +141,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        formula = flop_registry.get(func._overloadpacket)
+        formula = self._formulas.get(func._overloadpacket)
         if formula is None:
             with self:
                 decomposed = func.decompose(*args, **kwargs)

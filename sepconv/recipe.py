@@ -174,7 +174,7 @@ def apply_recipe(
         ValueError: the recipe is damaged or does not fit the model; nothing has been changed then.
 
     Example:
-        >>> import sepconv
+        >>> import sepconv, torch
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3))
         >>> recipe = recipe_of(sepconv.convert(net, rank=2))
         >>> again = apply_recipe(torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3)), recipe)
