@@ -52,11 +52,12 @@ def search(
 
     Example:
         >>> import torch
+        >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.Flatten(), nn.Linear(32, 2))
         >>> x = torch.randn(16, 8, 4, 4)
         >>> def agreement(candidate: nn.Module) -> float:
         ...     return float((candidate(x).argmax(1) == net(x).argmax(1)).float().mean())
-        >>> small = search(net, x[:1], [x], agreement, max_drop=0.2)
+        >>> small = search(net, x[:1], [x], agreement, max_drop=0.5)
         >>> agreement(small) >= 0.8
         True
     """
