@@ -58,7 +58,7 @@ def search(
         >>> def agreement(candidate: nn.Module) -> float:
         ...     return float((candidate(x).argmax(1) == net(x).argmax(1)).float().mean())
         >>> small = search(net, x[:1], [x], agreement, max_drop=0.5)
-        >>> agreement(small) >= 0.8
+        >>> agreement(small) >= 0.5
         True
     """
     for forbidden in ("rank", "budget", "inplace", "dryrun"):
