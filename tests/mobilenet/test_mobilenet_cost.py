@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-import sepconv.cost
+import sepconv
 from sepconv import mobilenet
 
 # METHOD: multiply-adds with the classifier, in millions, at 224, 192, 160, 128; all parameters.
@@ -36,7 +36,7 @@ def test_same_as_counting_the_model(kwargs):
     config = mobilenet.paper_config(**kwargs)
     model = mobilenet.MobileNetV1(config, device="meta")
     x = torch.zeros(1, config.in_channels, config.resolution, config.resolution, device="meta")
-    counted, analytic = sepconv.cost.cost(model, x), mobilenet.cost(config=config)
+    counted, analytic = sepconv.cost(model, x), mobilenet.cost(config=config)
     assert counted.by_layer == analytic.by_layer
     assert counted.by_type == analytic.by_type
     assert analytic.params == sum(p.numel() for p in model.parameters())
