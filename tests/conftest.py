@@ -1,5 +1,6 @@
 """Set-up shared by all tests: where kernels run, the fuzz's options and its report, real data."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -84,8 +85,9 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         lines.append(f"fuzz: {fuzz.examples} fixed cases per op and direction (all: --hypothesis)")
     for left in fuzz.in_flight.parent.glob("in-flight-*"):
         if not _is_running(int(left.name.rpartition("-")[2])):
-            lines.append(f"a run died in this case: {REPLAY} '{left.read_text()}'")
-            left.unlink()
+            with contextlib.suppress(FileNotFoundError):  # another run may have taken it by now
+                lines.append(f"a run died in this case: {REPLAY} '{left.read_text()}'")
+                left.unlink()
     return lines
 
 
