@@ -4,10 +4,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from sepconv.kernels.configs import DepthwiseConfig, GemmConfig
+from sepconv.ops import tuning, tuning_files
 from sepconv.ops.tuning import Problem
 from sepconv.ops.tuning_files import Choice
 
 DEVICE = 0 if torch.cuda.is_available() else -1
+FEW = [DepthwiseConfig(8, 8, 0, 1), DepthwiseConfig(16, 4, 4, 1)]
+FEW_GEMM = [GemmConfig(16, 16, 16, 1, 1), GemmConfig(32, 16, 16, 1, 1)]
 
 
 def depthwise(C: int = 4, N: int = 1, op: str = "depthwise_fwd", stride: int = 1) -> Problem:
@@ -36,3 +40,15 @@ def preferring(wanted: Choice) -> Callable[[Sequence[Callable], float], float]:
         return 1.0 if choice == wanted else 2.0
 
     return timer
+
+
+def few_candidates(problem: Problem) -> list[Choice]:
+    """Two candidates beside those that are no kernel: the interpreter is slow."""
+    sizes = FEW if problem.op.startswith("depthwise") else FEW_GEMM
+    return [None, *tuning_files.others(problem.op), *sizes]
+
+
+def entry(problem: Problem) -> tuning_files.Entry | None:
+    """What the cache keeps for a problem."""
+    where = tuning.target(problem.device)
+    return tuning_files.read(where.gpu, where.triton, problem.key)

@@ -1,6 +1,5 @@
 """The search itself, run for real: through the interpreter where there is no GPU."""
 
-import os
 import signal
 import threading
 import time
@@ -10,40 +9,35 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from tuner.problems import DEVICE, depthwise, pointwise, preferring, separable
+from tuner import children
+from tuner.problems import (
+    DEVICE,
+    FEW,
+    depthwise,
+    entry,
+    few_candidates,
+    pointwise,
+    preferring,
+    separable,
+)
 
 import sepconv
 from sepconv.kernels import depthwise as depthwise_kernels
-from sepconv.kernels.configs import DepthwiseConfig, GemmConfig
-from sepconv.ops import tuning, tuning_files
+from sepconv.ops import tuning
 from sepconv.tuner import candidates as tuner_candidates
 from sepconv.tuner import search as tuner_search
 from sepconv.tuner import tune, tune_problems
 from sepconv.tuner.check import PoisonedMemory, is_right
 from sepconv.tuner.inputs import make_operands, operands_in_turn, right_answer
 
-FEW = [DepthwiseConfig(8, 8, 0, 1), DepthwiseConfig(16, 4, 4, 1)]
-FEW_GEMM = [GemmConfig(16, 16, 16, 1, 1), GemmConfig(32, 16, 16, 1, 1)]
-
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch):
-    """Two candidates beside those that are no kernel: the interpreter is slow."""
-
-    def candidates(problem):
-        sizes = FEW if problem.op.startswith("depthwise") else FEW_GEMM
-        return [None, *tuning_files.others(problem.op), *sizes]
-
-    monkeypatch.setattr(tuner_search, "candidates", candidates)
+    monkeypatch.setattr(tuner_search, "candidates", few_candidates)
 
 
 def far() -> float:
     return time.monotonic() + 1e6
-
-
-def entry(problem):
-    where = tuning.target(problem.device)
-    return tuning_files.read(where.gpu, where.triton, problem.key)
 
 
 @pytest.mark.usefixtures("few")
@@ -222,22 +216,11 @@ def test_time_is_shared_among_what_is_left(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.usefixtures("few")
 def test_a_killed_run_resumes(cache: Path):
-    problems = [depthwise(), depthwise(C=8), depthwise(C=12)]
-    pid = os.fork()
-    if pid == 0:
-
-        def killer(calls, duration):
-            if entry(problems[0]) is not None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return 1.0
-
-        tune_problems(problems, timer=killer)
-        os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
-    assert [entry(problem) is not None for problem in problems] == [True, False, False]
-    found = tune_problems(problems, timer=preferring(None))
-    assert [tuned.key for tuned in found] == [problem.key for problem in problems[1:]]
+    child = children.start("killed_after_the_first", cache=cache)
+    assert child.wait() == -signal.SIGKILL
+    assert [entry(problem) is not None for problem in children.THREE] == [True, False, False]
+    found = tune_problems(children.THREE, timer=preferring(None))
+    assert [tuned.key for tuned in found] == [problem.key for problem in children.THREE[1:]]
 
 
 @pytest.mark.usefixtures("few")
@@ -271,32 +254,15 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
     assert tuning.tuned(problem) == (FEW[1],), "this process remembers"
 
 
-def rank_of_two(rank: int, store: Path, answers: Path) -> None:
-    """One rank, whose own timer prefers something else than the other rank's."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
-    )
-    found = tune_problems([depthwise(), pointwise()], timer=preferring(FEW[rank]))
-    (answers / str(rank)).write_text(repr([(t.key, t.choice) for t in found]))
-    assert tuning.tuned(depthwise()) == (FEW[0],)
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-@pytest.mark.usefixtures("few")
-def test_ranks_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    children = []
-    for rank in range(2):
-        pid = os.fork()
-        if pid == 0:
-            try:
-                monkeypatch.setenv("SEPCONV_CACHE_DIR", str(tmp_path / f"cache-{rank}"))
-                rank_of_two(rank, tmp_path / "store", tmp_path)
-            except BaseException:
-                os._exit(1)
-            os._exit(0)
-        children.append(pid)
-    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
+def test_ranks_agree(tmp_path: Path):
+    ranks = [
+        children.start(
+            "rank_of_two", rank, tmp_path / "store", tmp_path / rank, cache=tmp_path / f"cache-{rank}"
+        )
+        for rank in "01"
+    ]
+    assert [rank.wait() for rank in ranks] == [0, 0]
     assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text() != "[]"
 
 
