@@ -258,7 +258,11 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
 def test_ranks_agree(tmp_path: Path):
     ranks = [
         children.start(
-            "rank_of_two", rank, tmp_path / "store", tmp_path / rank, cache=tmp_path / f"cache-{rank}"
+            "rank_of_two",
+            rank,
+            tmp_path / "store",
+            tmp_path / rank,
+            cache=tmp_path / f"cache-{rank}",
         )
         for rank in "01"
     ]
