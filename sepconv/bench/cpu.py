@@ -67,29 +67,37 @@ def machine() -> dict[str, Any]:
 
 
 def measure_model(name: str, rank: int, batch: int, resolution: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds a forward of each form of a torchvision model takes, and the ratios."""
+    """Milliseconds a forward of each form of a torchvision model takes, and the ratios.
+
+    `fewer MACs` is the speed-up if every multiply-add took as long as in the dense model.
+    """
     torch.manual_seed(0)
     dense = build(name)
     x = torch.randn(batch, 3, resolution, resolution)
     x_last = x.contiguous(memory_format=torch.channels_last)
     dense_last = channels_last(copy.deepcopy(dense))
     pairs = channels_last(hand_written(dense, rank))
-    converted = sepconv.convert(dense, rank=rank)
+    converted = sepconv.convert(dense, x, rank=rank)
+    fused = sepconv.fuse(converted, x)
     times = take_turns(
         {
             "dense NCHW": lambda: dense(x),
             "dense channels_last": lambda: dense_last(x_last),
             "hand-written pairs": lambda: pairs(x_last),
             "converted": lambda: converted(x),
+            "and fused": lambda: fused(x),
         },
         rounds,
     )
     best = min(times["dense NCHW"], times["dense channels_last"])
+    report = sepconv.report(converted)
     return {
         "model": name,
         "ms": {form: t * 1e3 for form, t in times.items()},
         "speed-up": best / times["converted"],
+        "fused": best / times["and fused"],
         "of hand-written": times["converted"] / times["hand-written pairs"],
+        "fewer MACs": report.macs_before / report.macs_after,
     }
 
 
@@ -175,13 +183,12 @@ def _model_table(rows: list[dict[str, Any]], args: argparse.Namespace) -> Table:
         title=f"rank {args.rank}, {size}, {torch.get_num_threads()} threads, ms a forward"
     )
     forms = list(rows[0]["ms"])
-    for column in ("model", *forms, "speed-up", "of hand-written"):
-        table.add_column(column, justify="right")
+    ratios = ("speed-up", "fused", "of hand-written", "fewer MACs")
+    for column in ("model", *forms, *ratios):
+        table.add_column(column, justify="right", overflow="fold")
     for row in rows:
         shown = [f"{row['ms'][form]:.1f}" for form in forms]
-        table.add_row(
-            row["model"], *shown, f"{row['speed-up']:.2f}x", f"{row['of hand-written']:.2f}x"
-        )
+        table.add_row(row["model"], *shown, *(f"{row[ratio]:.2f}x" for ratio in ratios))
     return table
 
 
