@@ -1,24 +1,26 @@
-"""What conversion costs in accuracy: ResNet-20 and ResNet-32 on CIFAR-10, five methods, no labels.
+"""What conversion costs in accuracy: ResNet-20 and ResNet-32 on CIFAR-10, by method, no labels.
 
 `python examples/accuracy.py` prints a table of test accuracy by budget and method, and draws
 `docs/accuracy.png`. Every figure is kept in `docs/results/accuracy.json` as soon as it is known,
-so that a run which was stopped goes on where it was; delete the file to measure anew.
+so that a run which was stopped goes on where it was; delete the file, and the converted networks
+in `runs/accuracy`, to measure anew.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import correct, images, trained_resnet
+from cifar import CifarResNet, correct, images, trained_resnet
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import sepconv
 from sepconv.factorize import weight_errors
@@ -27,6 +29,8 @@ from sepconv.files import write_atomically
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "accuracy.json"
 PLOT = ROOT / "docs" / "accuracy.png"
+CONVERTED = ROOT / "runs" / "accuracy"
+DISTILLED_IMAGES, HELD_OUT = 49_000, 1_000  # of the training images, without their labels
 BUDGETS = (0.55, 0.45, 0.35)
 X = torch.zeros(1, 3, 32, 32)
 
@@ -92,6 +96,63 @@ def ours(model: nn.Module, budget: float, calibration: list[Tensor]) -> tuple[nn
     return _with_share(sepconv.convert(model, X, budget=limit, calibration=calibration))
 
 
+def ours_uniform(
+    model: nn.Module, budget: float, calibration: list[Tensor]
+) -> tuple[nn.Module, float]:
+    """Calibrated factors, the same rank everywhere."""
+    convolutions = _convolutions(model)
+    forms = _as_forms(convolutions, _uniform_ranks(model, budget))
+    return _with_share(sepconv.convert(model, X, rank=forms, calibration=calibration))
+
+
+def ours_distilled(
+    model: nn.Module, budget: float, calibration: list[Tensor]
+) -> tuple[nn.Module, float]:
+    """Calibrated, then one epoch of learning from the original on unlabelled training images."""
+    assert isinstance(model, CifarResNet)
+    depth = sum(isinstance(m, nn.Conv2d) for m in model.modules()) + 1
+    file = CONVERTED / f"resnet{depth}-{len(calibration)}-{budget:g}.safetensors"
+    if not file.exists():
+        CONVERTED.mkdir(parents=True, exist_ok=True)
+        sepconv.save(ours(model, budget, calibration)[0], file)
+    student = sepconv.load(file, lambda: CifarResNet(depth).eval())
+    x = images("train", DISTILLED_IMAGES + HELD_OUT)[0].contiguous(
+        memory_format=torch.channels_last
+    )
+    student = sepconv.distill(
+        student, model, Shifted(x[HELD_OUT:]), 1, held_out=x[:HELD_OUT].split(250)
+    )
+    return _with_share(student)
+
+
+class Shifted:
+    """Batches of images [N, C, H, W], each moved by up to 4 pixels and mirrored or not."""
+
+    def __init__(self, x: Tensor, batch_size: int = 128) -> None:
+        self._x, self._batch_size = x, batch_size
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __len__(self) -> int:
+        return -(-len(self._x) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for chosen in torch.randperm(len(self._x), generator=self._generator).split(
+            self._batch_size
+        ):
+            padded = F.pad(self._x[chosen], (4, 4, 4, 4))
+            rows, columns = (
+                torch.randint(0, 9, (len(chosen), 1), generator=self._generator)
+                + torch.arange(size)
+                for size in self._x.shape[2:]
+            )
+            mirrored = torch.rand(len(chosen), 1, generator=self._generator) < 0.5
+            columns = torch.where(mirrored, columns.flip(1), columns)
+            image = torch.arange(len(chosen))[:, None, None]
+            # Indexed so, the channels come last.
+            cut = padded[image, :, rows[:, :, None], columns[:, None, :]]
+            yield cut.permute(0, 3, 1, 2)
+
+
 def planned_svd(model: nn.Module, budget: float, _: list[Tensor]) -> tuple[nn.Module, float]:
     """SVD of the weights (Network Decoupling, DAC), ranks planned by their squared error."""
     return _with_share(sepconv.convert(model, X, budget=sepconv.Budget(macs=budget)))
@@ -116,14 +177,7 @@ def energy_svd(model: nn.Module, budget: float, _: list[Tensor]) -> tuple[nn.Mod
 
 def uniform_svd(model: nn.Module, budget: float, _: list[Tensor]) -> tuple[nn.Module, float]:
     """SVD of the weights, the same rank everywhere."""
-    convolutions = _convolutions(model)
-    rank = max(
-        r
-        for r in range(1, 9)
-        if r == 1
-        or _share(model, _as_forms(convolutions, dict.fromkeys(convolutions, r))) <= budget
-    )
-    return _with_share(_at_ranks(model, convolutions, dict.fromkeys(convolutions, rank)))
+    return _with_share(_at_ranks(model, _convolutions(model), _uniform_ranks(model, budget)))
 
 
 def ragged_svd(model: nn.Module, budget: float, _: list[Tensor]) -> tuple[nn.Module, float]:
@@ -163,6 +217,8 @@ def ragged_svd(model: nn.Module, budget: float, _: list[Tensor]) -> tuple[nn.Mod
 
 METHODS: dict[str, Method] = {
     "ours, calibrated": ours,
+    "ours, distilled": ours_distilled,
+    "ours, uniform rank": ours_uniform,
     "SVD, planned ranks": planned_svd,
     "SVD, energy threshold": energy_svd,
     "SVD, uniform rank": uniform_svd,
@@ -195,6 +251,14 @@ def _as_forms(convolutions: dict[str, nn.Conv2d], ranks: dict[str, int]) -> dict
         cheaper = ranks[name] * (taps + conv.out_channels) < taps * conv.out_channels
         forms[name] = ranks[name] if cheaper else None
     return forms
+
+
+def _uniform_ranks(model: nn.Module, budget: float) -> dict[str, int]:
+    """The largest rank that the budget allows everywhere, at least 1."""
+    convolutions = _convolutions(model)
+    plans = [dict.fromkeys(convolutions, rank) for rank in range(1, 9)]
+    within = [p for p in plans if _share(model, _as_forms(convolutions, p)) <= budget]
+    return (within or plans)[-1 if within else 0]
 
 
 def _share(model: nn.Module, forms: dict[str, int | None]) -> float:

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import islice
@@ -49,9 +49,10 @@ def distill(
 
     The loss is the Kullback-Leibler divergence of the softened outputs (Hinton et al. 2015),
     plus, where asked for, cross-entropy with labels and the relative squared error of every
-    converted layer's output. AdamW with a cosine schedule; depthwise filters, biases and norms
-    have no weight decay (Howard et al. 2017, section 3). What is kept is the moving average of
-    the weights, at the epoch at whose end it does best on the held-out part.
+    converted layer's output. AdamW with a cosine schedule, by steps where the loader knows its
+    length, else by epochs; depthwise filters, biases and norms have no weight decay (Howard et
+    al. 2017, section 3). What is kept is the moving average of the weights, at the epoch at
+    whose end it does best on the held-out part.
 
     Args:
         student: the converted model, with logits [N, classes]; trained in place.
@@ -92,7 +93,7 @@ def distill(
     judged = list(_batches(held_out if held_out is not None else _first(loader), device))
     if not judged:
         raise ValueError("loader, held_out: expected at least one batch, got none")
-    run = _Run(student, learning_rate, weight_decay, average, epochs)
+    run = _Run(student, learning_rate, weight_decay, average, epochs, _length(loader))
     layers = _paired_layers(student, teacher) if layer_weight else {}
 
     with _modes(student, teacher):
@@ -137,16 +138,25 @@ class _Run:
     """Everything that changes while training, and that a checkpoint holds."""
 
     def __init__(
-        self, student: nn.Module, rate: float, decay: float, average: float, epochs: int
+        self,
+        student: nn.Module,
+        rate: float,
+        decay: float,
+        average: float,
+        epochs: int,
+        steps_per_epoch: int | None,
     ) -> None:
         self.student, self.epoch, self.epochs = student, 0, epochs
         self._rate, self._average, self._steps = rate, average, 0
+        self._planned = None if steps_per_epoch is None else epochs * steps_per_epoch
         self.optimizer = torch.optim.AdamW(_parameter_groups(student, decay), lr=rate)
         self._mean = _copied(student.state_dict())
         self.best, self.best_loss = _copied(student.state_dict()), math.inf
 
     def step(self, loss: Tensor) -> None:
         """One step of the optimizer and of the average."""
+        if self._planned is not None:
+            self._set_rate(self._steps / self._planned)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -160,9 +170,13 @@ class _Run:
                 self._mean[name].copy_(value)
 
     def finish_epoch(self) -> None:
-        """Lower the learning rate for the next epoch."""
+        """Count the epoch, and lower the learning rate for the next one."""
         self.epoch += 1
-        factor = (1 + math.cos(math.pi * self.epoch / self.epochs)) / 2
+        self._set_rate(self.epoch / self.epochs)
+
+    def _set_rate(self, progress: float) -> None:
+        # A loader may give more batches than it says.
+        factor = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate * factor
 
@@ -305,6 +319,14 @@ def _outputs_of(modules: list[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    """Batches in an epoch, where the loader can tell."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except TypeError:  # a DataLoader has a length only where its data set has one
+        return None
 
 
 def _first(loader: Iterable[Any]) -> list[Any]:

@@ -1,6 +1,8 @@
 """Distillation: it learns, keeps its promises about decay and modes, and survives a kill."""
 
 import csv
+import math
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import sepconv
@@ -111,6 +114,9 @@ def test_a_killed_run_goes_on_to_the_same_result(
                 raise KilledError
             return iter(loader)
 
+        def __len__(self) -> int:
+            return len(loader)
+
     torch.manual_seed(5)
     whole = run(deepcopy(student), loader, tmp_path / "whole.pt")
     torch.manual_seed(5)
@@ -143,6 +149,29 @@ def test_statistics_of_norms_stay_in_the_first_epoch(
     # Per epoch one step and one judgement; the first call of all is a judgement too.
     assert torch.equal(seen[1], before)
     assert not torch.equal(seen[-1], before)
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_the_rate_falls_by_steps_where_the_loader_knows_its_length(
+    student: nn.Module, teacher: nn.Module, x: Tensor, sized: bool
+) -> None:
+    rates: list[float] = []
+    parts = list(x.split(16))
+
+    class Unsized:
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(parts)
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        sepconv.distill(student, teacher, parts if sized else Unsized(), 2, learning_rate=1.0)
+    finally:
+        handle.remove()
+    halves = range(8) if sized else (0, 0, 0, 0, 4, 4, 4, 4)
+    assert rates == pytest.approx([(1 + math.cos(math.pi * i / 8)) / 2 for i in halves])
 
 
 def test_the_log_has_a_row_per_epoch(
