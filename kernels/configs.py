@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 DEPTHWISE_OPS = ("depthwise_fwd", "depthwise_bwd_input", "depthwise_bwd_weight")
+CHANNELWISE_OPS = ("activation_bwd",)
 GEMM_OPS = ("pointwise_fwd", "separable_fwd")
 
 # Enough programs to keep a large GPU busy.
@@ -63,12 +64,14 @@ def default(op: str, dtype: torch.dtype, shape: ConvShape) -> Config:
     """A configuration that compiles and fits 48 KB of shared memory on every target.
 
     Args:
-        op: One of `DEPTHWISE_OPS` or `GEMM_OPS`.
+        op: One of `DEPTHWISE_OPS`, `CHANNELWISE_OPS` or `GEMM_OPS`.
         dtype: The tensors' type.
         shape: Sizes of the call.
     """
     if op in DEPTHWISE_OPS:
         return _default_depthwise(op, dtype, shape)
+    if op in CHANNELWISE_OPS:
+        return _default_channelwise(dtype, shape)
     if op == "pointwise_fwd":
         block_nq, block_c, block_k = {8: (32, 16, 32), 4: (64, 32, 64)}.get(
             dtype.itemsize, (64, 32, 128)
@@ -96,12 +99,17 @@ def candidates(
     """The configurations worth timing, the default first.
 
     Args:
-        op: One of `DEPTHWISE_OPS` or `GEMM_OPS`.
+        op: One of `DEPTHWISE_OPS`, `CHANNELWISE_OPS` or `GEMM_OPS`.
         dtype: The tensors' type.
         shape: Sizes of the call.
         shared_limit: Bytes of shared memory that one program may use on the device.
     """
-    tried = _depthwise_candidates(op, shape) if op in DEPTHWISE_OPS else _gemm_candidates(op, shape)
+    if op in CHANNELWISE_OPS:
+        tried = _channelwise_candidates(shape)
+    elif op in DEPTHWISE_OPS:
+        tried = _depthwise_candidates(op, shape)
+    else:
+        tried = _gemm_candidates(op, shape)
     fitting = [c for c in tried if shared_bytes(op, dtype, c) <= shared_limit]
     return list(dict.fromkeys([default(op, dtype, shape), *fitting]))
 
@@ -109,7 +117,7 @@ def candidates(
 def shared_bytes(op: str, dtype: torch.dtype, config: Config) -> int:
     """Shared memory of one program, in bytes, to a good approximation."""
     if isinstance(config, DepthwiseConfig):
-        if op == "depthwise_bwd_weight":
+        if op in ("depthwise_bwd_weight", *CHANNELWISE_OPS):
             return 4 * config.block_c * config.num_warps
         row = 3 * config.block_nq * config.block_c * dtype.itemsize
         return row * (config.num_stages - 1) if config.rows else 0
@@ -138,6 +146,13 @@ def _default_depthwise(op: str, dtype: torch.dtype, shape: ConvShape) -> Depthwi
     return DepthwiseConfig(block_nq, block_c, rows, num_stages=3)
 
 
+def _default_channelwise(dtype: torch.dtype, shape: ConvShape) -> DepthwiseConfig:
+    elements = 512 if dtype == torch.float64 else 2048
+    block_c = _power_of_2(shape.C, 8, 64) if shape.channels_last else 1
+    pixels = shape.N * shape.H * shape.W if shape.channels_last else shape.H * shape.W
+    return DepthwiseConfig(_power_of_2(pixels, 8, elements // block_c), block_c)
+
+
 def _loads_vectors(shape: ConvShape) -> bool:
     """Whether the compiler knows that eight channels can be loaded at once."""
     return shape.channels_last and shape.C % 8 == 0 and shape.K % 8 == 0
@@ -160,6 +175,13 @@ def _depthwise_candidates(op: str, shape: ConvShape) -> Iterator[Config]:
         block_nq = per_thread * 32 * num_warps // block_c
         if block_nq <= widest and block_c < 2 * max(shape.K, 32) and rows < 2 * height:
             yield DepthwiseConfig(block_nq, block_c, rows, num_warps, num_stages)
+
+
+def _channelwise_candidates(shape: ConvShape) -> Iterator[Config]:
+    blocks_c = (32, 64, 128) if shape.channels_last else (1,)
+    for block_c, per_thread, num_warps in itertools.product(blocks_c, (8, 16, 32), (4, 8)):
+        if block_c < 2 * max(shape.C, 32):
+            yield DepthwiseConfig(per_thread * 32 * num_warps // block_c, block_c, 0, num_warps)
 
 
 def _gemm_candidates(op: str, shape: ConvShape) -> Iterator[Config]:

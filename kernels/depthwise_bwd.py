@@ -32,6 +32,7 @@ from sepconv.kernels.configs import ConvShape, DepthwiseConfig, default
 from sepconv.kernels.depthwise_rolling import depthwise_rolling, fits_rolling
 from sepconv.kernels.launch import (
     accumulator,
+    accumulator_dtype,
     ceil_div,
     check_axes,
     empty_output,
@@ -369,8 +370,7 @@ def depthwise_bwd_weight(
     num_tiles = P * ceil_div(N * Q, config.block_nq)
     tiles_per_split = ceil_div(num_tiles * num_g * num_taps, _BWD_WEIGHT_PROGRAMS)
     splits = ceil_div(num_tiles, tiles_per_split)
-    sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    partial = torch.empty((splits, R * S, G), dtype=sum_dtype, device=x.device)
+    partial = torch.empty((splits, R * S, G), dtype=accumulator_dtype(x.dtype), device=x.device)
     launch(
         _depthwise_bwd_weight_kernel,
         num_g * num_taps * splits,

@@ -32,6 +32,11 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The same as a type of torch, for sums that are kept in memory."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def empty_output(
     x: torch.Tensor, shape: tuple[int, int, int, int], channels_last: bool
 ) -> torch.Tensor:
@@ -106,7 +111,7 @@ def pack_depthwise(weight_dw: torch.Tensor, M: int, outputs: int) -> Packed:
     if outputs < _WORTH_PACKING and weight_dw.is_contiguous():
         return Packed(weight_dw, (1, R * S, M * R * S))
     view = weight_dw.unflatten(0, (G // M, M)).permute(3, 4, 2, 1, 0)
-    dtype = torch.float64 if weight_dw.dtype == torch.float64 else torch.float32
+    dtype = accumulator_dtype(weight_dw.dtype)
     packed = torch.empty(view.shape, dtype=dtype, device=weight_dw.device).copy_(view)
     return Packed(packed, (G, G // M, 1))
 

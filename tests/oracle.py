@@ -326,7 +326,7 @@ def backward(p: Problem, dy: Tensor, arithmetic: Arithmetic) -> dict[str, Bounde
         g = stored(g, arithmetic)
         pixels = _pixels(g.value)
         grads["residual"] = g
-        grads["bias_pw"] = _summed(g, arithmetic)
+        grads["bias_pw"] = summed(g, arithmetic)
         a = stages.a
         if stages.z_dw is not None and p.activation_mid and ACTIVATIONS[p.activation_mid].rounds:
             # made again from a stored z, whose derivative is wanted too
@@ -344,7 +344,7 @@ def backward(p: Problem, dy: Tensor, arithmetic: Arithmetic) -> dict[str, Bounde
         g = stored(g, arithmetic)
         conv = _Depthwise(p, arithmetic)
         multiplier = p.weight_dw.shape[0] // max(p.x.shape[1], 1)
-        grads["bias_dw"] = _summed(g, arithmetic)
+        grads["bias_dw"] = summed(g, arithmetic)
         grads["weight_dw"] = contract(
             conv.weight_gradient, g, exact(p.x), _pixels(g.value), arithmetic
         )
@@ -366,7 +366,7 @@ def _add(a: Bounded, b: Bounded, arithmetic: Arithmetic) -> Bounded:
     return contract(torch.mul, a, one, 1, arithmetic, [b])
 
 
-def _summed(g: Bounded, arithmetic: Arithmetic) -> Bounded:
+def summed(g: Bounded, arithmetic: Arithmetic) -> Bounded:
     one = exact(torch.ones((), device=g.value.device))
     return contract(lambda a, b: (a * b).sum((0, 2, 3)), g, one, _pixels(g.value), arithmetic)
 

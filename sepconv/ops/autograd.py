@@ -9,7 +9,7 @@ their input: the public functions apply those outside the operator when gradient
 operator itself, called directly, computes that input again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,9 +21,10 @@ from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
 from sepconv.layout import suggests_channels_last
+from sepconv.ops.activation_gradients import before_activation
 from sepconv.ops.autocast import is_autocasting
 from sepconv.ops.library import LIBRARY
-from sepconv.reference import activate, activation_backward
+from sepconv.reference import activate
 
 Gradient = Tensor | None
 Backward = Callable[[Any, Tensor], tuple[Gradient, ...]]
@@ -59,10 +60,9 @@ def _depthwise_backward(ctx: Any, dy: Tensor) -> tuple[Gradient, ...]:
     x, weight_dw, bias, y = ctx.saved_tensors
     if needs_input(ctx.activation):
         y = torch.ops.sepconv.depthwise_conv2d(x, weight_dw, bias, *ctx.geometry, None)
-    dz = activation_backward(dy, y, ctx.activation)
-    dx, dweight, dbias = _depthwise_gradients(
-        dz, x, weight_dw, ctx.geometry, ctx.needs_input_grad[1:4]
-    )
+    _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    dz, dbias = before_activation(dy, y, ctx.activation, needs_bias)
+    dx, dweight = _depthwise_gradients(dz, x, weight_dw, ctx.geometry, (needs_x, needs_weight))
     return dx, dweight, dbias, None, None, None, None
 
 
@@ -83,9 +83,9 @@ def _pointwise_backward(ctx: Any, dy: Tensor) -> tuple[Gradient, ...]:
     x, weight_pw, bias, residual, y = ctx.saved_tensors
     if needs_input(ctx.activation):
         y = torch.ops.sepconv.pointwise_conv2d(x, weight_pw, bias, None, residual)
-    dz = activation_backward(dy, y, ctx.activation)
-    _, *needs, _, needs_residual = ctx.needs_input_grad
-    dx, dweight, dbias = _pointwise_gradients(dz, x, weight_pw, needs)
+    _, needs_x, needs_weight, needs_bias, _, needs_residual = ctx.needs_input_grad
+    dz, dbias = before_activation(dy, y, ctx.activation, needs_bias)
+    dx, dweight = _pointwise_gradients(dz, x, weight_pw, (needs_x, needs_weight))
     return dx, dweight, dbias, None, dz if needs_residual else None
 
 
@@ -123,7 +123,7 @@ def _separable_backward(ctx: Any, dy: Tensor) -> tuple[Gradient, ...]:
             None,
             residual,
         )
-    dz = activation_backward(dy, y, ctx.activation)
+    dz, dbias_pw = before_activation(dy, y, ctx.activation, needs_bias_pw)
 
     middle: Any = None
     z: Any = None
@@ -132,15 +132,15 @@ def _separable_backward(ctx: Any, dy: Tensor) -> tuple[Gradient, ...]:
         early = None if late else ctx.activation_mid
         z = torch.ops.sepconv.depthwise_conv2d(x, weight_dw, bias_dw, *ctx.geometry, early)
         middle = activate(z, late)
-    dmiddle, dweight_pw, dbias_pw = _pointwise_gradients(
-        dz, middle, weight_pw, (any(needs_depthwise), needs_pw, needs_bias_pw)
+    dmiddle, dweight_pw = _pointwise_gradients(
+        dz, middle, weight_pw, (any(needs_depthwise), needs_pw)
     )
 
     dx = dweight_dw = dbias_dw = None
     if dmiddle is not None:
-        dz_dw = activation_backward(dmiddle, z, ctx.activation_mid)
-        dx, dweight_dw, dbias_dw = _depthwise_gradients(
-            dz_dw, x, weight_dw, ctx.geometry, needs_depthwise
+        dz_dw, dbias_dw = before_activation(dmiddle, z, ctx.activation_mid, needs_bias_dw)
+        dx, dweight_dw = _depthwise_gradients(
+            dz_dw, x, weight_dw, ctx.geometry, (needs_x, needs_dw)
         )
     no_gradients = (None,) * 5
     return (
@@ -194,42 +194,40 @@ def _backward_input(dy: Tensor, weight_dw: Tensor, x: Tensor, geometry: list[Any
 
 
 def _depthwise_gradients(
-    dz: Tensor, x: Tensor, weight_dw: Tensor, geometry: list[Any], needs: Sequence[bool]
-) -> tuple[Gradient, Gradient, Gradient]:
-    """Gradients by input, filters and bias of a depthwise convolution, those that are needed."""
-    needs_x, needs_weight, needs_bias = needs
-    dx = dweight = dbias = None
+    dz: Tensor, x: Tensor, weight_dw: Tensor, geometry: list[Any], needs: tuple[bool, bool]
+) -> tuple[Gradient, Gradient]:
+    """Gradients by input and filters of a depthwise convolution, those that are needed."""
+    needs_x, needs_weight = needs
+    dx = dweight = None
     if needs_x:
         dx = _backward_input(dz, weight_dw, x, geometry)
     if needs_weight:
         dweight = torch.ops.sepconv.depthwise_conv2d_backward_weight(
             dz, x, weight_dw.shape, *geometry
         )
-    if needs_bias:
-        dbias = dz.sum((0, 2, 3))
-    return dx, dweight, dbias
+    return dx, dweight
 
 
 def _pointwise_gradients(
-    dz: Tensor, x: Tensor | None, weight_pw: Tensor, needs: Sequence[bool]
-) -> tuple[Gradient, Gradient, Gradient]:
-    """Gradients by input, weights and bias of a pointwise convolution, those that are needed.
+    dz: Tensor, x: Tensor | None, weight_pw: Tensor, needs: tuple[bool, bool]
+) -> tuple[Gradient, Gradient]:
+    """Gradients by input and weights of a pointwise convolution, those that are needed.
 
     The input `x` may be None where the weights need no gradient.
     """
-    needs_x, needs_weight, needs_bias = needs
-    dx = dweight = dbias = None
+    needs_x, needs_weight = needs
+    dx = dweight = None
     weight = weight_pw.flatten(1)  # [K, C]
     pixels = dz.permute(0, 2, 3, 1)  # [N, P, Q, K]
     if needs_x:
         dx = (pixels @ weight).permute(0, 3, 1, 2)
     if needs_weight:
         assert x is not None
-        dweight = pixels.flatten(0, 2).t() @ x.permute(0, 2, 3, 1).flatten(0, 2)
-        dweight = dweight.view(weight_pw.shape)
-    if needs_bias:
-        dbias = dz.sum((0, 2, 3))
-    return dx, dweight, dbias
+        # Not `flatten`, for which batched gradients (`is_grads_batched=True`) have no rule.
+        rows = dz.shape[0] * dz.shape[2] * dz.shape[3]
+        flat = x.permute(0, 2, 3, 1).reshape(rows, weight.shape[1])
+        dweight = (pixels.reshape(rows, weight.shape[0]).t() @ flat).view(weight_pw.shape)
+    return dx, dweight
 
 
 def _refuse_tangents(op: Any, args: tuple[Any, ...]) -> None:

@@ -1,7 +1,8 @@
 """The kernels as operators of torch: `torch.ops.sepconv.*`, opaque to its compilers.
 
 Here are the schemas, what runs on real tensors, and what fake tensors are told. `autograd`,
-`batching` and `flops` add the rest.
+`batching` and `flops` add the rest; `activation_gradients` and `batch_norm` have operators of their
+own.
 
 On a GPU, and in Triton's interpreter, the kernels run; elsewhere torch's own operators, so that the
 registration can be checked on any machine. `torch.library.Library` rather than `custom_op`, whose
@@ -23,7 +24,7 @@ from sepconv.reference import Pair, Sides
 
 LIBRARY = torch.library.Library("sepconv", "DEF")
 
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _GEOMETRY_SCHEMA = "int[2] stride, int[4] padding, int[2] dilation"
 
 _SCHEMAS = (
@@ -40,7 +41,7 @@ _SCHEMAS = (
     f"{_GEOMETRY_SCHEMA}) -> Tensor",
 )
 for _schema in _SCHEMAS:
-    LIBRARY.define(_schema, tags=_TAGS)
+    LIBRARY.define(_schema, tags=TAGS)
 
 
 def _geometry(
@@ -51,15 +52,18 @@ def _geometry(
     return pair("stride", stride), (top, bottom, left, right), pair("dilation", dilation)
 
 
-def _real(name: str) -> Callable[..., Any]:
-    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def real(name: str) -> Callable[..., Any]:
+    """Register what runs an operator on real tensors."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         return function
 
     return register
 
 
-def _fake(name: str) -> Callable[..., Any]:
+def fake(name: str) -> Callable[..., Any]:
+    """Register what fake tensors are told about an operator."""
     return torch.library.register_fake(f"sepconv::{name}", lib=LIBRARY)
 
 
@@ -72,7 +76,7 @@ def _empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
     )
 
 
-@_real("depthwise_conv2d")
+@real("depthwise_conv2d")
 def _depthwise(
     x: Tensor,
     weight_dw: Tensor,
@@ -90,7 +94,7 @@ def _depthwise(
     return run.depthwise(*arguments, channels_last)
 
 
-@_fake("depthwise_conv2d")
+@fake("depthwise_conv2d")
 def _fake_depthwise(
     x: Tensor,
     weight_dw: Tensor,
@@ -105,7 +109,7 @@ def _fake_depthwise(
     return _empty(x, shape, suggests_channels_last(x, weight_dw))
 
 
-@_real("pointwise_conv2d")
+@real("pointwise_conv2d")
 def _pointwise(
     x: Tensor,
     weight_pw: Tensor,
@@ -120,7 +124,7 @@ def _pointwise(
     return run.pointwise(x, weight_pw, bias, activation, residual, channels_last)
 
 
-@_fake("pointwise_conv2d")
+@fake("pointwise_conv2d")
 def _fake_pointwise(x: Tensor, weight_pw: Tensor, *rest: Any) -> Tensor:
     shape = check_pointwise(x, weight_pw, *rest)
     return _empty(x, shape, suggests_channels_last(x, weight_pw))
@@ -130,7 +134,7 @@ def _separable_channels_last(x: Tensor, weight_dw: Tensor, weight_pw: Tensor) ->
     return suggests_channels_last(x, weight_dw) or is_channels_last(weight_pw)
 
 
-@_real("separable_conv2d")
+@real("separable_conv2d")
 def _separable(
     x: Tensor,
     weight_dw: Tensor,
@@ -161,7 +165,7 @@ def _separable(
     return run.separable(*arguments, _separable_channels_last(x, weight_dw, weight_pw))
 
 
-@_fake("separable_conv2d")
+@fake("separable_conv2d")
 def _fake_separable(
     x: Tensor,
     weight_dw: Tensor,
@@ -181,7 +185,7 @@ def _fake_separable(
     return _empty(x, shape, _separable_channels_last(x, weight_dw, weight_pw))
 
 
-@_real("depthwise_conv2d_backward_input")
+@real("depthwise_conv2d_backward_input")
 def _depthwise_backward_input(
     dy: Tensor,
     weight_dw: Tensor,
@@ -198,7 +202,7 @@ def _depthwise_backward_input(
     return run.depthwise_bwd_input(*arguments, channels_last)
 
 
-@_fake("depthwise_conv2d_backward_input")
+@fake("depthwise_conv2d_backward_input")
 def _fake_depthwise_backward_input(
     dy: Tensor,
     weight_dw: Tensor,
@@ -211,7 +215,7 @@ def _fake_depthwise_backward_input(
     return _empty(dy, x_shape, channels_last)
 
 
-@_real("depthwise_conv2d_backward_weight")
+@real("depthwise_conv2d_backward_weight")
 def _depthwise_backward_weight(
     dy: Tensor,
     x: Tensor,
@@ -226,7 +230,7 @@ def _depthwise_backward_weight(
     return run.depthwise_bwd_weight(*arguments)
 
 
-@_fake("depthwise_conv2d_backward_weight")
+@fake("depthwise_conv2d_backward_weight")
 def _fake_depthwise_backward_weight(
     dy: Tensor, x: Tensor, weight_shape: Sequence[int], *_geometry: Sequence[int]
 ) -> Tensor:

@@ -11,7 +11,15 @@ from oracle import Arithmetic, Problem, backward, check, forward, poisoned_alloc
 from torch import Tensor
 
 from sepconv import ops
-from sepconv.kernels import configs, depthwise, depthwise_bwd, launch, pointwise, separable
+from sepconv.kernels import (
+    channelwise,
+    configs,
+    depthwise,
+    depthwise_bwd,
+    launch,
+    pointwise,
+    separable,
+)
 from sepconv.ops import run
 from sepconv.ops.backend import Backend
 
@@ -149,9 +157,10 @@ def _default_tiles(case: Case) -> Iterator[None]:
         return config._replace(block_nq=nq, block_c=c, block_k=k, rows=max(rows, 1))
 
     with ExitStack() as stack:
-        for module in (depthwise, depthwise_bwd, pointwise, separable):
+        for module in (channelwise, depthwise, depthwise_bwd, pointwise, separable):
             stack.enter_context(mock.patch.object(module, "default", chosen))
         stack.enter_context(mock.patch.object(depthwise_bwd, "_BWD_WEIGHT_PROGRAMS", programs))
+        stack.enter_context(mock.patch.object(channelwise, "_PROGRAMS", programs))
         packs = 0 if packed else 2**62
         stack.enter_context(mock.patch.object(launch, "_WORTH_PACKING", packs))
         yield

@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sepconv.kernels import (
+    channelwise,
     depthwise,
     depthwise_bwd,
     depthwise_rolling,
@@ -35,6 +36,7 @@ from sepconv.kernels import (
 )
 from sepconv.kernels import launch as launch_module
 from sepconv.kernels.configs import (
+    CHANNELWISE_OPS,
     DEPTHWISE_OPS,
     GEMM_OPS,
     Config,
@@ -74,6 +76,7 @@ DTYPES = {
 }
 _POINTER_TYPES = {dtype: f"*{name}" for name, dtype in DTYPES.items()}
 _KERNEL_MODULES = (
+    channelwise,
     depthwise,
     depthwise_bwd,
     depthwise_rolling,
@@ -164,7 +167,7 @@ def launch_of(
     weight_dw = torch.empty(C * M, 1, R, S, dtype=dtype, device="meta")
     bias_dw = torch.empty(C * M, dtype=dtype, device="meta")
     bias_pw = torch.empty(K, dtype=dtype, device="meta")
-    dy = layout(dtype, N, C * M, P, Q)
+    dy, y = layout(dtype, N, C * M, P, Q), layout(dtype, N, K, P, Q)
     geometry = (stride, (R // 2, R // 2, S // 2, S // 2), (1, 1))
     last = {"channels_last": channels_last}
     calls: dict[str, Callable[[], object]] = {
@@ -176,6 +179,9 @@ def launch_of(
         ),
         "depthwise_bwd_weight": lambda: depthwise_bwd.depthwise_bwd_weight(
             dy, x, (C * M, 1, R, S), *geometry, config=config
+        ),
+        "activation_bwd": lambda: channelwise.activation_bwd(
+            y, y, "relu", bias=True, **last, config=config
         ),
         "pointwise_fwd": lambda: pointwise.pointwise_fwd(
             x, nhwc(dtype, K, C, 1, 1), bias_pw, "relu", None,
@@ -277,7 +283,7 @@ def issue_slots(launch: Launch, elements: int, trips: int = 1) -> float:
 
 # A layer of MobileNetV1 at 224 pixels, batch 32.
 LAYER = ConvShape(32, 256, 28, 28, 256, 28, 28, 3, 3)
-OPS = (*DEPTHWISE_OPS, *GEMM_OPS)
+OPS = (*DEPTHWISE_OPS, *CHANNELWISE_OPS, *GEMM_OPS)
 VARIANTS = {
     "layer": (LAYER, (1, 1)),
     "stride 2": (LAYER._replace(P=14, Q=14), (2, 2)),

@@ -219,6 +219,38 @@ MUTANTS = [
         SEPARABLE,
     ),
     Mutant(
+        "bias_gradient_missing_a_split",
+        "channelwise.py",
+        "partial.sum(0)",
+        "partial[:1].sum(0)",
+        DEPTHWISE_BACKWARD,
+    ),
+    Mutant(
+        "gradient_passes_relu6",
+        "activations.py",
+        "dz = tl.where((z <= 0.0) | (z >= 6.0), 0.0, dy)",
+        "dz = tl.where(z <= 0.0, 0.0, dy)",
+        DEPTHWISE_BACKWARD,
+    ),
+    Mutant(
+        "activation_gradient_assumes_strides_of_dy",
+        "channelwise.py",
+        "z_ptrs += (offs_nq * stride_z2)[:, None] + (offs_c * stride_zc)[None, :]\n"
+        "            z = tl.load(z_ptrs, mask=mask, other=0.0).to(ACC)\n"
+        "            if",
+        "z_ptrs += (offs_nq * stride_dy2)[:, None] + (offs_c * stride_zc)[None, :]\n"
+        "            z = tl.load(z_ptrs, mask=mask, other=0.0).to(ACC)\n"
+        "            if",
+        DEPTHWISE_BACKWARD,
+    ),
+    Mutant(
+        "activation_gradient_missing_a_tile",
+        "channelwise.py",
+        "mask = (mask_nq & (tile < all_tiles))[:, None] & mask_c[None, :]",
+        "mask = (mask_nq & (tile < tl.maximum(all_tiles - 1, 1)))[:, None] & mask_c[None, :]",
+        DEPTHWISE_BACKWARD,
+    ),
+    Mutant(
         "int32_offset",
         "depthwise.py",
         "pid = tl.program_id(0).to(tl.int64)",

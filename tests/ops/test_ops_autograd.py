@@ -17,13 +17,15 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from sepconv import backend, nn
-from sepconv.ops import library
+from sepconv.ops import activation_gradients, library
+from sepconv.ops.activation_gradients import before_activation
 
 
 @pytest.fixture
 def without_kernels(monkeypatch):
     """Let the operators run torch's own on a CPU: their formulas are the same."""
-    monkeypatch.setattr(library, "can_run_kernels", lambda x: x.is_cuda)
+    for module in (library, activation_gradients):
+        monkeypatch.setattr(module, "can_run_kernels", lambda x: x.is_cuda)
 
 
 def _with_kernels(op, call):
@@ -165,6 +167,39 @@ def test_nothing_of_the_depthwise_half_is_saved(without_kernels):
     held = {t.untyped_storage().data_ptr() for t in [*tensors_of(call).values(), y]}
     assert saved
     assert {t.untyped_storage().data_ptr() for t in saved} <= held
+
+
+@pytest.mark.parametrize("incoming", INCOMING)
+@pytest.mark.parametrize("activation", [None, "relu6", "silu"])
+def test_gradients_in_front_of_an_activation(activation, incoming):
+    """The operators under the backward passes, and their own gradients to any order."""
+    torch.manual_seed(0)
+    z = torch.randn(2, 5, 4, 3, dtype=torch.float64, device=DEVICE).requires_grad_()
+    dy = INCOMING[incoming](z.detach())
+    leaf = z.detach().clone().requires_grad_()
+    (truth,) = torch.autograd.grad(ACTIVATIONS[activation](leaf), leaf, dy)
+    dz, dbias = before_activation(dy, z.detach(), activation, True)
+    torch.testing.assert_close(dz, truth)
+    torch.testing.assert_close(dbias, truth.sum((0, 2, 3)))
+    dy = dy.clone().requires_grad_()
+
+    def both(dy, z):
+        return before_activation(dy, z, activation, True)
+
+    assert gradcheck(both, (dy, z), fast_mode=True)
+    assert gradgradcheck(both, (dy, z), fast_mode=True)
+
+
+def test_many_gradients_at_once():
+    """`vmap` over a backward pass whose own gradients nobody wants: the kernels' rule for it."""
+    call = arguments("separable_conv2d", requires_grad=True, activation="relu", device=DEVICE)
+    tensors = tuple(tensors_of(call).values())
+    y = _with_kernels("separable_conv2d", call)
+    dys = torch.randn(3, *y.shape, dtype=y.dtype, device=DEVICE)
+    ours = torch.autograd.grad(y, tensors, dys, is_grads_batched=True)
+    truth = [_grads(expected, "separable_conv2d", call, dy) for dy in dys]
+    for i, of_one in enumerate(zip(*truth, strict=True)):
+        torch.testing.assert_close(ours[i], torch.stack(of_one))
 
 
 # ---- torch.func -------------------------------------------------------------------------------

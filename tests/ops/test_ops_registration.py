@@ -14,7 +14,7 @@ from ops.calls import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from sepconv.ops import library
+from sepconv.ops import activation_gradients, library
 from sepconv.ops.kernel_modules import kernel_module
 
 GEOMETRY = ((2, 1), SIDES, (1, 2))
@@ -23,7 +23,8 @@ GEOMETRY = ((2, 1), SIDES, (1, 2))
 @pytest.fixture
 def without_kernels(monkeypatch):
     """Let the operators run torch's own on a CPU: what is registered around them is the same."""
-    monkeypatch.setattr(library, "can_run_kernels", lambda x: x.is_cuda)
+    for module in (library, activation_gradients):
+        monkeypatch.setattr(module, "can_run_kernels", lambda x: x.is_cuda)
 
 
 def _opcheck(op, args):
@@ -62,6 +63,18 @@ def test_opcheck_of_the_backward_operators(channels_last):
     dy = torch.randn(2, 6, 3, 6, device=DEVICE, requires_grad=True)
     _opcheck("depthwise_conv2d_backward_input", (dy, weight, x.shape, *GEOMETRY, channels_last))
     _opcheck("depthwise_conv2d_backward_weight", (dy, x, weight.shape, *GEOMETRY))
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["aten", "kernels"])
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["", "grad"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_opcheck_of_activation_gradients(channels_last, requires_grad, kernels, monkeypatch):
+    monkeypatch.setattr(activation_gradients, "can_run_kernels", lambda x: x.is_cuda or kernels)
+    dy = torch.randn(2, 7, 3, 6, device=DEVICE).transpose(1, 3).requires_grad_(requires_grad)
+    z = _images(channels_last, 2, 6, 3, 7).requires_grad_(requires_grad)
+    for activation, bias in (("relu", True), ("gelu", True), ("silu", False)):
+        _opcheck("activation_backward", (dy, z, activation, bias))
+    _opcheck("channel_sum", (dy,))
 
 
 class Block(torch.nn.Module):
