@@ -37,6 +37,7 @@ class Method:
         branch_sum: fit the last convolution of a residual branch to the sum.
         norm_metric: weigh outputs by the BatchNorm behind them.
         sweeps: block updates over the channels.
+        correct_bias: give outputs the original's mean.
         restore_variance: give outputs the original's variance where that lowers the error.
         refine: follow the closed forms by gradient steps on all layers at once.
     """
@@ -45,6 +46,7 @@ class Method:
     branch_sum: bool = True
     norm_metric: bool = True
     sweeps: int = SWEEPS
+    correct_bias: bool = True
     restore_variance: bool = True
     refine: bool = True
 
@@ -146,7 +148,8 @@ class Calibration:
             rank = ranks[conv.name]
             assert rank is not None, "_below_full() says so"
             fitted[conv.name] = self._fitted(conv, problem, rank, self._method.sweeps)
-            rescaled[conv.name] = _with_variance(fitted[conv.name], problem)
+            factors = _with_variance(fitted[conv.name].factors, problem)
+            rescaled[conv.name] = self._with_bias(conv, problem, factors)
             spreads[conv.name] = float(problem.variance_y.mean().sqrt())
         if self._method.restore_variance and fitted:
             fitted = self._better(rescaled, fitted)
@@ -218,8 +221,14 @@ class Calibration:
             scale = torch.ones_like(scale)
         taps = conv.weight_2d[0, 0].numel()
         factors = solve(problem.target, problem.metric, rank, taps, scale, sweeps)
-        # The bias that makes the mean output right is optimal, whatever the factors.
-        return Fitted(factors, problem.mean_y - factors.dense() @ problem.mean_x)
+        return self._with_bias(conv, problem, factors)
+
+    def _with_bias(self, conv: Match, problem: _Problem, factors: Factors) -> Fitted:
+        if self._method.correct_bias:
+            # What makes the mean output right is optimal, whatever the factors.
+            return Fitted(factors, problem.mean_y - factors.dense() @ problem.mean_x)
+        own = None if conv.bias is None else conv.bias.detach().double()
+        return Fitted(factors, torch.zeros_like(problem.mean_y) if own is None else own)
 
     def _substitutes(self, fitted: Mapping[str, Fitted]) -> Substitutes:
         """The fitted layers as dense weights: the same function, one convolution each."""
@@ -237,17 +246,15 @@ def _problem(target: Tensor, metric: Tensor, moments: Moments) -> _Problem:
     return _Problem(target, metric, moments.mean_x, moments.mean_y, moments.variance_y)
 
 
-def _with_variance(fitted: Fitted, problem: _Problem) -> Fitted:
-    """The layer with outputs of the wanted variance, which least squares always falls short of.
+def _with_variance(factors: Factors, problem: _Problem) -> Factors:
+    """Factors with outputs of the wanted variance, which least squares always falls short of.
 
     The same as estimating the statistics of a BatchNorm behind it anew, without touching it.
     """
-    weight = fitted.factors.dense()
+    weight = factors.dense()
     variance = ((weight @ problem.metric) * weight).sum(1)
     gain = (problem.variance_y / variance.clamp(min=1e-30)).sqrt().clamp(max=2.0)
-    filters, mixing = fitted.factors
-    factors = Factors(filters, mixing * gain[:, None, None])
-    return Fitted(factors, problem.mean_y - factors.dense() @ problem.mean_x)
+    return Factors(factors.filters, factors.mixing * gain[:, None, None])
 
 
 def _below_full(conv: Match, rank: int | None) -> bool:
