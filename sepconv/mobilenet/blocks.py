@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sepconv.mobilenet.config import Activation, Block, MobileNetV1Config
-from sepconv.mobilenet.folding import FoldCache, FoldedConv, foldable, has_hooks
+from sepconv.mobilenet.folding import FoldCache, FoldedConv, Pair, foldable, has_hooks
 from sepconv.mobilenet.layers import (
     DepthwiseConv2d,
     MobileNetConv,
@@ -67,6 +67,10 @@ class SeparableBlock(nn.Module):
         x = _norm_act(conv_dw(x), bn1, self.activation)
         return _norm_act(conv_pw(x), bn2, self.activation)
 
+    def pairs(self) -> tuple[Pair, ...]:
+        """Return what the block consists of."""
+        return (self.conv_dw, self.bn1), (self.conv_pw, self.bn2)
+
     def _fused(self, x: Tensor, dw: FoldedConv, pw: FoldedConv) -> Tensor:
         if dw.packs(x):
             return pw.run_packed(dw.run_packed(x, self.activation), self.activation)
@@ -118,10 +122,17 @@ class ConvBlock(nn.Module):
         """Map `x [N, C, H, W]` to `[N, K, ceil(H / stride), ceil(W / stride)]`."""
         return conv_norm_act(x, self.conv, self.bn1, self.activation, self._folds)
 
+    def pairs(self) -> tuple[Pair, ...]:
+        """Return what the block consists of."""
+        return ((self.conv, self.bn1),)
+
     def train(self, mode: bool = True) -> "ConvBlock":
         """Switch between batch and running statistics, and forget folded weights."""
         self._folds.clear()
         return super().train(mode)
+
+
+BLOCKS = (SeparableBlock, ConvBlock)
 
 
 def batch_norm(

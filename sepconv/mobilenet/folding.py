@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sepconv import onednn
-from sepconv.mobilenet.layers import CONVOLUTIONS, MobileNetConv, activate_
+from sepconv.mobilenet.layers import CONVOLUTIONS, MobileNetConv
 from sepconv.ops.backend import chosen_backend
 
 
@@ -20,17 +21,20 @@ class FoldedConv:
         conv: The convolution, for its geometry.
         weight: Folded, of the convolution's shape.
         bias: Folded, `[K]`.
+
+    Attributes:
+        packable: Whether oneDNN could take these weights.
     """
 
     def __init__(self, conv: MobileNetConv, weight: Tensor, bias: Tensor) -> None:
         self.conv = conv
         self.weight = weight
         self.bias = bias
-        self._packed: onednn.PackedConv2d | None = None
-        self._packable = all(
+        self.packable = all(
             t.device.type == "cpu" and t.dtype is torch.float32 and not t.requires_grad
             for t in (weight, bias)
         )
+        self._packed: onednn.PackedConv2d | None = None
 
     def __call__(self, x: Tensor, activation: str | None) -> Tensor:
         """Convolve `x [N, C, H, W]` into `[N, K, P, Q]`, then activate."""
@@ -40,7 +44,7 @@ class FoldedConv:
 
     def packs(self, x: Tensor) -> bool:
         """Whether this call may run through oneDNN's packed weights."""
-        return self._packable and chosen_backend() == "auto" and onednn.usable(x)
+        return self.packable and chosen_backend() == "auto" and onednn.usable(x)
 
     def run_packed(self, x: Tensor, activation: str | None) -> Tensor:
         """Convolve and activate through packed weights, packing them on the first call."""
@@ -48,7 +52,7 @@ class FoldedConv:
             self._packed = onednn.PackedConv2d(
                 self.weight, self.bias, self.conv.stride, self.conv.groups
             )
-        return activate_(self._packed(x, self.conv.sides(x)), activation)
+        return self._packed(x, self.conv.sides(x), activation)
 
 
 def fold_batch_norm(weight: Tensor, bias: Tensor | None, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -95,12 +99,14 @@ def foldable(conv: nn.Module, bn: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anybody is called when `module` runs."""
+    """Whether anybody is called when `module` runs, or was put into its place."""
     return bool(
-        module._forward_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or _has_any_global_hook()
     )
 
 
@@ -169,10 +175,10 @@ class FoldCache:
         self._entry: _Entry | None = None
 
     def __deepcopy__(self, memo: object) -> "FoldCache":
-        return FoldCache()
+        return type(self)()
 
     def __reduce__(self) -> tuple[type["FoldCache"], tuple[()]]:
-        return FoldCache, ()
+        return type(self), ()
 
     def clear(self) -> None:
         """Forget what was folded."""
@@ -180,22 +186,30 @@ class FoldCache:
 
     def get(self, *pairs: Pair) -> tuple[FoldedConv, ...]:
         """Return each `(convolution, BatchNorm)` folded."""
+        return self.kept(*pairs) or _fold(pairs)
+
+    def kept(self, *pairs: Pair) -> tuple[FoldedConv, ...] | None:
+        """Return what is remembered of the pairs, folding them if need be; None if nothing may be.
+
+        It is the same object until something changes.
+        """
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-            return _fold(pairs)
+            return None
         tensors = _tensors(pairs)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return _fold(pairs)
+            return None
         entry = self._entry
         if entry is not None and entry.is_current(tensors):
             return entry.folded
         sources = _watch(tensors)
         if sources is None:
-            return _fold(pairs)
+            return None
         # A tensor made in inference mode could never be used with autograd afterwards.
         with torch.inference_mode(False), torch.no_grad():
             folded = _fold(pairs)
-        if _watch([t for conv in folded for t in (conv.weight, conv.bias)]) is not None:
-            self._entry = _Entry(sources, folded, _steps.taken)
+        if _watch([t for conv in folded for t in (conv.weight, conv.bias)]) is None:
+            return None
+        self._entry = _Entry(sources, folded, _steps.taken)
         return folded
 
 

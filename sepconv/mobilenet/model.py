@@ -1,6 +1,7 @@
 """MobileNetV1 as a module, with the interface of a timm backbone."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 from sepconv.mobilenet.blocks import ConvBlock, SeparableBlock, batch_norm, conv_norm_act
 from sepconv.mobilenet.config import MobileNetV1Config
-from sepconv.mobilenet.folding import FoldCache
+from sepconv.mobilenet.folding import FoldCache, Pair, foldable
+from sepconv.mobilenet.inference import ChainCache, may_chain, stage_pairs
 from sepconv.mobilenet.layers import PointwiseConv2d, StandardConv2d
+from sepconv.onednn import PackedChain
 
 
 class FeatureInfo(NamedTuple):
@@ -90,6 +93,7 @@ class MobileNetV1(nn.Module):
         self.classifier = _classifier(config.num_features, config.num_classes, device, dtype)
         self._stem_folds = FoldCache()
         self._head_folds = FoldCache()
+        self._chains = ChainCache()
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
@@ -120,6 +124,10 @@ class MobileNetV1(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the map in front of the pooling, `[N, num_features, P, Q]`."""
+        self._check(x)
+        chain, _ = self._chain(x)
+        if chain:
+            return chain(x)
         return self._head(self.blocks(self._stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -144,6 +152,14 @@ class MobileNetV1(nn.Module):
             intermediates_only: Leave out the last map, and what only it needs.
         """
         wanted = stage_indices(indices, len(self.blocks))
+        self._check(x)
+        chain, ends = self._chain(x)
+        if chain:
+            places = [ends[i] for i in wanted]
+            if intermediates_only:
+                return chain.outputs(x, places)
+            *chosen, last = chain.outputs(x, [*places, ends[-1]])
+            return last, chosen
         maps: dict[int, Tensor] = {}
         x = self._stem(x)
         for i, stage in enumerate(self.blocks):
@@ -175,13 +191,31 @@ class MobileNetV1(nn.Module):
         """Switch between batch and running statistics, and forget folded weights."""
         self._stem_folds.clear()
         self._head_folds.clear()
+        self._chains.clear()
         return super().train(mode)
 
-    def _stem(self, x: Tensor) -> Tensor:
+    def _check(self, x: Tensor) -> None:
         if isinstance(x, Tensor) and (x.dim() != 4 or x.shape[1] != self.config.in_channels):
             raise ValueError(
                 f"expected images [N, {self.config.in_channels}, H, W], got {list(x.shape)}"
             )
+
+    def _chain(self, x: Tensor) -> tuple[PackedChain | None, list[int]]:
+        """Return the network as a chain, if it may run as one, and where stages and head end."""
+        stages = stage_pairs(self.blocks) if may_chain(x) else None
+        if stages is None:
+            return None, []
+        stem: Pair = self.conv_stem, self.bn1
+        head: list[Pair] = []
+        if not isinstance(self.conv_head, nn.Identity) and not isinstance(self.bn2, nn.Identity):
+            head = [(self.conv_head, self.bn2)]
+        pairs = [stem, *itertools.chain(*stages), *head]
+        if not all(foldable(*pair) for pair in pairs):
+            return None, []
+        ends = itertools.accumulate(map(len, (*stages, head)))
+        return self._chains.chain(pairs, self.config.activation), list(ends)
+
+    def _stem(self, x: Tensor) -> Tensor:
         activation = self.config.activation
         return conv_norm_act(x, self.conv_stem, self.bn1, activation, self._stem_folds)
 
