@@ -119,7 +119,7 @@ def ours_distilled(
     student = sepconv.load(file, lambda: CifarResNet(depth).eval())
     x = _training_images()
     student = sepconv.distill(
-        student, model, Shifted(x[HELD_OUT:]), 1, held_out=x[:HELD_OUT].split(250)
+        student, model, Shifted(x[:-HELD_OUT]), 1, held_out=x[-HELD_OUT:].split(250)
     )
     return _with_share(student)
 
