@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from rich.box import SIMPLE
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 from torch import fx, nn
 
 from sepconv.checksum import crc32
@@ -113,10 +114,11 @@ class Report:
 
     def print(self, console: Console | None = None) -> None:
         """Print a table of the layers, and the totals."""
-        (console or Console()).print(self._table())
+        (console or Console()).print(self)
 
-    def __rich__(self) -> Table:
-        return self._table()
+    def __rich__(self) -> Group:
+        # The totals are no caption of the table: where that is too wide, its end is cut off.
+        return Group(self._table(), Text(self._totals()))
 
     def _table(self) -> Table:
         shapes = self.macs_before is not None
@@ -126,7 +128,7 @@ class Report:
             box=SIMPLE,
             padding=(0, 1, 0, 0),
         )
-        table.add_column("layer", overflow="fold", min_width=14)
+        table.add_column("layer", overflow="fold", min_width=10)
         table.add_column("status", overflow="fold", min_width=9)
         for title, shown in (
             ("rank", True),
@@ -147,7 +149,6 @@ class Report:
             if measured:
                 cells.append(_change(layer.latency_before, layer.latency_after, _time))
             table.add_row(*cells, style=None if layer.status == "converted" else "dim")
-        table.caption = self._totals()
         return table
 
     def _totals(self) -> str:

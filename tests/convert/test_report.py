@@ -142,6 +142,8 @@ def test_the_report_prints_every_layer_and_the_totals(width: int, x: Tensor | No
         assert layer.name in text
     for word in ("converted", "skipped", "transposed", "3 of 6", "graph", "parameters"):
         assert word in text
+    shown = f"{report.params_after / 1e3:.3g}k ("
+    assert shown in text, "the totals are not cut off"
     assert ("MACs" in text) == (x is not None)
 
 
