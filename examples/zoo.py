@@ -1,8 +1,9 @@
-"""Convert every architecture of torchvision and timm and write the table `docs/zoo.md`.
+"""Convert and fuse every architecture of torchvision and timm and write the table `docs/zoo.md`.
 
-Each model runs in a process of its own with a limit of time and memory. Results are appended to a
-JSON-lines file, and a run that was stopped goes on where it was. Without arguments everything is
-run, which takes hours; names or patterns choose: `python examples/zoo.py 'timm/resnet*'`.
+Each model runs in a process of its own, forked from one that has loaded the libraries, with a limit
+of CPU time and memory. Results are appended to a JSON-lines file, and a run that was stopped goes
+on where it was. Without arguments everything is run, which takes hours; names or patterns choose:
+`python examples/zoo.py 'timm/resnet*'`.
 """
 
 import argparse
@@ -10,51 +11,89 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import time
 import traceback
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import zoo_check
 from rich.progress import track
-from zoo_check import MILLION
+from zoo_check import MILLION, TOLERANCE
 
 ROOT = Path(__file__).resolve().parents[1]
-TOLERANCE = 1e-4  # of outputs in float32
 EXACT = 1e-8  # of outputs and gradients in float64
 LARGE = 60 * MILLION
 LARGEST = 400 * MILLION  # what fits in memory several times
+PATIENCE = 20  # wall-clock time over CPU time at which a model is taken to hang
+
+Result = dict[str, Any]
 
 
 def main() -> None:
     """Run what has no result yet, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("patterns", nargs="*", default=["*"])
-    parser.add_argument("--results", type=Path, default=ROOT / "zoo.jsonl")
+    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "zoo.jsonl")
     parser.add_argument("--table", type=Path, default=ROOT / "docs" / "zoo.md")
-    parser.add_argument("--seconds", type=float, default=300, help="limit for one model")
-    parser.add_argument("--gigabytes", type=float, default=8, help="limit for one model")
+    parser.add_argument("--seconds", type=int, default=600, help="CPU time for one model")
+    parser.add_argument("--gigabytes", type=float, default=12, help="limit for one model")
+    parser.add_argument("--workers", type=int, default=2, help="models at a time, a core each")
+    parser.add_argument("--again", action="store_true", help="also what has a result")
     parser.add_argument("--only-table", action="store_true", help="run nothing")
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # threads do not survive a fork
-    results = read(args.results)
     names = [*zoo_check.torchvision_names(), *zoo_check.timm_names()]
     if not args.only_table:
         chosen = [n for n in names if any(fnmatchcase(n, p) for p in args.patterns)]
-        for name in track([n for n in chosen if n not in results], "zoo"):
-            run_one(name, LARGE, args, results)
-        for name in track(smallest_large(results), "one of each large family"):
-            run_one(name, LARGEST, args, results)
-    args.table.write_text(table(results, len(names)))
+        run(chosen, args)
+    args.table.write_text(table(read(args.results), len(names)))
 
 
-def read(path: Path) -> dict[str, dict[str, Any]]:
+def run(names: list[str], args: argparse.Namespace) -> None:
+    """Count the parameters of every model, then check those that there is something to check."""
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    known = read(args.results)
+    torchvision = [n for n in names if n.startswith("torchvision/")]
+    for some in (torchvision, [n for n in names if n not in torchvision]):
+        count = [n for n in some if n not in known]
+        for _ in track(in_processes(count, "count", args), "counting", len(count)):
+            pass
+        known = read(args.results)
+        check = [n for n in in_order(some, known) if args.again or "status" not in known[n]]
+        for _ in track(in_processes(check, "check", args), "checking", len(check)):
+            pass
+
+
+def in_order(names: list[str], known: dict[str, Result]) -> list[str]:
+    """What there is to check, the smallest first.
+
+    All of torchvision. Of timm first the smallest of each family, then the others up to 60 M
+    parameters, then the smallest of each family above.
+    """
+    sized = [n for n in names if known[n].get("convolutions")]
+    sized.sort(key=lambda n: known[n]["params"])
+    first, first_large = dict[str, str](), dict[str, str]()
+    for name in sized:
+        of_size = first if known[name]["params"] <= LARGE else first_large
+        if known[name]["params"] <= LARGEST:
+            of_size.setdefault(zoo_check.family(name), name)
+    small = [n for n in sized if known[n]["params"] <= LARGE or n.startswith("torchvision/")]
+    return list(dict.fromkeys([*first.values(), *small, *first_large.values()]))
+
+
+def read(path: Path) -> dict[str, Result]:
     """Results by model; the last line may be cut short by a kill."""
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, Result] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             result = json.loads(line)
@@ -64,42 +103,75 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return results
 
 
-def run_one(
-    name: str, limit: int, args: argparse.Namespace, results: dict[str, dict[str, Any]]
-) -> None:
-    """Check one model in a child process; what it reported before a crash is kept."""
+@dataclass
+class Child:
+    """A process that looks at one model; what it reported before a crash is kept."""
+
+    name: str
+    process: BaseProcess
+    pipe: Connection
+    started: float = field(default_factory=time.monotonic)
+    result: Result = field(default_factory=dict)
+
+
+def in_processes(names: list[str], task: str, args: argparse.Namespace) -> Iterator[str]:
+    """Run each in a child process, some at a time, and write down what they report."""
+    waiting, running = deque(names), list[Child]()
+    while waiting or running:
+        while waiting and len(running) < args.workers:
+            running.append(start(waiting.popleft(), task, args))
+        ready = wait([child.pipe for child in running], timeout=1)
+        for child in list(running):
+            ended = False
+            if child.pipe in ready:
+                try:
+                    child.result.update(child.pipe.recv())
+                except EOFError:
+                    ended = True
+            if time.monotonic() > child.started + PATIENCE * args.seconds:
+                child.result["status"] = "hangs"
+                ended = True
+            if ended:
+                running.remove(child)
+                finish(child, task, args)
+                yield child.name
+
+
+def start(name: str, task: str, args: argparse.Namespace) -> Child:
+    """Fork: the libraries are loaded, and no tensor has been made that would have made threads."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    fork = multiprocessing.get_context("fork")  # the libraries are loaded once, before
-    child = fork.Process(target=_in_child, args=(name, limit, args.gigabytes, theirs))
-    result: dict[str, Any] = {"model": name}
-    start = time.monotonic()
-    child.start()
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=_in_child, args=(name, task, args, theirs))
+    process.start()
     theirs.close()
-    try:
-        while ours.poll(max(0, start + args.seconds - time.monotonic())):
-            result.update(ours.recv())
-        result["status"] = f"more than {args.seconds:.0f} s"
-    except EOFError:  # the child has ended
-        pass
-    child.kill()
-    child.join()
-    result.setdefault("status", f"crash: exit code {child.exitcode}")
-    result["seconds"] = round(time.monotonic() - start, 2)
-    results[name] = result
+    return Child(name, process, ours)
+
+
+def finish(child: Child, task: str, args: argparse.Namespace) -> None:
+    """Append the result of a child that has ended, or that ends here."""
+    if child.result.get("status") != "hangs":
+        child.process.join(10)
+    child.process.kill()
+    child.process.join()
+    code = child.process.exitcode
+    if code == -signal.SIGXCPU:
+        child.result["status"] = f"more than {args.seconds} s"
+    elif code != 0:
+        child.result.setdefault("status", f"crash: exit code {code}")
     with args.results.open("a") as file:
-        file.write(json.dumps(result) + "\n")
+        file.write(json.dumps({"model": child.name, **child.result}) + "\n")
 
 
-def _in_child(name: str, limit: int, gigabytes: float, report: Connection) -> None:
-    size = int(gigabytes * 2**30)
+def _in_child(name: str, task: str, args: argparse.Namespace, report: Connection) -> None:
+    size = int(args.gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    resource.setrlimit(resource.RLIMIT_CPU, (args.seconds, args.seconds + 10))
     # Other people's models print and warn.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
     try:
-        params = zoo_check.parameters(name)
-        if params > limit:
-            report.send({"params": params, "status": "large"})
+        if task == "count":
+            report.send(zoo_check.size(name))
         else:
             zoo_check.check_convert(name, report.send)
     except Exception as error:
@@ -107,103 +179,126 @@ def _in_child(name: str, limit: int, gigabytes: float, report: Connection) -> No
         ours = [f"{Path(f.filename).name}:{f.lineno}" for f in where if "sepconv" in f.filename]
         message = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         report.send({"status": f"error: {message}", "where": ours})
+    report.send({"seconds": round(time.process_time(), 2)})
     report.close()
 
 
-def smallest_large(results: dict[str, dict[str, Any]]) -> list[str]:
-    """Of each family of models that are too large, the smallest."""
-    smallest: dict[str, str] = {}
-    for name, result in results.items():
-        if result["status"] == "large" and result["params"] <= LARGEST:
-            other = smallest.setdefault(zoo_check.family(name), name)
-            if result["params"] < results[other]["params"]:
-                smallest[zoo_check.family(name)] = name
-    done = {
-        zoo_check.family(n)
-        for n, r in results.items()
-        if r["status"] == "done" and r["params"] > LARGE
-    }
-    return [name for key, name in smallest.items() if key not in done]
-
-
-def verdict(result: dict[str, Any]) -> str:
-    """`ok`, `rounding`, a reason for which there was nothing to compare, or what went wrong."""
+def verdict(result: Result) -> str:
+    """`ok`, `rounding` or what went wrong."""
     if result["status"] != "done":
         return str(result["status"])
     if not result["rank_1"]:
         return "rank 1 is not finite"
-    exact = max(result["error_float64"], result["gradient_error_float64"])
-    if not exact <= EXACT:
-        return f"wrong: {exact:.1e} in float64"
+    wrong = {
+        what: result.get(f"{key}_float64", 0.0)
+        for what, key in (
+            ("outputs", "settled_error"),
+            ("gradients", "settled_gradient_error"),
+            ("fused outputs", "fuse_error"),
+        )
+        if not result.get(f"{key}_float64", 0.0) <= EXACT
+    }
+    if wrong:
+        return "wrong: " + ", ".join(f"{what} {error:.1e}" for what, error in wrong.items())
     return "ok" if result["error"] <= TOLERANCE else "rounding"
 
 
-def table(results: dict[str, dict[str, Any]], total: int) -> str:
+def table(results: dict[str, Result], total: int) -> str:
     """The results as Markdown: totals, exceptions, then a line for each model."""
-    compared = {n: r for n, r in results.items() if r["status"] not in ("large", "no convolution")}
+    checked = {n: r for n, r in results.items() if "status" in r}
     lines = [
         "# Zoo",
         "",
         "Every architecture of torchvision (classification, segmentation, detection, video) and of",
-        "timm up to 60 M parameters, with random weights and the smallest input that it accepts,",
-        "converted at full rank and compared with the original: outputs in float32; then outputs",
-        "and some gradients in float64, with every BatchNorm's statistics taken from the input.",
-        "An error is the largest difference over the largest value; `ok` is below 1e-4 in float32",
-        "and below 1e-8 in float64. `make zoo` makes this page.",
+        "timm that has a convolution and up to 60 M parameters, and the smallest of each family",
+        "above, with random weights and the smallest input that each accepts. Made by `make zoo`.",
         "",
-        f"{len(results)} of the {total} architectures have been run so far.",
+        "1. Converted at full rank and compared with the original, as built: outputs in float32,",
+        "   which differ by at most 1e-4.",
+        "2. The same, with every BatchNorm's statistics taken from the images, so that the outputs",
+        "   depend on them, and with some gradients: 1e-4 in float32, and where a deep random",
+        "   network amplifies rounding by more (or a ReLU flips), 1e-8 in float64.",
+        "3. `sepconv.fuse` of that, outputs: likewise.",
+        "4. Converted at rank 1: the outputs are finite.",
         "",
-        "| library | compared | ok | rounding | other | no convolution | too large |",
-        "|---|---|---|---|---|---|---|",
+        "An error is the largest difference over the largest value. A model with an error above",
+        "1e-4 in step 1 that is exact in float64 is counted as `rounding`.",
+        "",
+        f"{len(checked)} architectures have been checked of the {total} that there are"
+        f" ({len(results)} have been counted).",
+        "",
+        "| library | checked | ok | rounding | other | to do | no convolution | large, not run |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for library in ("torchvision", "timm"):
-        own = [r for n, r in results.items() if n.startswith(library + "/")]
-        verdicts = [verdict(r) for r in own if r["model"] in compared]
-        ok, rounding = verdicts.count("ok"), verdicts.count("rounding")
-        without = sum(r["status"] == "no convolution" for r in own)
-        large = sum(r["status"] == "large" for r in own)
-        lines.append(
-            f"| {library} | {len(verdicts)} | {ok} | {rounding} | "
-            f"{len(verdicts) - ok - rounding} | {without} | {large} |"
-        )
-    times = sorted(
-        (r["convert_s"] - r["copy_s"]) / r["forward_s"]
-        for r in compared.values()
-        if r["status"] == "done"
-    )
-    lines += [
-        "",
-        "`rounding`: above 1e-4 in float32 but below 1e-8 in float64, so the network amplifies the",
-        "rounding of its own arithmetic.",
-    ]
-    if times:
-        lines += [
-            "",
-            "Converting at rank 1 takes, less one copy of the model, "
-            f"{times[len(times) // 2]:.2f} forward passes of one image of its usual size (median).",
-        ]
-    lines += _rows("Exceptions", {n: r for n, r in compared.items() if verdict(r) != "ok"})
-    lines += _rows("All", compared)
+    lines += [_totals(library, results) for library in ("torchvision", "timm")]
+    done = [r for r in checked.values() if r["status"] == "done"]
+    if done:
+        lines += ["", *_summary(done)]
+    lines += _rows("Exceptions", {n: r for n, r in checked.items() if verdict(r) != "ok"})
+    lines += _rows("All", checked)
     return "\n".join(lines) + "\n"
 
 
-def _rows(title: str, results: dict[str, dict[str, Any]]) -> list[str]:
+def _totals(library: str, results: dict[str, Result]) -> str:
+    own = {n: r for n, r in results.items() if n.startswith(library + "/")}
+    verdicts = [verdict(r) for r in own.values() if "status" in r]
+    ok, rounding = verdicts.count("ok"), verdicts.count("rounding")
+    open_ones = [r for r in own.values() if "status" not in r]
+    without = sum(r["convolutions"] == 0 for r in open_ones)
+    chosen = in_order(list(own), own)
+    to_do = sum(name in chosen and "status" not in own[name] for name in own)
+    cells = [len(verdicts), ok, rounding, len(verdicts) - ok - rounding, to_do, without]
+    cells.append(len(open_ones) - to_do - without)
+    return f"| {library} | " + " | ".join(map(str, cells)) + " |"
+
+
+def _summary(done: list[Result]) -> list[str]:
+    ratios = sorted((r["convert_s"] - r["copy_s"]) / r["forward_s"] for r in done)
+    within = sum(ratio <= 3 for ratio in ratios)
+    levels = Counter(r["level"] for r in done)
+    reasons = Counter[str]()
+    for r in done:
+        reasons.update(r["skipped"])
+    skipped = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+    exact = sum("settled_error_float64" in r for r in done)
+    return [
+        f"- {sum(r['convolutions'] for r in done)} convolutions,"
+        f" {sum(r['converted'] for r in done)} converted; not: {skipped}",
+        "- traced at level " + ", ".join(f"{level}: {n}" for level, n in levels.most_common()),
+        f"- largest error as built: {max(r['error'] for r in done):.1e}; "
+        f"{exact} models were decided in float64, largest error there "
+        f"{max(r.get('settled_error_float64', 0) for r in done):.1e} of outputs, "
+        f"{max(r.get('settled_gradient_error_float64', 0) for r in done):.1e} of gradients",
+        f"- {sum(r['fused'] for r in done)} layers fused; largest error, in float64 where that "
+        f"decided: {max(r.get('fuse_error_float64', r['fuse_error']) for r in done):.1e}",
+        "- `convert(model, rank=1)` takes, less one copy of the model, "
+        f"{median(ratios):.2f} forward passes of one image of its usual size (median, one thread); "
+        f"at most 3 for {within} of {len(ratios)} models",
+    ]
+
+
+def _rows(title: str, results: dict[str, Result]) -> list[str]:
     lines = ["", f"## {title}", ""]
     lines += [
-        "| model | verdict | convolutions | converted | skipped | level | output error |"
-        " gradient error (float64) | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | verdict | convolutions | converted | skipped | level | output error, as built |"
+        " outputs | gradients | fused | fused outputs | convert / forward | seconds |",
+        "|" + "---|" * 13,
     ]
-    for name in sorted(results):
-        r = results[name]
-        skipped = ", ".join(f"{n} {reason}" for reason, n in r.get("skipped", {}).items())
-        errors = [
-            f"{r[key]:.1e}" if key in r else "" for key in ("error", "gradient_error_float64")
-        ]
-        cells = [name, verdict(r), r.get("convolutions", ""), r.get("converted", ""), skipped]
-        cells += [r.get("level", ""), *errors, r["seconds"]]
-        lines.append("| " + " | ".join(str(c).replace("|", "/") for c in cells) + " |")
-    return lines
+    return lines + [_row(name, results[name]) for name in sorted(results)]
+
+
+def _row(name: str, r: Result) -> str:
+    def error(key: str) -> str:
+        digits = f"{r[key]:.1e}" if key in r else ""
+        return f"{r[key + '_float64']:.1e} (float64)" if key + "_float64" in r else digits
+
+    skipped = ", ".join(f"{n} {reason}" for reason, n in r.get("skipped", {}).items())
+    cells = [name, verdict(r), r.get("convolutions", ""), r.get("converted", ""), skipped]
+    cells += [r.get("level", ""), error("error"), error("settled_error")]
+    cells += [error("settled_gradient_error"), r.get("fused", ""), error("fuse_error")]
+    ratio = (r["convert_s"] - r["copy_s"]) / r["forward_s"] if "convert_s" in r else None
+    cells += ["" if ratio is None else f"{ratio:.2f}", r.get("seconds", "")]
+    return "| " + " | ".join(str(c).replace("|", "/") for c in cells) + " |"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """One architecture of torchvision or timm: build it, find the smallest input it accepts, compare.
 
 What a converted model must be is checked on two random images: equal outputs and gradients at full
-rank, finite outputs at rank 1. `examples/zoo.py` runs this for every architecture there is.
+rank, finite outputs at rank 1; and what a fused one must be: equal outputs. `examples/zoo.py` runs
+this for every architecture there is.
 """
 
 import copy
@@ -17,17 +18,22 @@ from sepconv.bench import torchvision_shim
 
 torchvision_shim.install()
 
-import timm  # noqa: E402 (imports torchvision, which needs the line above)
 import torch  # noqa: E402
-import torchvision  # noqa: E402
+import torchvision  # noqa: E402 (needs the line above)
 from torch import Tensor, nn  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import sepconv  # noqa: E402
 
+try:
+    import timm
+except ModuleNotFoundError:  # then the zoo is torchvision's
+    timm = None
+
 MILLION = 1_000_000
 SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 384)
 GRADIENTS = 6
+TOLERANCE = 1e-4  # of outputs and gradients in float32; above it float64 decides
 
 Images = Tensor | list[Tensor]
 
@@ -40,14 +46,10 @@ def torchvision_names() -> list[str]:
 
 
 def timm_names() -> list[str]:
-    """Every timm architecture; first one of each family, then the second of each, and so on."""
-    names = [f"timm/{name}" for name in timm.list_models(pretrained=False)]
-    seen: Counter[str] = Counter()
-    turns: dict[str, int] = {}
-    for name in names:
-        turns[name] = seen[family(name)]
-        seen[family(name)] += 1
-    return sorted(names, key=lambda name: turns[name])
+    """Every timm architecture."""
+    if timm is None:
+        return []
+    return [f"timm/{name}" for name in timm.list_models(pretrained=False)]
 
 
 def family(name: str) -> str:
@@ -79,14 +81,21 @@ def build(name: str) -> nn.Module:
     return builder(**options).eval()
 
 
-def parameters(name: str) -> int:
-    """Number of parameters, without making any where the model's code allows it."""
+def size(name: str) -> dict[str, int]:
+    """Numbers of parameters and of convolutions."""
     try:
         with torch.device("meta"):
             model = build(name)
     except NotImplementedError:  # its initialisation looks at values
         model = build(name)
-    return sum(p.numel() for p in model.parameters())
+    return _size(model)
+
+
+def _size(model: nn.Module) -> dict[str, int]:
+    return {
+        "params": sum(p.numel() for p in model.parameters()),
+        "convolutions": sum(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules()),
+    }
 
 
 def smallest_images(name: str, model: nn.Module) -> Images:
@@ -174,6 +183,8 @@ def settle_norms(model: nn.Module, images: Images) -> None:
     model.eval()
 
 
+# torchvision compiles its own operators at first use, for a minute.
+@torch.compiler.set_stance("force_eager")
 def check_convert(name: str, report_to: Callable[[dict[str, Any]], None]) -> None:
     """Report what conversion did to the model, step by step, so that a crash loses only the last.
 
@@ -182,11 +193,7 @@ def check_convert(name: str, report_to: Callable[[dict[str, Any]], None]) -> Non
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     model = build(name)
-    convs = sum(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
-    size = sum(p.numel() for p in model.parameters())
-    report_to({"convolutions": convs, "params": size})
-    if convs == 0:
-        return report_to({"status": "no convolution"})
+    report_to(_size(model))
     images = smallest_images(name, model)
     report_to({"input": list(images.shape if isinstance(images, Tensor) else images[0].shape)})
 
@@ -201,51 +208,66 @@ def check_convert(name: str, report_to: Callable[[dict[str, Any]], None]) -> Non
             "convert_full_s": seconds,
         }
     )
-    report_to(compare(model, full, images, gradients=False))
-    # Once more without the rounding that a network may amplify, and where every layer counts.
-    double = [x.double() for x in images] if isinstance(images, list) else images.double()
-    settle_norms(model.double(), double)
+    with torch.no_grad():
+        report_to(compare((outputs(model, images), {}), (outputs(full, images), {})))
+    settle_norms(model, images)
     settled = dict(model.named_buffers())
-    for key, buffer in full.double().named_buffers():
+    for key, buffer in full.named_buffers():
         buffer.copy_(settled[key])
-    exact = compare(model, full, double, gradients=True)
-    report_to({f"{key}_float64": value for key, value in exact.items()})
-    model.float()
+    expected = outputs_and_gradients(model, images)
+    # Where two images give nearly the same output, an error would hardly show in it.
+    spread = [_relative(y[:1], y[1:2]) for y in expected[0] if y.shape[0] > 1]
+    found = compare(expected, outputs_and_gradients(full, images))
+    report_to({"spread": max(spread, default=0.0), "gradients": len(expected[1])})
+    report_to({f"settled_{key}": value for key, value in found.items()})
+    if not max(found.values()) <= TOLERANCE:
+        # Once more without the rounding that a network amplifies.
+        exact = compare(in_double(model, images), in_double(full, images))
+        report_to({f"settled_{key}_float64": value for key, value in exact.items()})
+        model.float()
     del full
 
+    report_to(check_fused(model, images, expected[0]))
     with torch.no_grad():
         forward, _ = _timed(lambda: model(usual_image(name, images)))
         copying, _ = _timed(lambda: copy.deepcopy(model))
         seconds, small = _timed(lambda: sepconv.convert(model, rank=1, first_conv=True))
         finite = all(bool(y.isfinite().all()) for y in outputs(small, images))
     report_to({"forward_s": forward, "copy_s": copying, "convert_s": seconds, "rank_1": finite})
-    return report_to({"status": "done"})
+    report_to({"status": "done"})
 
 
-def compare(
-    model: nn.Module, other: nn.Module, images: Images, gradients: bool
-) -> dict[str, float]:
-    """Largest relative difference of outputs and of some gradients; and how much outputs vary.
-
-    Where two images give nearly the same output, an error would hardly show in it.
-    """
-    with torch.set_grad_enabled(gradients):
-        expected, got = _with_gradients(model, images), _with_gradients(other, images)
-    assert len(expected[0]) == len(got[0]), "another number of outputs"
-    spread = [_relative(y[:1], y[1:2]) for y in expected[0] if y.shape[0] > 1]
-    found = {
-        "error": max(map(_relative, expected[0], got[0])),
-        "spread": max(spread, default=0.0),
-    }
-    if gradients:
-        common = expected[1].keys() & got[1].keys()
-        differences = [_relative(expected[1][key], got[1][key]) for key in common]
-        found["gradient_error"] = max(differences, default=0.0)
-        found["gradients"] = len(common)
+def check_fused(model: nn.Module, images: Images, expected: list[Tensor]) -> dict[str, Any]:
+    """How many layers `sepconv.fuse` fused, at which level, and the error of the outputs."""
+    fused = sepconv.fuse(model)
+    made = sepconv.report(fused)
+    with torch.no_grad():
+        error = compare((expected, {}), (outputs(fused, images), {}))["error"]
+        found = {"fused": len(made.fused), "fuse_level": made.trace_level, "fuse_error": error}
+        if not error <= TOLERANCE:
+            twice = sepconv.fuse(model.double())
+            images = _double(images)
+            exact = compare((outputs(model, images), {}), (outputs(twice, images), {}))
+            found["fuse_error_float64"] = exact["error"]
+            model.float()
     return found
 
 
-def _with_gradients(model: nn.Module, images: Images) -> tuple[list[Tensor], dict[str, Tensor]]:
+def compare(
+    expected: tuple[list[Tensor], dict[str, Tensor]], got: tuple[list[Tensor], dict[str, Tensor]]
+) -> dict[str, float]:
+    """Largest relative differences of outputs, and of the gradients that both have."""
+    assert len(expected[0]) == len(got[0]), "another number of outputs"
+    found = {"error": max(map(_relative, expected[0], got[0]))}
+    common = expected[1].keys() & got[1].keys()
+    if common:
+        found["gradient_error"] = max(_relative(expected[1][k], got[1][k]) for k in common)
+    return found
+
+
+def outputs_and_gradients(
+    model: nn.Module, images: Images
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Outputs, and the gradients of a random sum of them by some unconverted parameters."""
     torch.manual_seed(1)
     model.zero_grad()
@@ -266,7 +288,17 @@ def _with_gradients(model: nn.Module, images: Images) -> tuple[list[Tensor], dic
     ]
     named = [(key, g) for key, g in named if g.abs().max() > 0 and not _is_filter(g)]
     step = max(1, len(named) // GRADIENTS)
-    return [y.detach() for y in found], {key: g.clone() for key, g in named[::step]}
+    sample = {key: g.clone() for key, g in named[::step]}
+    model.zero_grad()
+    return [y.detach() for y in found], sample
+
+
+def in_double(model: nn.Module, images: Images) -> tuple[list[Tensor], dict[str, Tensor]]:
+    return outputs_and_gradients(model.double(), _double(images))
+
+
+def _double(images: Images) -> Images:
+    return [x.double() for x in images] if isinstance(images, list) else images.double()
 
 
 def _is_filter(g: Tensor) -> bool:
@@ -301,6 +333,6 @@ def _plain(y: Any) -> Any:
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
+    start = time.process_time()  # one thread; another process on the same core does not count
     result = run()
-    return time.perf_counter() - start, result
+    return time.process_time() - start, result

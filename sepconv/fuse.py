@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sepconv.checks import checked_model
 from sepconv.factorize.fold import Affine, batch_norm_affine, fold_after, fold_before
@@ -138,6 +138,10 @@ class _Lowering:
             return self._children(module, prefix), traced.level, traced.why
         lowered = fx.GraphModule(module, traced.graph, type(module).__name__)
         lowered.training = False
+        # Code around it may read them.
+        vars(lowered).update(
+            {k: v for k, v in _constants(module).items() if not hasattr(lowered, k)}
+        )
         for leaf in traced.leaves:
             if leaf in (n.target for n in traced.graph.nodes if n.op == "call_module"):
                 self._children(lowered.get_submodule(leaf), f"{prefix}{leaf}.")
@@ -241,6 +245,16 @@ def _to_channels_last(value: Any) -> Any:
     if isinstance(value, Tensor) and value.dim() == 4:
         return value.contiguous(memory_format=torch.channels_last)
     return value
+
+
+def _constants(module: nn.Module) -> dict[str, Any]:
+    """The attributes that are numbers, names and flags."""
+    plain = bool | int | float | str | None
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and all(isinstance(v, plain) for v in tree_leaves(value))
+    }
 
 
 def _forward_parameters(module: nn.Module) -> list[Parameter]:

@@ -403,6 +403,24 @@ class TestTracing:
 
         check(settled(Root()))
 
+    def test_code_around_a_part_reads_its_attributes(self):
+        class Part(nn.Sequential):
+            pass
+
+        class Root(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.part = Part(pw(CHANNELS), nn.ReLU())
+                self.part.scale = 2.0
+
+            def forward(self, x):
+                if x.sum() > 1e9:
+                    return x
+                return self.part(x) * self.part.scale
+
+        fused = check(settled(Root()))
+        assert isinstance(fused.part, torch.fx.GraphModule)
+
     def test_view_behind_a_convolution(self):
         class Shuffle(nn.Module):
             def __init__(self):
