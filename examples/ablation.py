@@ -43,7 +43,7 @@ class Variant:
         method: the steps.
         planned: by what the ranks are planned: the `output`, the `weights`, or not at all.
         ragged: give each channel of a layer its own number of filters, the layer as many in all.
-        images: to calibrate with.
+        images: to fit with; the plan is that of `CALIBRATED` images.
     """
 
     method: Method = field(default_factory=Method)
@@ -71,8 +71,9 @@ VARIANTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--ranks", type=int, nargs="*", default=[3, 2])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[3])
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--closed-forms", action="store_true", help="measure nothing refined")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
 
@@ -80,7 +81,7 @@ def main() -> None:
     wanted = [
         (rank, name, refined)
         for rank in options.ranks
-        for refined in (False, True)
+        for refined in ([False] if options.closed_forms else [False, True])
         for name in options.variants
     ]
     missing = [cell for cell in wanted if _key(*cell) not in cells]
@@ -112,7 +113,7 @@ class Bench:
         self.matches = [conv for conv in found if not conv.first]
         assert captured.macs is not None
         self.macs = captured.macs
-        self.curves: dict[int, Curves] = {}
+        self.curves: Curves | None = None
         with torch.no_grad():
             self.wanted = self.model(self.x)
 
@@ -141,12 +142,11 @@ class Bench:
         if variant.planned == "weights":
             errors: Any = weight_only_errors(self.matches)
         else:
-            # The same plan for all numbers of images but where that number is what varies.
-            if variant.images not in self.curves:
-                batches = self.calibration[: variant.images].split(64)
+            if self.curves is None:
+                batches = self.calibration[:CALIBRATED].split(64)
                 study = Calibration(self.model, self.matches, batches)
-                self.curves[variant.images] = study.error_curves(ranks_to_choose(costs))
-            errors = self.curves[variant.images]
+                self.curves = study.error_curves(ranks_to_choose(costs))
+            errors = self.curves
         budget = sepconv.Budget(macs=self.spent(uniform) / self.macs)
         return ranks_within(budget, costs, errors, self.macs)
 
@@ -196,8 +196,8 @@ def _print(cells: dict[str, Any], rank: int, names: Sequence[str]) -> None:
     for column in ("closed forms", "refined"):
         table.add_column(column, justify="right")
     for name in names:
-        pair = [cells[_key(rank, name, refined)] for refined in (False, True)]
-        table.add_row(name, *(f"{c['accuracy']:.2f} / {c['error']:.4f}" for c in pair))
+        pair = [cells.get(_key(rank, name, refined)) for refined in (False, True)]
+        table.add_row(name, *(f"{c['accuracy']:.2f} / {c['error']:.4f}" if c else "" for c in pair))
     Console().print(table)
 
 

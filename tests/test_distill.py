@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.data import DataLoader, TensorDataset
 
 import sepconv
@@ -126,6 +129,36 @@ def test_a_killed_run_goes_on_to_the_same_result(
     resumed = run(deepcopy(student), loader, tmp_path / "killed.pt")
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_what_is_kept_is_the_moving_average(
+    student: nn.Module, teacher: nn.Module, x: Tensor
+) -> None:
+    """Of the weights after each step; a young average follows faster."""
+    weights: list[Tensor] = [student[3].weight_pw.detach().clone()]
+
+    def note(*_: Any) -> None:
+        weights.append(student[3].weight_pw.detach().clone())
+
+    handle = register_optimizer_step_post_hook(note)
+    try:
+        sepconv.distill(student, teacher, list(x.split(4)), 1, held_out=[x], average=0.5)
+    finally:
+        handle.remove()
+    mean = weights[0]
+    for step, weight in enumerate(weights[1:], start=1):
+        decay = min(0.5, step / (step + 10))
+        mean = decay * mean + (1 - decay) * weight
+    assert len(weights) == 17
+    assert not torch.allclose(mean, weights[-1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(student[3].weight_pw.detach(), mean)
+
+
+def test_no_progress_bar_off_a_terminal(
+    student: nn.Module, teacher: nn.Module, x: Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sepconv.distill(student, teacher, [x], 1)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_best_epoch_is_kept(student: nn.Module, teacher: nn.Module, x: Tensor) -> None:
