@@ -37,7 +37,8 @@ _FUSED = FUSED_ACTIVATIONS | _FUSED_IF_FINITE
 _MOST_SHAPES = 4  # of inputs that a convolution keeps packed weights for
 # Tensors between two layers of a chain are kept below this, by cutting the batch.
 _CHUNK_BYTES = 2**24
-_LARGEST = torch.finfo(torch.float32).max
+# What a value may be; a thousandth of the range, since algorithms of convolution may use the rest.
+_LARGEST = 1e-3 * torch.finfo(torch.float32).max
 
 
 def _operators() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
@@ -241,6 +242,8 @@ class PackedChain:
         return -self._largest <= low.item() and high.item() <= self._largest
 
     def _images_at_once(self, x: Tensor) -> int:
+        if len(x) == 1:
+            return 1
         size, most = (x.shape[2], x.shape[3]), 0
         for convolution, padding, _ in self._layers:
             k, p, q = convolution.output_shape(size, padding(size))
@@ -259,8 +262,8 @@ def _largest_input(layers: Sequence[Layer]) -> float:
         highest = max(highest, bound.max().item()) if bound.isfinite().all() else math.inf
         if activation == "relu6":
             bound = bound.clamp(max=6.0)
-    # The bounds are those of inputs up to 1, and half of the range is left to rounding.
-    return 0.5 * _LARGEST / highest if highest < 0.5 * _LARGEST else -1.0
+    # The bounds are those of inputs up to 1.
+    return _LARGEST / highest if highest < _LARGEST else -1.0
 
 
 @functools.cache
