@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sepconv
+import sepconv.choose
 from sepconv.calibration import Calibration, Method
 from sepconv.graph import Match, capture, match
 from sepconv.observe import Survey
@@ -273,15 +274,32 @@ def test_a_latency_budget_is_kept_by_the_measured_table(
     assert 0.4 * 5.5e-2 < taken <= 0.5 * 5.5e-2
 
 
-def test_a_latency_budget_by_the_clock() -> None:
+def test_a_latency_budget_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured is noted, for a second measurement may differ on a busy machine."""
+    noted: dict[str, Any] = {}
+
+    def noting(name: str) -> Any:
+        measure = getattr(sepconv.choose, name)
+
+        def run(*args: Any) -> Any:
+            noted[name] = measure(*args)
+            return noted[name]
+
+        return run
+
+    for name in ("latency_costs", "model_latency"):
+        monkeypatch.setattr(sepconv.choose, name, noting(name))
     torch.manual_seed(0)
     layers = [nn.Conv2d(96, 96, 3, padding=1) for _ in range(2)]
     model, x = nn.Sequential(*layers).eval(), torch.randn(2, 96, 28, 28)
-    # Rank 1 takes a third of the time or less: within reach, and beyond what a busy machine blurs.
+    # Rank 1 takes a third of the time: within reach, and beyond what a busy machine blurs.
     small = sepconv.convert(model, x[:1], budget=sepconv.Budget(latency=0.8), calibration=[x])
-    converted = [layer for layer in sepconv.report(small).layers if layer.rank is not None]
-    assert converted
-    assert all(layer.latency_after < layer.latency_before for layer in converted)
+    ranks = {layer.name: layer.rank for layer in sepconv.report(small).layers}
+    costs = noted["latency_costs"]
+    dense = sum(forms[None] for forms in costs.values())
+    total = max(noted["model_latency"], dense)
+    assert total - dense + sum(costs[name][rank] for name, rank in ranks.items()) <= 0.8 * total
+    assert any(rank is not None for rank in ranks.values())
 
 
 def test_search_finds_a_smaller_model_that_is_good_enough(
