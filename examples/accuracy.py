@@ -94,7 +94,11 @@ def _measure(
 def ours(model: nn.Module, budget: float, calibration: list[Tensor]) -> tuple[nn.Module, float]:
     """Calibrated factors, ranks planned by what they change in the output."""
     limit = sepconv.Budget(macs=budget)
-    return _with_share(sepconv.convert(model, X, budget=limit, calibration=calibration))
+    small = sepconv.convert(model, X, budget=limit, calibration=calibration)
+    file = _converted_file(model, budget, calibration)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sepconv.save(small, file)
+    return _with_share(small)
 
 
 def ours_uniform(
@@ -110,18 +114,25 @@ def ours_distilled(
     model: nn.Module, budget: float, calibration: list[Tensor]
 ) -> tuple[nn.Module, float]:
     """Calibrated, then one epoch of learning from the original on unlabelled training images."""
-    assert isinstance(model, CifarResNet)
-    depth = sum(isinstance(m, nn.Conv2d) for m in model.modules()) + 1
-    file = CONVERTED / f"resnet{depth}-{len(calibration)}-{budget:g}.safetensors"
+    file = _converted_file(model, budget, calibration)
     if not file.exists():
-        CONVERTED.mkdir(parents=True, exist_ok=True)
-        sepconv.save(ours(model, budget, calibration)[0], file)
-    student = sepconv.load(file, lambda: CifarResNet(depth).eval())
+        ours(model, budget, calibration)
+    student = sepconv.load(file, lambda: CifarResNet(_depth(model)).eval())
     x = _training_images()
     student = sepconv.distill(
         student, model, Shifted(x[:-HELD_OUT]), 1, held_out=x[-HELD_OUT:].split(250)
     )
     return _with_share(student)
+
+
+def _converted_file(model: nn.Module, budget: float, calibration: list[Tensor]) -> Path:
+    count = sum(map(len, calibration))
+    return CONVERTED / f"resnet{_depth(model)}-{count}-{budget:g}.safetensors"
+
+
+def _depth(model: nn.Module) -> int:
+    """Layers with weights: the convolutions and the last one."""
+    return sum(isinstance(m, nn.Conv2d) for m in model.modules()) + 1
 
 
 @cache
