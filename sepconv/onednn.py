@@ -5,7 +5,6 @@
 that need none. Fused relu and relu6 turn NaN into 0, so they are used where no NaN can arise.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sepconv.memory import keep_freed_memory
 
 Sides = tuple[int, int, int, int]
 
@@ -172,7 +173,7 @@ class PackedConv2d:
         key = (shape, *padding)
         packed = self._packed.get(key)
         if packed is None:
-            _keep_freed_memory()
+            keep_freed_memory()
             settings = (padding, self._stride, self._dilation, self._groups)
             packed = self._reorder(self._weight, *settings, list(shape))
             # A new dictionary: another thread may be reading the old one.
@@ -264,14 +265,3 @@ def _largest_input(layers: Sequence[Layer]) -> float:
             bound = bound.clamp(max=6.0)
     # The bounds are those of inputs up to 1.
     return _LARGEST / highest if highest < _LARGEST else -1.0
-
-
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next ones.
-
-    It gives memory back to the system above a threshold, which it sets by the largest block freed
-    so far; a network that stays just above it takes every page anew in each call, for up to a third
-    of its time. One large block that nobody touches, freed, moves the threshold to its end.
-    """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)

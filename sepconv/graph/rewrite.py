@@ -16,6 +16,7 @@ from sepconv.factorize import SeparableFactors
 from sepconv.graph.functional import forward_graph, replace_forward
 from sepconv.graph.match import Match
 from sepconv.graph.state import without_history
+from sepconv.memory import keep_freed_memory
 from sepconv.nn import SeparableConv1d, SeparableConv2d
 
 
@@ -44,6 +45,8 @@ def separable_module(
         laid_out = _laid_out(values, channels_last)
         setattr(module, name, nn.Parameter(laid_out, requires_grad=conv.weight.requires_grad))
     module.bias = conv.bias
+    if conv.weight.is_cpu:
+        keep_freed_memory()
     return module
 
 
