@@ -4,12 +4,16 @@ Run as ``python tests/afterwards/features.py [model ...]`` to write `docs/afterw
 `test_afterwards.py` asserts it on a small network.
 """
 
+import argparse
 import copy
 import io
+import json
+import os
 import pickle
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +21,8 @@ if __name__ == "__main__":  # pytest sets the path itself
     sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (2, 1)]
 
 import torch
+import torchvision_shim
+from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -190,6 +196,65 @@ def saving(model: nn.Module, x: Tensor) -> None:
         assert len(recipe.layers) == len(sepconv.report(model).converted)
 
 
+def _two_processes(kind: str, model: nn.Module, x: Tensor) -> None:
+    """Outputs and gradients of half the images each are those of one process with all of them."""
+    script = Path(__file__).with_name("two_processes.py")
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(model, f"{folder}/model.pt")
+        torch.save(x, f"{folder}/x.pt")
+        started = [
+            subprocess.Popen([sys.executable, script, kind, str(rank), folder], env=environment)
+            for rank in range(2)
+        ]
+        try:
+            assert [process.wait(300) for process in started] == [0, 0]
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+        y, gradients = torch.load(f"{folder}/result.pt", weights_only=True)
+    close(y, expected(model, x.chunk(2)[0]))
+    model = copy.deepcopy(model)
+    if any(p.requires_grad for p in model.parameters()):
+        model(x).square().mean().backward()
+    own = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == own.keys()
+    largest = max((float(g.abs().max()) for g in own.values()), default=0.0)
+    for key, gradient in own.items():
+        assert not (gradients[key] - gradient).abs().max() > BOUND * largest
+
+
+def data_parallel(model: nn.Module, x: Tensor) -> None:
+    if not any(p.requires_grad for p in model.parameters()):
+        raise NotApplicableError("has nothing to train")
+    _two_processes("ddp", model, x)
+
+
+def fully_sharded(model: nn.Module, x: Tensor) -> None:
+    _two_processes("fsdp", model, x)
+
+
+def cuda_graph(model: nn.Module, x: Tensor) -> None:
+    """Captured once, replayed on other images."""
+    if not torch.cuda.is_available():
+        raise NotApplicableError("needs a GPU")
+    model, held = copy.deepcopy(model).cuda(), x.cuda()
+    side = torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.stream(side):
+        for _ in range(3):  # compiles, and picks algorithms
+            model(held)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        y = model(held)
+    other = x.flip(0).cuda()
+    held.copy_(other)
+    graph.replay()
+    close(y, expected(model, other))
+
+
 FEATURES: dict[str, Feature] = {
     "`torch.compile(fullgraph=True)`, aot_eager": compile_aot_eager,
     "`torch.compile(fullgraph=True)`, inductor": compile_fullgraph,
@@ -207,59 +272,92 @@ FEATURES: dict[str, Feature] = {
     "half precision, both kinds": half_precision,
     "`.to` dtype, memory format, meta device": moving,
     "`torch.func.vmap`, `grad`": functional_transforms,
+    "DDP, two processes (gloo)": data_parallel,
+    "FSDP (`fully_shard`), two processes (gloo)": fully_sharded,
+    "CUDA graph": cuda_graph,
     "`sepconv.save`": saving,
 }
 SLOW = {compile_fullgraph, aot_inductor}
-LONG = {compile_aot_eager, export_in_another_process, onnx_plain_convolutions}
+LONG = {
+    compile_aot_eager,
+    export_in_another_process,
+    onnx_plain_convolutions,
+    data_parallel,
+    fully_sharded,
+}
 
 MODELS = ("resnet18", "mobilenet_v2", "efficientnet_b0")
+FORMS = ("converted", "fused")
 
 
 def main() -> None:
-    """Write the table."""
-    import warnings
+    """Write the table, or one column of it as JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--column", choices=FORMS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.column:
+        column(args.models[0], args.column)
+        return
+    cells: dict[tuple[str, str, str], str] = {}
+    columns = [(name, form) for name in args.models for form in FORMS]
+    for name, form in track(columns, "models"):
+        # Each in a process of its own: what a compiler leaves behind is not the next model's.
+        command = [sys.executable, __file__, name, "--column", form]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout or ():
+                feature, outcome = json.loads(line)
+                cells[feature, name, form] = outcome
+    (ROOT / "docs" / "afterwards.md").write_text(page(columns, cells))
 
-    import torchvision_shim
-    from rich.progress import track
 
+def column(name: str, form: str) -> None:
+    """Check every feature of one model, and print each outcome at once."""
     torchvision_shim.install()
-    import torchvision
+    from torchvision.models import get_model  # works once the line above has run
 
     warnings.simplefilter("ignore")
-    rows: dict[str, list[str]] = {name: [] for name in FEATURES}
-    names = sys.argv[1:] or MODELS
-    columns = [(name, how) for name in names for how in ("converted", "fused")]
-    footnotes: list[str] = []
-    for name, how in track(columns, "models"):
-        torch.manual_seed(0)
-        model = torchvision.models.get_model(name, weights=None).eval()
-        x = torch.randn(2, 3, 64, 64)
-        made = sepconv.convert(model, rank=2) if how == "converted" else sepconv.fuse(model)
-        for feature, check in FEATURES.items():
-            try:
-                check(made, x)
-                rows[feature].append("ok")
-            except NotApplicableError as reason:
-                rows[feature].append(f"no: {reason}")
-            except Exception as error:
-                footnotes.append(f"{name}, {how}, {feature}: {type(error).__name__}: {error}"[:300])
-                rows[feature].append(f"fails [{len(footnotes)}]")
-    heads = [f"{name}, {how}" for name, how in columns]
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = get_model(name, weights=None).eval()
+    x = torch.randn(2, 3, 64, 64)
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # compilers and exporters print
+    for feature, check in FEATURES.items():
+        made = sepconv.convert(model, rank=2) if form == "converted" else sepconv.fuse(model)
+        try:
+            check(made, x)
+            outcome = "ok"
+        except NotApplicableError as reason:
+            outcome = f"no: {reason}"
+        except Exception as error:
+            outcome = f"fails: {type(error).__name__}: {error}".splitlines()[0][:300]
+        print(json.dumps([feature, outcome]), file=results, flush=True)
+
+
+def page(columns: list[tuple[str, str]], cells: dict[tuple[str, str, str], str]) -> str:
+    """The table as Markdown; failures are told below it."""
+    heads = [f"{name}, {form}" for name, form in columns]
     lines = [
         "# Afterwards",
         "",
         "What was done with converted (rank 2) and fused networks of torchvision, random weights,",
         f"64 x 64 images, torch {torch.__version__} on a CPU; outputs equal the model's own within",
         "1e-4 (0.05 in 16 bits). `python tests/afterwards/features.py` makes this page, and",
-        "`tests/afterwards` asserts it on a small network, DDP over two processes included.",
+        "`tests/afterwards` asserts the same of a small network.",
         "",
         "| feature | " + " | ".join(heads) + " |",
         "|---" * (len(heads) + 1) + "|",
-        *(f"| {feature} | " + " | ".join(cells) + " |" for feature, cells in rows.items()),
-        "",
-        *(f"[{i + 1}] {note.splitlines()[0]}" for i, note in enumerate(footnotes)),
     ]
-    (ROOT / "docs" / "afterwards.md").write_text("\n".join(lines).rstrip() + "\n")
+    notes: list[str] = []
+    for feature in FEATURES:
+        row = [cells.get((feature, *where), "fails: the process died") for where in columns]
+        for i, outcome in enumerate(row):
+            if outcome.startswith("fails"):
+                notes.append(f"[{len(notes) + 1}] {feature}, {heads[i]}: {outcome}")
+                row[i] = f"fails [{len(notes)}]"
+        lines.append(f"| {feature} | " + " | ".join(row) + " |")
+    return "\n".join([*lines, *(line for note in notes for line in ("", note))]) + "\n"
 
 
 if __name__ == "__main__":
