@@ -1,5 +1,6 @@
 """What a MobileNetV1 is made of: channels, strides, and the conventions of its checkpoints."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -75,24 +76,30 @@ class MobileNetV1Config:
         _require(self.padding in get_args(PaddingRule), "padding", self.padding, PaddingRule)
         _require(self.activation in get_args(Activation), "activation", self.activation, Activation)
         _require(self.body in ("separable", "conv"), "body", self.body, Body)
-        _positive("in_channels", self.in_channels)
-        _positive("stem_channels", self.stem_channels)
+        _whole("in_channels", self.in_channels, 1)
+        _whole("stem_channels", self.stem_channels, 1)
         for i, block in enumerate(self.blocks):
-            _positive(f"channels of block {i}", block.out_channels)
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes must be 0 or more, got {self.num_classes}")
+            _whole(f"channels of block {i}", block.out_channels, 1)
+        _whole("num_classes", self.num_classes, 0)
+        _whole("head_channels", self.head_channels, 0)
         if self.stem_stride not in (1, 2):
             raise ValueError(f"stem_stride must be 1 or 2, got {self.stem_stride}")
-        if not 0.0 <= self.dropout < 1.0:
+        if not 0.0 <= _number("dropout", self.dropout) < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if self.bn_eps <= 0.0:
+        if not _number("bn_eps", self.bn_eps) > 0.0:
             raise ValueError(f"bn_eps must be above 0, got {self.bn_eps}")
+        if not 0.0 <= _number("bn_momentum", self.bn_momentum) <= 1.0:
+            raise ValueError(f"bn_momentum must be in [0, 1], got {self.bn_momentum}")
+        _whole("resolution", self.resolution)
         if self.resolution < self.reduction:
             raise ValueError(
                 f"resolution {self.resolution} is too small: the strides divide it by "
                 f"{self.reduction}, so it must be at least {self.reduction}"
             )
-        if self.pool is not None and self.final_size // self.pool != 1:
+        if self.pool is None:
+            return
+        _whole("pool", self.pool, 1)
+        if self.final_size // self.pool != 1:
             raise ValueError(
                 f"pool must cover the last feature map of {self.final_size} x {self.final_size} "
                 f"pixels in one step, got a window of {self.pool}"
@@ -160,7 +167,7 @@ def paper_config(
         ValueError: An argument is out of its range.
     """
     _require(body in get_args(Body), "body", body, Body)
-    if not width_mult > 0:
+    if not 0 < _number("width_mult", width_mult) < math.inf:
         raise ValueError(f"width_mult must be above 0, got {width_mult}")
     stages = [list(stage) for stage in _STAGES]
     if body == "shallow":
@@ -207,6 +214,14 @@ def _require(condition: bool, name: str, got: object, choices: object) -> None:
         raise ValueError(f"{name} must be one of {allowed}, got {got!r}")
 
 
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be 1 or more, got {value}")
+def _whole(name: str, value: object, least: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be {least} or more, got {value}")
+
+
+def _number(name: str, value: float) -> float:
+    if not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return value

@@ -1,6 +1,7 @@
 """`mobilenet_v1`: the one call that makes a network."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -79,6 +80,8 @@ def mobilenet_v1(
     if rho is not None:
         if resolution != BASE_RESOLUTION:
             raise ValueError(f"give resolution or rho, not both; got {resolution} and {rho}")
+        if not isinstance(rho, int | float) or not 0 < rho < math.inf:
+            raise ValueError(f"rho must be a number above 0, got {rho!r}")
         resolution = round(BASE_RESOLUTION * rho)
     config = paper_config(
         width_mult,

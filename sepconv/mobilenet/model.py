@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sepconv.mobilenet.blocks import ConvBlock, SeparableBlock, batch_norm, conv_norm_act
 from sepconv.mobilenet.config import MobileNetV1Config
@@ -195,10 +195,15 @@ class MobileNetV1(nn.Module):
         return super().train(mode)
 
     def _check(self, x: Tensor) -> None:
-        if isinstance(x, Tensor) and (x.dim() != 4 or x.shape[1] != self.config.in_channels):
-            raise ValueError(
-                f"expected images [N, {self.config.in_channels}, H, W], got {list(x.shape)}"
-            )
+        if isinstance(x, fx.Proxy):
+            return
+        expected = f"expected images [N, {self.config.in_channels}, H, W]"
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{expected} as a tensor, got {type(x).__name__}")
+        if x.dim() != 4 or x.shape[1] != self.config.in_channels or 0 in x.shape[2:]:
+            raise ValueError(f"{expected}, got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{expected} as floating point numbers, got {x.dtype}")
 
     def _chain(self, x: Tensor) -> tuple[PackedChain | None, list[int]]:
         """Return the network as a chain, if it may run as one, and where stages and head end."""

@@ -273,8 +273,10 @@ def test_unknown_format():
         ValueError, match=r"unknown checkpoint format.*beginning with 'layer1.weight'"
     ):
         mobilenet.load({"layer1.weight": torch.ones(3)})
-    with pytest.raises(ValueError, match="expected a mapping of names to tensors"):
+    with pytest.raises(ValueError, match="a mapping of names to tensors, got dict without any"):
         mobilenet.load({})
+    with pytest.raises(ValueError, match="a file or a mapping of names to tensors, got NoneType"):
+        mobilenet.load(None)
 
 
 def test_no_such_file(tmp_path):

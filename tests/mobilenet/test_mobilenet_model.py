@@ -127,6 +127,15 @@ def test_resolution_multiplier():
         ({"width_mult": 0}, "width_mult must be above 0, got 0"),
         ({"width_mult": -1.0}, "width_mult must be above 0"),
         ({"width_mult": float("nan")}, "width_mult must be above 0"),
+        ({"width_mult": float("inf")}, "width_mult must be above 0"),
+        ({"width_mult": "0.5"}, "width_mult must be a number, got '0.5'"),
+        ({"rho": 0}, "rho must be a number above 0, got 0"),
+        ({"resolution": 224.5}, r"resolution must be a whole number, got 224\.5"),
+        ({"resolution": (224, 224)}, "resolution must be a whole number"),
+        ({"num_classes": 2.5}, "num_classes must be a whole number"),
+        ({"head_channels": -8}, "head_channels must be 0 or more"),
+        ({"bn_momentum": 1.5}, r"bn_momentum must be in \[0, 1\]"),
+        ({"pool": 0}, "pool must be 1 or more"),
         ({"resolution": 16}, "resolution 16 is too small.*at least 32"),
         ({"resolution": 0}, "too small"),
         ({"num_classes": -1}, "num_classes must be 0 or more"),
@@ -146,10 +155,17 @@ def test_bad_arguments(kwargs, message):
         mobilenet.mobilenet_v1(**kwargs)
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 32, 32), (3, 32, 32), (1, 1, 32, 32)])
+@pytest.mark.parametrize("shape", [(1, 4, 32, 32), (3, 32, 32), (1, 1, 32, 32), (1, 3, 0, 32)])
 def test_bad_images(shape):
-    with pytest.raises(ValueError, match=r"expected images \[N, 3, H, W\]"):
+    with pytest.raises(ValueError, match=r"expected images \[N, 3, H, W\], got"):
         tiny()(torch.zeros(shape))
+
+
+def test_images_of_another_kind():
+    with pytest.raises(ValueError, match=r"as a tensor, got ndarray"):
+        tiny()(torch.zeros(1, 3, 32, 32).numpy())
+    with pytest.raises(ValueError, match=r"as floating point numbers, got torch\.uint8"):
+        tiny()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
 def test_images_too_small_for_the_pooling_window():

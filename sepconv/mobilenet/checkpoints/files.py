@@ -66,7 +66,9 @@ def unwrapped(content: Any) -> Mapping[str, Any]:
     if not isinstance(content, Mapping) or not any(
         isinstance(value, Tensor | np.ndarray) for value in content.values()
     ):
-        raise ValueError(f"expected a mapping of names to tensors, got {type(content).__name__}")
+        without = " without any" if isinstance(content, Mapping) else ""
+        got = f"{type(content).__name__}{without}"
+        raise ValueError(f"expected a mapping of names to tensors, got {got}")
     return {_without_wrappers(str(key)): value for key, value in content.items()}
 
 

@@ -56,6 +56,10 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any], **conventions: Any)
 def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> Checkpoint:
     if isinstance(source, Mapping):
         return _recognised(unwrapped(source))
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(
+            f"expected a file or a mapping of names to tensors, got {type(source).__name__}"
+        )
     path = Path(source)
     if path.suffix in _KERAS_SUFFIXES and path.exists():
         return keras.read(path)
