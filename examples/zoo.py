@@ -63,32 +63,39 @@ def run(names: list[str], args: argparse.Namespace) -> None:
     """Count the parameters of every model, then check those that there is something to check."""
     args.results.parent.mkdir(parents=True, exist_ok=True)
     known = read(args.results)
-    torchvision = [n for n in names if n.startswith("torchvision/")]
-    for some in (torchvision, [n for n in names if n not in torchvision]):
-        count = [n for n in some if n not in known]
-        for _ in track(in_processes(count, "count", args), "counting", len(count)):
-            pass
-        known = read(args.results)
-        check = [n for n in in_order(some, known) if args.again or "status" not in known[n]]
-        for _ in track(in_processes(check, "check", args), "checking", len(check)):
-            pass
+    count = [n for n in names if n not in known]
+    for _ in track(in_processes(count, "count", args), "counting", len(count)):
+        pass
+    known = read(args.results)
+    check = [n for n in in_order(names, known) if args.again or "status" not in known[n]]
+    for _ in track(in_processes(check, "check", args), "checking", len(check)):
+        pass
 
 
 def in_order(names: list[str], known: dict[str, Result]) -> list[str]:
-    """What there is to check, the smallest first.
+    """What there is to check, the smallest of each kind first.
 
-    All of torchvision. Of timm first the smallest of each family, then the others up to 60 M
-    parameters, then the smallest of each family above.
+    Torchvision up to 60 M parameters; of timm one of each family, then the others up to 60 M; what
+    is larger, of timm the smallest of each family.
     """
     sized = [n for n in names if known[n].get("convolutions")]
     sized.sort(key=lambda n: known[n]["params"])
-    first, first_large = dict[str, str](), dict[str, str]()
-    for name in sized:
-        of_size = first if known[name]["params"] <= LARGE else first_large
-        if known[name]["params"] <= LARGEST:
-            of_size.setdefault(zoo_check.family(name), name)
-    small = [n for n in sized if known[n]["params"] <= LARGE or n.startswith("torchvision/")]
-    return list(dict.fromkeys([*first.values(), *small, *first_large.values()]))
+    small = [n for n in sized if known[n]["params"] <= LARGE]
+    large = [n for n in sized if LARGE < known[n]["params"] <= LARGEST]
+    huge = [n for n in sized if known[n]["params"] > LARGEST]
+
+    def torchvision(some: list[str]) -> list[str]:
+        return [n for n in some if n.startswith("torchvision/")]
+
+    def families(some: list[str]) -> list[str]:
+        smallest = dict[str, str]()
+        for name in some:
+            smallest.setdefault(zoo_check.family(name), name)
+        return list(smallest.values())
+
+    order = [*torchvision(small), *families(small), *small]
+    order += [*torchvision(large), *families(large), *torchvision(huge)]
+    return list(dict.fromkeys(order))
 
 
 def read(path: Path) -> dict[str, Result]:
