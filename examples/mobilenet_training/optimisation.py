@@ -28,9 +28,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """RMSprop as Inception V3 uses it: decay 0.9, momentum 0.9, epsilon 1."""
+    """RMSprop as Inception V3 uses it: decay 0.9, momentum 0.9, epsilon 1 unless told."""
     groups = parameter_groups(model, recipe.weight_decay)
-    return torch.optim.RMSprop(groups, lr=recipe.lr, alpha=0.9, eps=1.0, momentum=0.9)
+    return torch.optim.RMSprop(groups, lr=recipe.lr, alpha=0.9, eps=recipe.rms_eps, momentum=0.9)
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
