@@ -25,7 +25,12 @@ from sepconv.kernels.launch import (
     output_size,
     pack_depthwise,
 )
+from sepconv.kernels.statistics import Partial, collected_by, store_statistics
 from sepconv.kernels.tiles import split_nq
+
+# Pixels of the general kernel's tiles where each leaves two sums per channel: what it writes for
+# them is then a sixteenth of what it writes in 16 bits anyway.
+_STATISTICS_BLOCK_NQ = 64
 
 
 @triton.jit
@@ -59,6 +64,8 @@ def _depthwise_fwd_kernel(
     w_ptr,  # [R*S, G] through strides
     bias_ptr,  # [G] or None
     y_ptr,  # [N, G, P, Q]
+    moments_ptr,  # [TILES, 2, G], or None where no statistics are wanted
+    counts_ptr,  # [TILES]
     N,
     H,
     W,
@@ -127,10 +134,15 @@ def _depthwise_fwd_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_g * stride_bias, mask=mask_g, other=0.0).to(ACC)
         acc += bias[None, :]
-    y = apply_activation(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
+    y = apply_activation(acc, ACTIVATION)
+    if moments_ptr is not None:
+        squares = tl.zeros([BLOCK_NQ, BLOCK_C], ACC)
+        tile = pid // num_g
+        store_statistics(moments_ptr, counts_ptr, tile, y, squares, 1, mask_nq, offs_g, mask_g, G)
 
     y_ptrs = y_ptr + (n * stride_yn + p * stride_yh + q * stride_yw)[:, None]
     y_ptrs += (offs_g * stride_yc)[None, :]
+    y = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptrs, y, mask=mask_nq[:, None] & mask_g[None, :])
 
 
@@ -162,20 +174,72 @@ def depthwise_fwd(
     Returns:
         y [N, C*M, P, Q].
     """
+    geometry = (stride, padding, dilation)
+    return _depthwise(x, weight_dw, bias, *geometry, activation, channels_last, config, False)[0]
+
+
+def depthwise_fwd_statistics(
+    x: torch.Tensor,
+    weight_dw: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    *,
+    channels_last: bool,
+    config: DepthwiseConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`depthwise_fwd` with the mean and the variance of each channel, collected on the way.
+
+    Args:
+        x: [N, C, H, W], any strides.
+        weight_dw: [C*M, 1, R, S].
+        bias: [C*M] or None.
+        stride: (vertical, horizontal).
+        padding: (top, bottom, left, right).
+        dilation: (vertical, horizontal).
+        channels_last: Memory format of the result.
+        config: Block sizes; None takes the default.
+
+    Returns:
+        y [N, C*M, P, Q]; its mean and biased variance [C*M], in the accumulator's type, of what
+        was summed, not of what it was rounded to.
+    """
+    geometry = (stride, padding, dilation)
+    y, partial = _depthwise(x, weight_dw, bias, *geometry, None, channels_last, config, True)
+    assert partial is not None
+    return y, *partial.combine()
+
+
+def _depthwise(
+    x: torch.Tensor,
+    weight_dw: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    activation: str | None,
+    channels_last: bool,
+    config: DepthwiseConfig | None,
+    statistics: bool,
+) -> tuple[torch.Tensor, Partial | None]:
     N, C, H, W = x.shape
     G, _, R, S = weight_dw.shape
     P, Q = output_size((H, W), (R, S), stride, padding, dilation)
     y = empty_output(x, (N, G, P, Q), channels_last)
     if y.numel() == 0:
-        return y
+        return y, Partial(y, 0) if statistics else None
     check_axes(x, y)
     M = G // C
     if config is None:
         shape = ConvShape(N, C, H, W, G, P, Q, R, S, M, channels_last)
         config = default("depthwise_fwd", x.dtype, shape)
+        rolls = fits_rolling((R, S), stride[0], dilation[0])
+        if statistics and not rolls and config.block_nq < _STATISTICS_BLOCK_NQ <= N * Q:
+            config = config._replace(block_nq=_STATISTICS_BLOCK_NQ, num_warps=8)
     taps = pack_depthwise(weight_dw, 1, y.numel())
     if config.rows and fits_rolling((R, S), stride[0], dilation[0]):
-        depthwise_rolling(
+        partial = depthwise_rolling(
             x,
             taps,
             (R, S),
@@ -186,14 +250,17 @@ def depthwise_fwd(
             dilation[1],
             activation,
             input_gradient=False,
+            statistics=statistics,
             config=config,
         )
-        return y
+        return y, partial
     num_g = ceil_div(G, config.block_c)
+    tiles = P * ceil_div(N * Q, config.block_nq)
+    partial = Partial(y, tiles) if statistics else None
     launch(
         _depthwise_fwd_kernel,
-        num_g * P * ceil_div(N * Q, config.block_nq),
-        (x, taps.weights, bias, y),
+        num_g * tiles,
+        (x, taps.weights, bias, y, *collected_by(partial)),
         (
             *(N, H, W, G, P, Q, num_g),
             *x.stride(),
@@ -220,4 +287,4 @@ def depthwise_fwd(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return y
+    return y, partial

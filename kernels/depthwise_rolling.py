@@ -15,6 +15,7 @@ import triton.language as tl
 from sepconv.kernels.activations import apply_activation
 from sepconv.kernels.configs import DepthwiseConfig
 from sepconv.kernels.launch import Packed, accumulator, ceil_div, launch
+from sepconv.kernels.statistics import Partial, collected_by, store_statistics
 from sepconv.kernels.tiles import split_nq
 
 # The weights stay in registers, eight channels of every tap in each thread.
@@ -27,6 +28,8 @@ def _depthwise_rolling_kernel(
     w_ptr,  # [R*S, G] through strides
     bias_ptr,  # [G] or None
     y_ptr,  # [N, G, P, Q]
+    moments_ptr,  # [TILES, 2, G], or None where no statistics are wanted
+    counts_ptr,  # [TILES]
     N,
     H,
     W,
@@ -87,6 +90,8 @@ def _depthwise_rolling_kernel(
         # Triton has no starred tuples.
         weights = weights + (weight[None, :],)  # noqa: RUF005
 
+    means = tl.zeros([BLOCK_NQ, BLOCK_C], ACC)
+    squares = tl.zeros([BLOCK_NQ, BLOCK_C], ACC)
     # accs[r] is the sum of the output row that meets this input row with filter row r.
     accs = (tl.zeros([BLOCK_NQ, BLOCK_C], ACC),) * R
     # Loads of the next rows are under way while this one is summed.
@@ -108,9 +113,24 @@ def _depthwise_rolling_kernel(
         # The strip's first R - 1 steps finish rows that belong to the strip above.
         p = first_p + step - (R - 1)
         mask_p = mask_nq & (p >= first_p) & (p < P)
-        y = apply_activation(accs[R - 1] + bias[None, :], ACTIVATION).to(y_ptr.dtype.element_ty)
+        y = apply_activation(accs[R - 1] + bias[None, :], ACTIVATION)
+        if moments_ptr is not None:
+            # Each lane's mean so far and squared deviations from it (Welford, 1962).
+            finished = (p >= first_p) & (p < P)
+            delta = y - means
+            mean = means + delta / tl.maximum(p - first_p + 1, 1).to(ACC)
+            squares = tl.where(finished, squares + delta * (y - mean), squares)
+            means = tl.where(finished, mean, means)
+        y = y.to(y_ptr.dtype.element_ty)
         tl.store(y_ptrs + p * stride_yh, y, mask=mask_p[:, None] & mask_g[None, :])
         accs = (tl.zeros([BLOCK_NQ, BLOCK_C], ACC),) + accs[: R - 1]  # noqa: RUF005
+
+    if moments_ptr is not None:
+        tile = pid // num_g
+        height = tl.minimum(rows, P - first_p)
+        store_statistics(
+            moments_ptr, counts_ptr, tile, means, squares, height, mask_nq, offs_g, mask_g, G
+        )
 
 
 def fits_rolling(filter_size: tuple[int, int], stride_h: int, dilation_h: int) -> bool:
@@ -132,7 +152,8 @@ def depthwise_rolling(
     *,
     input_gradient: bool,
     config: DepthwiseConfig,
-) -> None:
+    statistics: bool = False,
+) -> Partial | None:
     """Fill `y` by the rolling kernel.
 
     Args:
@@ -148,16 +169,19 @@ def depthwise_rolling(
         input_gradient: Rotate the filters by half a turn, and leave padding out instead of
             multiplying it as zero.
         config: Block sizes, with `rows` > 0.
+        statistics: Whether to collect those of `y`, which are then returned.
     """
     N, C, H, W = x.shape
     R, S = filter_size
     _, G, P, Q = y.shape
     num_g = ceil_div(G, config.block_c)
     num_strips = ceil_div(P, config.rows)
+    tiles = num_strips * ceil_div(N * Q, config.block_nq)
+    partial = Partial(y, tiles) if statistics else None
     launch(
         _depthwise_rolling_kernel,
-        num_g * num_strips * ceil_div(N * Q, config.block_nq),
-        (x, taps.weights, bias, y),
+        num_g * tiles,
+        (x, taps.weights, bias, y, *collected_by(partial)),
         (
             *(N, H, W, G, P, Q, num_g, num_strips, config.rows, config.rows + R - 1),
             *x.stride(),
@@ -184,3 +208,4 @@ def depthwise_rolling(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+    return partial

@@ -22,6 +22,7 @@ from sepconv.kernels.launch import (
     empty_output,
     launch,
 )
+from sepconv.kernels.statistics import Partial, collected_by, store_statistics
 
 
 @triton.jit
@@ -31,6 +32,8 @@ def _pointwise_fwd_kernel(
     bias_ptr,  # [K] or None
     residual_ptr,  # like y, or None
     y_ptr,  # [OUTER_0, OUTER_1, INNER, K] through strides
+    moments_ptr,  # [TILES, 2, K], or None where no statistics are wanted
+    counts_ptr,  # [TILES]
     OUTER_1,
     INNER,
     C,
@@ -98,11 +101,15 @@ def _pointwise_fwd_kernel(
         residual_ptrs = residual_ptr + (offs_nq * stride_r2)[:, None]
         residual_ptrs += (offs_k * stride_rc)[None, :]
         acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(ACC)
-    y = apply_activation(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
+    y = apply_activation(acc, ACTIVATION)
+    if moments_ptr is not None:
+        squares = tl.zeros([BLOCK_NQ, BLOCK_K], ACC)
+        tile = pid // num_k
+        store_statistics(moments_ptr, counts_ptr, tile, y, squares, 1, mask_nq, offs_k, mask_k, K)
 
     y_ptr += outer_0 * stride_y0 + outer_1 * stride_y1
     y_ptrs = y_ptr + (offs_nq * stride_y2)[:, None] + (offs_k * stride_yc)[None, :]
-    tl.store(y_ptrs, y, mask=mask)
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def pointwise_fwd(
@@ -131,11 +138,55 @@ def pointwise_fwd(
     Returns:
         y [N, K, H, W].
     """
+    options = (allow_tf32, channels_last, config)
+    return _pointwise(x, weight_pw, bias, activation, residual, *options, False)[0]
+
+
+def pointwise_fwd_statistics(
+    x: torch.Tensor,
+    weight_pw: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    allow_tf32: bool,
+    channels_last: bool,
+    config: GemmConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`pointwise_fwd` with the mean and the variance of each channel, collected on the way.
+
+    Args:
+        x: [N, C, H, W], any strides.
+        weight_pw: [K, C, 1, 1], any strides.
+        bias: [K] or None.
+        allow_tf32: Whether float32 products may use TF32.
+        channels_last: Memory format of the result.
+        config: Block sizes; None takes the default.
+
+    Returns:
+        y [N, K, H, W]; its mean and biased variance [K], in the accumulator's type, of what was
+        summed, not of what it was rounded to.
+    """
+    options = (allow_tf32, channels_last, config)
+    y, partial = _pointwise(x, weight_pw, bias, None, None, *options, True)
+    assert partial is not None
+    return y, *partial.combine()
+
+
+def _pointwise(
+    x: torch.Tensor,
+    weight_pw: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    residual: torch.Tensor | None,
+    allow_tf32: bool,
+    channels_last: bool,
+    config: GemmConfig | None,
+    statistics: bool,
+) -> tuple[torch.Tensor, Partial | None]:
     N, C, H, W = x.shape
     K = weight_pw.shape[0]
     y = empty_output(x, (N, K, H, W), channels_last)
     if y.numel() == 0:
-        return y
+        return y, Partial(y, 0) if statistics else None
     if config is None:
         shape = ConvShape(N, C, H, W, K, H, W, channels_last=channels_last)
         config = default("pointwise_fwd", dot_dtype(x), shape)
@@ -145,10 +196,12 @@ def pointwise_fwd(
     stride_x, stride_y, stride_r = ([*s, p[1]] for s, p in zip(strides, pixels, strict=True))
     num_k = ceil_div(K, config.block_k)
     num_tiles = ceil_div(sizes[2], config.block_nq)
+    tiles = num_tiles * sizes[0] * sizes[1]
+    partial = Partial(y, tiles) if statistics else None
     launch(
         _pointwise_fwd_kernel,
-        num_k * num_tiles * sizes[0] * sizes[1],
-        (x, weight_pw, bias, residual, y),
+        num_k * tiles,
+        (x, weight_pw, bias, residual, y, *collected_by(partial)),
         (
             *(sizes[1], sizes[2], C, K, num_k, ceil_div(C, config.block_c), num_tiles),
             *stride_x,
@@ -168,4 +221,4 @@ def pointwise_fwd(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return y
+    return y, partial

@@ -1,4 +1,7 @@
-"""The three ops: arguments checked, then run by the kernels or by torch's own operators."""
+"""The three ops: arguments checked, then run by the kernels or by torch's own operators.
+
+`batch_norm` has two more, for training: a convolution with the batch normalisation behind it.
+"""
 
 import torch
 from torch import Tensor
@@ -17,8 +20,21 @@ from sepconv.ops.arguments import (
 from sepconv.ops.autocast import cast, cast_optional, is_autocasting
 from sepconv.ops.autograd import split_activation
 from sepconv.ops.backend import backend, chooses_kernels
+from sepconv.ops.batch_norm import (
+    BatchNorm,
+    depthwise_conv2d_batch_norm,
+    pointwise_conv2d_batch_norm,
+)
 
-__all__ = ["backend", "depthwise_conv2d", "pointwise_conv2d", "separable_conv2d"]
+__all__ = [
+    "BatchNorm",
+    "backend",
+    "depthwise_conv2d",
+    "depthwise_conv2d_batch_norm",
+    "pointwise_conv2d",
+    "pointwise_conv2d_batch_norm",
+    "separable_conv2d",
+]
 
 
 def depthwise_conv2d(

@@ -85,8 +85,11 @@ def _fake_channel_sum(dy: Tensor) -> Tensor:
     return dy.new_empty(dy.shape[1])
 
 
-def _autograd(op: Any, composite: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator's kernel for the dispatcher's Autograd key."""
+def composite_where_differentiated(op: Any, composite: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel of an operator of the backward pass for the dispatcher's Autograd key.
+
+    Where a gradient of its result is wanted, `composite` computes that from torch's operators.
+    """
 
     def kernel(keyset: Any, *args: Any) -> Any:
         wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
@@ -103,7 +106,9 @@ for _name, _composite in (
     ("channel_sum", lambda dy: dy.sum(_AXES)),
 ):
     _op = getattr(torch.ops.sepconv, _name).default
-    LIBRARY.impl(_name, _autograd(_op, _composite), "Autograd", with_keyset=True)
+    LIBRARY.impl(
+        _name, composite_where_differentiated(_op, _composite), "Autograd", with_keyset=True
+    )
 
 
 def _front(t: Tensor, dim: int | None, batch_size: int) -> Tensor:

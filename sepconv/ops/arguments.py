@@ -131,6 +131,27 @@ def check_separable(
     return _check_mixing(middle, kind, "bias_pw", weight_pw, bias_pw, activation, residual)
 
 
+def check_channels(name: str, t: Tensor, channels: int, device: torch.device) -> None:
+    """Check a vector with one number per channel, of any floating type."""
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        _fail(name, f"a floating point tensor [{channels}] or None", _described(t))
+    if t.shape != (channels,):
+        _fail(name, f"shape [{channels}]", f"shape {list(t.shape)}")
+    if t.device != device:
+        _fail(name, f"x's device {device}", f"device {t.device}")
+
+
+def check_more_than_one(name: str, shape: Shape) -> None:
+    """Check that a channel has a variance: torch refuses one value too, and allows none."""
+    n, _, p, q = shape
+    if n * p * q == 1:
+        _fail(name, "more than one value per channel to normalise", f"a result {list(shape)}")
+
+
+def _described(value: object) -> str:
+    return f"dtype {_name(value.dtype)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def _fail(name: str, expected: str, got: str) -> NoReturn:
     raise ValueError(f"{name}: expected {expected}, got {got}")
 

@@ -62,7 +62,7 @@ def _depthwise_backward(ctx: Any, dy: Tensor) -> tuple[Gradient, ...]:
         y = torch.ops.sepconv.depthwise_conv2d(x, weight_dw, bias, *ctx.geometry, None)
     _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     dz, dbias = before_activation(dy, y, ctx.activation, needs_bias)
-    dx, dweight = _depthwise_gradients(dz, x, weight_dw, ctx.geometry, (needs_x, needs_weight))
+    dx, dweight = depthwise_gradients(dz, x, weight_dw, ctx.geometry, (needs_x, needs_weight))
     return dx, dweight, dbias, None, None, None, None
 
 
@@ -85,7 +85,7 @@ def _pointwise_backward(ctx: Any, dy: Tensor) -> tuple[Gradient, ...]:
         y = torch.ops.sepconv.pointwise_conv2d(x, weight_pw, bias, None, residual)
     _, needs_x, needs_weight, needs_bias, _, needs_residual = ctx.needs_input_grad
     dz, dbias = before_activation(dy, y, ctx.activation, needs_bias)
-    dx, dweight = _pointwise_gradients(dz, x, weight_pw, (needs_x, needs_weight))
+    dx, dweight = pointwise_gradients(dz, x, weight_pw, (needs_x, needs_weight))
     return dx, dweight, dbias, None, dz if needs_residual else None
 
 
@@ -132,16 +132,14 @@ def _separable_backward(ctx: Any, dy: Tensor) -> tuple[Gradient, ...]:
         early = None if late else ctx.activation_mid
         z = torch.ops.sepconv.depthwise_conv2d(x, weight_dw, bias_dw, *ctx.geometry, early)
         middle = activate(z, late)
-    dmiddle, dweight_pw = _pointwise_gradients(
+    dmiddle, dweight_pw = pointwise_gradients(
         dz, middle, weight_pw, (any(needs_depthwise), needs_pw)
     )
 
     dx = dweight_dw = dbias_dw = None
     if dmiddle is not None:
         dz_dw, dbias_dw = before_activation(dmiddle, z, ctx.activation_mid, needs_bias_dw)
-        dx, dweight_dw = _depthwise_gradients(
-            dz_dw, x, weight_dw, ctx.geometry, (needs_x, needs_dw)
-        )
+        dx, dweight_dw = depthwise_gradients(dz_dw, x, weight_dw, ctx.geometry, (needs_x, needs_dw))
     no_gradients = (None,) * 5
     return (
         *(dx, dweight_dw, dweight_pw, dbias_dw, dbias_pw),
@@ -193,7 +191,7 @@ def _backward_input(dy: Tensor, weight_dw: Tensor, x: Tensor, geometry: list[Any
     )
 
 
-def _depthwise_gradients(
+def depthwise_gradients(
     dz: Tensor, x: Tensor, weight_dw: Tensor, geometry: list[Any], needs: tuple[bool, bool]
 ) -> tuple[Gradient, Gradient]:
     """Gradients by input and filters of a depthwise convolution, those that are needed."""
@@ -208,7 +206,7 @@ def _depthwise_gradients(
     return dx, dweight
 
 
-def _pointwise_gradients(
+def pointwise_gradients(
     dz: Tensor, x: Tensor | None, weight_pw: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Gradient, Gradient]:
     """Gradients by input and weights of a pointwise convolution, those that are needed.
@@ -241,20 +239,22 @@ def _refuse_tangents(op: Any, args: tuple[Any, ...]) -> None:
             )
 
 
-def _kernel(op: Any, setup_context: Callable[..., None], backward: Backward) -> Callable[..., Any]:
+def differentiable(
+    op: Any, setup_context: Callable[..., None], backward: Backward
+) -> Callable[..., Any]:
     """The operator's kernel for the dispatcher's Autograd key.
 
     As `torch.library.register_autograd` makes it, except that `torch.func.grad` works: its layers
     wrap and unwrap below the Autograd key, so the function may be applied at a single level.
     """
 
-    def redispatch(keyset: Any, *args: Any) -> Tensor:
+    def redispatch(keyset: Any, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, keyset: Any, *args: Any) -> Tensor:
+        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
             # A function's forward runs without gradients; the levels of `torch.func` below this
             # one record their own.
             with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
@@ -263,7 +263,8 @@ def _kernel(op: Any, setup_context: Callable[..., None], backward: Backward) -> 
             return output
 
         @staticmethod
-        def backward(ctx: Any, dy: Tensor) -> Any:
+        def backward(ctx: Any, dy: Tensor, *_: Tensor) -> Any:
+            # Of several outputs only the first is differentiable.
             # In the dtype of the forward pass, also where `backward()` is called under autocast.
             autocasting = is_autocasting(dy)
             with torch.autocast(dy.device.type, enabled=False) if autocasting else nullcontext():
@@ -271,7 +272,7 @@ def _kernel(op: Any, setup_context: Callable[..., None], backward: Backward) -> 
 
     apply_single_level = super(torch.autograd.Function, Function).apply
 
-    def kernel(keyset: Any, *args: Any) -> Tensor:
+    def kernel(keyset: Any, *args: Any) -> Any:
         _refuse_tangents(op, args)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return redispatch(keyset, *args)
@@ -291,4 +292,4 @@ for _name, _setup, _backward in (
     ("depthwise_conv2d_backward_weight", _setup_backward_weight, _backward_weight_backward),
 ):
     _op = getattr(torch.ops.sepconv, _name).default
-    LIBRARY.impl(_name, _kernel(_op, _setup, _backward), "Autograd", with_keyset=True)
+    LIBRARY.impl(_name, differentiable(_op, _setup, _backward), "Autograd", with_keyset=True)

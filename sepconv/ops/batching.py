@@ -16,14 +16,19 @@ from sepconv.ops.library import LIBRARY
 Rule = Callable[..., tuple[Tensor, int]]
 
 
-def _one_by_one(op: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Tensor:
+def one_by_one(op: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    """The results of one call for each sample, stacked along a first axis."""
+
     def at(i: int) -> list[Any]:
         return [
             arg.select(dim, i) if isinstance(dim, int) else arg
             for arg, dim in zip(args, in_dims, strict=True)
         ]
 
-    return torch.stack([op(*at(i)) for i in range(info.batch_size)])
+    results = [op(*at(i)) for i in range(info.batch_size)]
+    if isinstance(results[0], tuple):
+        return tuple(map(torch.stack, zip(*results, strict=True)))
+    return torch.stack(results)
 
 
 def _front(t: Tensor, dim: int | None, batch_size: int) -> Tensor:
@@ -38,7 +43,7 @@ def _images_together(op: Any, images: tuple[int, ...]) -> Rule:
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         if any(isinstance(dim, int) for i, dim in enumerate(in_dims) if i not in images):
-            return _one_by_one(op, info, in_dims, args), 0
+            return one_by_one(op, info, in_dims, args), 0
         folded = list(args)
         for i in images:
             if args[i] is not None:
@@ -52,7 +57,7 @@ def _backward_input_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tup
     op = torch.ops.sepconv.depthwise_conv2d_backward_input
     dy, weight_dw, (n, *rest), *others = args
     if in_dims[1] is not None:
-        return _one_by_one(op, info, in_dims, args), 0
+        return one_by_one(op, info, in_dims, args), 0
     dy = _front(dy, in_dims[0], info.batch_size).flatten(0, 1)
     dx = op(dy, weight_dw, (info.batch_size * n, *rest), *others)
     return dx.unflatten(0, (info.batch_size, n)), 0

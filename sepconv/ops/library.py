@@ -25,26 +25,26 @@ from sepconv.reference import Pair, Sides
 LIBRARY = torch.library.Library("sepconv", "DEF")
 
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-_GEOMETRY_SCHEMA = "int[2] stride, int[4] padding, int[2] dilation"
+GEOMETRY_SCHEMA = "int[2] stride, int[4] padding, int[2] dilation"
 
 _SCHEMAS = (
     "depthwise_conv2d(Tensor x, Tensor weight_dw, Tensor? bias, "
-    f"{_GEOMETRY_SCHEMA}, str? activation) -> Tensor",
+    f"{GEOMETRY_SCHEMA}, str? activation) -> Tensor",
     "pointwise_conv2d(Tensor x, Tensor weight_pw, Tensor? bias, str? activation, "
     "Tensor? residual) -> Tensor",
     "separable_conv2d(Tensor x, Tensor weight_dw, Tensor weight_pw, Tensor? bias_dw, "
-    f"Tensor? bias_pw, {_GEOMETRY_SCHEMA}, str? activation_mid, str? activation, "
+    f"Tensor? bias_pw, {GEOMETRY_SCHEMA}, str? activation_mid, str? activation, "
     "Tensor? residual) -> Tensor",
     "depthwise_conv2d_backward_input(Tensor dy, Tensor weight_dw, SymInt[4] x_shape, "
-    f"{_GEOMETRY_SCHEMA}, bool channels_last) -> Tensor",
+    f"{GEOMETRY_SCHEMA}, bool channels_last) -> Tensor",
     "depthwise_conv2d_backward_weight(Tensor dy, Tensor x, SymInt[4] weight_shape, "
-    f"{_GEOMETRY_SCHEMA}) -> Tensor",
+    f"{GEOMETRY_SCHEMA}) -> Tensor",
 )
 for _schema in _SCHEMAS:
     LIBRARY.define(_schema, tags=TAGS)
 
 
-def _geometry(
+def normalised(
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[Pair, Sides, Pair]:
     """The dispatcher's lists as the tuples that the public functions make and check."""
@@ -67,7 +67,8 @@ def fake(name: str) -> Callable[..., Any]:
     return torch.library.register_fake(f"sepconv::{name}", lib=LIBRARY)
 
 
-def _empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+def empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    """An uninitialised tensor like another, of a shape and in a layout of its own."""
     return torch.empty(
         shape,
         dtype=like.dtype,
@@ -86,7 +87,7 @@ def _depthwise(
     dilation: Sequence[int],
     activation: str | None,
 ) -> Tensor:
-    arguments = (x, weight_dw, bias, *_geometry(stride, padding, dilation), activation)
+    arguments = (x, weight_dw, bias, *normalised(stride, padding, dilation), activation)
     check_depthwise(*arguments)
     if not can_run_kernels(x):
         return reference.depthwise_conv2d(*arguments)
@@ -104,9 +105,9 @@ def _fake_depthwise(
     dilation: Sequence[int],
     activation: str | None,
 ) -> Tensor:
-    geometry = _geometry(stride, padding, dilation)
+    geometry = normalised(stride, padding, dilation)
     shape = check_depthwise(x, weight_dw, bias, *geometry, activation)
-    return _empty(x, shape, suggests_channels_last(x, weight_dw))
+    return empty(x, shape, suggests_channels_last(x, weight_dw))
 
 
 @real("pointwise_conv2d")
@@ -127,7 +128,7 @@ def _pointwise(
 @fake("pointwise_conv2d")
 def _fake_pointwise(x: Tensor, weight_pw: Tensor, *rest: Any) -> Tensor:
     shape = check_pointwise(x, weight_pw, *rest)
-    return _empty(x, shape, suggests_channels_last(x, weight_pw))
+    return empty(x, shape, suggests_channels_last(x, weight_pw))
 
 
 def _separable_channels_last(x: Tensor, weight_dw: Tensor, weight_pw: Tensor) -> bool:
@@ -154,7 +155,7 @@ def _separable(
         weight_pw,
         bias_dw,
         bias_pw,
-        *_geometry(stride, padding, dilation),
+        *normalised(stride, padding, dilation),
         activation_mid,
         activation,
         residual,
@@ -180,9 +181,9 @@ def _fake_separable(
     residual: Tensor | None,
 ) -> Tensor:
     tensors = (x, weight_dw, weight_pw, bias_dw, bias_pw)
-    geometry = _geometry(stride, padding, dilation)
+    geometry = normalised(stride, padding, dilation)
     shape = check_separable(*tensors, *geometry, activation_mid, activation, residual)
-    return _empty(x, shape, _separable_channels_last(x, weight_dw, weight_pw))
+    return empty(x, shape, _separable_channels_last(x, weight_dw, weight_pw))
 
 
 @real("depthwise_conv2d_backward_input")
@@ -196,7 +197,7 @@ def _depthwise_backward_input(
     channels_last: bool,
 ) -> Tensor:
     n, c, h, w = x_shape
-    arguments = (dy, weight_dw, (n, c, h, w), *_geometry(stride, padding, dilation))
+    arguments = (dy, weight_dw, (n, c, h, w), *normalised(stride, padding, dilation))
     if not can_run_kernels(dy):
         return reference.depthwise_conv2d_backward_input(*arguments, channels_last)
     return run.depthwise_bwd_input(*arguments, channels_last)
@@ -212,7 +213,7 @@ def _fake_depthwise_backward_input(
     _dilation: Sequence[int],
     channels_last: bool,
 ) -> Tensor:
-    return _empty(dy, x_shape, channels_last)
+    return empty(dy, x_shape, channels_last)
 
 
 @real("depthwise_conv2d_backward_weight")
@@ -224,7 +225,7 @@ def _depthwise_backward_weight(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    arguments = (dy, x, tuple(weight_shape), *_geometry(stride, padding, dilation))
+    arguments = (dy, x, tuple(weight_shape), *normalised(stride, padding, dilation))
     if not can_run_kernels(dy):
         return reference.depthwise_conv2d_backward_weight(*arguments)
     return run.depthwise_bwd_weight(*arguments)
@@ -232,6 +233,6 @@ def _depthwise_backward_weight(
 
 @fake("depthwise_conv2d_backward_weight")
 def _fake_depthwise_backward_weight(
-    dy: Tensor, x: Tensor, weight_shape: Sequence[int], *_geometry: Sequence[int]
+    dy: Tensor, x: Tensor, weight_shape: Sequence[int], *_others: Sequence[int]
 ) -> Tensor:
     return dy.new_empty(weight_shape)

@@ -85,6 +85,50 @@ def pointwise(
     )
 
 
+def depthwise_statistics(
+    x: Tensor,
+    weight_dw: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Sides,
+    dilation: Pair,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`depthwise_fwd_statistics`, by the choice for `depthwise_fwd`."""
+    geometry = (stride, padding, dilation)
+    G, _, R, S = weight_dw.shape
+    sizes = (x.shape, (G, R, S), G)
+    choice = lookup("depthwise_fwd", x, *sizes, *geometry, channels_last, False, bias is not None)
+    if choice == "library":
+        return with_statistics(depthwise(x, weight_dw, bias, *geometry, None, channels_last))
+    return kernel_module("depthwise").depthwise_fwd_statistics(
+        x, weight_dw, bias, *geometry, channels_last=channels_last, config=choice
+    )
+
+
+def pointwise_statistics(
+    x: Tensor, weight_pw: Tensor, bias: Tensor | None, channels_last: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`pointwise_fwd_statistics`, by the choice for `pointwise_fwd`."""
+    tf32 = x.dtype == torch.float32 and allows_tf32()
+    K, C = weight_pw.shape[:2]
+    sizes = (x.shape, (C, 1, 1), K)
+    geometry = (_ONE, _NO_PADDING, _ONE)
+    choice = lookup("pointwise_fwd", x, *sizes, *geometry, channels_last, tf32, bias is not None)
+    if choice == "library":
+        return with_statistics(pointwise(x, weight_pw, bias, None, None, channels_last))
+    return kernel_module("pointwise").pointwise_fwd_statistics(
+        x, weight_pw, bias, allow_tf32=tf32, channels_last=channels_last, config=choice
+    )
+
+
+def with_statistics(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`y` with the mean and the biased variance of each channel, at least in float32."""
+    wide = y if y.dtype == torch.float64 else y.float()
+    var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+    return y, mean, var
+
+
 def separable(
     x: Tensor,
     weight_dw: Tensor,
