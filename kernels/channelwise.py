@@ -136,7 +136,7 @@ def _backward_sums_kernel(
         partial_ptrs = partial_ptr + split * ROWS * C + offs_c
         tl.store(partial_ptrs, tl.sum(sums, axis=0), mask=mask_c)
         if mean_ptr is not None:
-            tl.store(partial_ptrs + C, tl.sum(moments, axis=0), mask=mask_c)
+            tl.store(partial_ptrs + tl.cast(C, tl.int64), tl.sum(moments, axis=0), mask=mask_c)
 
 
 @triton.jit
@@ -201,7 +201,11 @@ def _normalise_kernel(
         dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(ACC)
         du = activation_gradient(dy, u, ACTIVATION)
         average = _channel(sums_ptr, offs_c, mask_c, 1, 0.0, ACC) / count
-        slope = _channel(sums_ptr + C, offs_c, mask_c, 1, 0.0, ACC) / count / variance
+        slope = (
+            _channel(sums_ptr + tl.cast(C, tl.int64), offs_c, mask_c, 1, 0.0, ACC)
+            / count
+            / variance
+        )
         out = scale[None, :] * (du - average[None, :] - z * slope[None, :])
 
     out_ptrs = out_ptr + outer_0 * stride_out0 + outer_1 * stride_out1

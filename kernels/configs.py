@@ -82,6 +82,8 @@ def default(op: str, dtype: torch.dtype, shape: ConvShape) -> Config:
     block_nq, block_c, block_k = {8: (32, 32, 32), 4: (64, 16, 64)}.get(
         dtype.itemsize, (64, 32, 128)
     )
+    if dtype.itemsize == 4 and (shape.R * shape.S > 49 or not _loads_vectors(shape)):
+        block_nq = 32  # addresses of narrow loads, or of a long loop, take registers too
     block_nq = _power_of_2(shape.N * shape.Q, 16, block_nq)
     # Conversions from 16 bits are what rows share; narrow loads leave no registers for them.
     strip = dtype.itemsize == 2 and _loads_vectors(shape) and shape.R > 1 and shape.P >= 4
@@ -90,7 +92,8 @@ def default(op: str, dtype: torch.dtype, shape: ConvShape) -> Config:
         # Making h once for twice the channels saves more than two more rows do.
         rows, block_k = 2, 2 * block_k
     block_k = _power_of_2(shape.K, 16, block_k)
-    return GemmConfig(block_nq, block_c, block_k, rows, num_warps=8 if block_nq > 16 else 4)
+    narrow = 32 if dtype.itemsize == 4 else 16
+    return GemmConfig(block_nq, block_c, block_k, rows, num_warps=8 if block_nq > narrow else 4)
 
 
 def candidates(

@@ -117,8 +117,9 @@ def _depthwise_rolling_kernel(
         if moments_ptr is not None:
             # Each lane's mean so far and squared deviations from it (Welford, 1962).
             finished = (p >= first_p) & (p < P)
+            share = 1.0 / tl.maximum(p - first_p + 1, 1).to(ACC)
             delta = y - means
-            mean = means + delta / tl.maximum(p - first_p + 1, 1).to(ACC)
+            mean = means + delta * share
             squares = tl.where(finished, squares + delta * (y - mean), squares)
             means = tl.where(finished, mean, means)
         y = y.to(y_ptr.dtype.element_ty)

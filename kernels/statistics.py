@@ -43,7 +43,7 @@ def store_statistics(
     m2 = tl.sum(tl.where(inside, squares, 0.0) + deviation * deviation * rows, axis=0)
     moments_ptrs = moments_ptr + tile * 2 * G + offs_g
     tl.store(moments_ptrs, mean, mask=mask_g)
-    tl.store(moments_ptrs + G, m2, mask=mask_g)
+    tl.store(moments_ptrs + tl.cast(G, tl.int64), m2, mask=mask_g)
     tl.store(counts_ptr + tile, lanes * rows)
 
 
@@ -79,7 +79,7 @@ def _combine_kernel(
         count = tl.load(counts_ptr + t, mask=mask_t, other=0.0)
         ptrs = moments_ptr + (t * 2 * G)[:, None] + offs_g[None, :]
         mean = tl.load(ptrs, mask=mask, other=0.0)
-        m2 = tl.load(ptrs + G, mask=mask, other=0.0)
+        m2 = tl.load(ptrs + tl.cast(G, tl.int64), mask=mask, other=0.0)
 
         total = counts + count
         share = (count / tl.maximum(total, 1.0))[:, None]
@@ -94,7 +94,7 @@ def _combine_kernel(
     m2 = tl.sum(squares + deviation * deviation * counts[:, None], axis=0)
     combined_ptrs = combined_ptr + split * 2 * G + offs_g
     tl.store(combined_ptrs, mean, mask=mask_g)
-    tl.store(combined_ptrs + G, m2, mask=mask_g)
+    tl.store(combined_ptrs + tl.cast(G, tl.int64), m2, mask=mask_g)
     tl.store(combined_counts_ptr + split, total)
 
 

@@ -33,6 +33,7 @@ from sepconv.kernels import (
     depthwise_rolling,
     pointwise,
     separable,
+    statistics,
 )
 from sepconv.kernels import launch as launch_module
 from sepconv.kernels.configs import (
@@ -82,6 +83,7 @@ _KERNEL_MODULES = (
     depthwise_rolling,
     pointwise,
     separable,
+    statistics,
 )
 _MATRIX_INSTRUCTION = re.compile(r"\b(wgmma|mma\.sync|tcgen05\.mma|v_mfma|v_wmma)")
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -99,8 +101,8 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-def record(call: Callable[[], object], target: str) -> Launch:
-    """The one launch that `call` would make on `target`."""
+def record(call: Callable[[], object], target: str) -> list[Launch]:
+    """The launches that `call` would make on `target`."""
     launches: list[Launch] = []
 
     def keep(kernel, programs, tensors, scalars, constants, *, num_warps, num_stages):
@@ -116,8 +118,7 @@ def record(call: Callable[[], object], target: str) -> Launch:
             patch.object(launch_module, "_before_ampere", lambda _: target == "sm_75")
         )
         call()
-    (launch,) = launches
-    return launch
+    return launches
 
 
 def source(launch: Launch) -> ASTSource:
@@ -170,6 +171,9 @@ def launch_of(
     dy, y = layout(dtype, N, C * M, P, Q), layout(dtype, N, K, P, Q)
     geometry = (stride, (R // 2, R // 2, S // 2, S // 2), (1, 1))
     last = {"channels_last": channels_last}
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, var = (torch.empty(K, dtype=wide, device="meta") for _ in range(2))
+    norm = channelwise.Normalisation(mean, var, bias_pw, bias_pw, 1e-5)
     calls: dict[str, Callable[[], object]] = {
         "depthwise_fwd": lambda: depthwise.depthwise_fwd(
             x, weight_dw, bias_dw, *geometry, "relu", **last, config=config
@@ -183,6 +187,14 @@ def launch_of(
         "activation_bwd": lambda: channelwise.activation_bwd(
             y, y, "relu", bias=True, **last, config=config
         ),
+        "depthwise_fwd_statistics": lambda: depthwise.depthwise_fwd_statistics(
+            x, weight_dw, bias_dw, *geometry, **last, config=config
+        ),
+        "pointwise_fwd_statistics": lambda: pointwise.pointwise_fwd_statistics(
+            x, nhwc(dtype, K, C, 1, 1), None, allow_tf32=False, **last, config=config
+        ),
+        "normalise_fwd": lambda: channelwise.normalise_fwd(y, norm, "relu", **last),
+        "normalise_bwd_sums": lambda: channelwise.normalise_bwd(y, y, norm, "relu", **last),
         "pointwise_fwd": lambda: pointwise.pointwise_fwd(
             x, nhwc(dtype, K, C, 1, 1), bias_pw, "relu", None,
             allow_tf32=False, **last, config=config,
@@ -192,7 +204,11 @@ def launch_of(
             None, allow_tf32=False, **last, config=config,
         ),
     }  # fmt: skip
-    return record(calls[op], target)
+    calls["normalise_bwd"] = calls["normalise_bwd_sums"]
+    calls["combine"] = calls["pointwise_fwd_statistics"]
+    launches = record(calls[op], target)
+    assert len(launches) == 1 or op in TRAINING_OPS
+    return launches[op in ("combine", "normalise_bwd")]
 
 
 class Resources(NamedTuple):
@@ -284,6 +300,15 @@ def issue_slots(launch: Launch, elements: int, trips: int = 1) -> float:
 # A layer of MobileNetV1 at 224 pixels, batch 32.
 LAYER = ConvShape(32, 256, 28, 28, 256, 28, 28, 3, 3)
 OPS = (*DEPTHWISE_OPS, *CHANNELWISE_OPS, *GEMM_OPS)
+# Batch normalisation in training; they have the block sizes of the others.
+TRAINING_OPS = (
+    "depthwise_fwd_statistics",
+    "pointwise_fwd_statistics",
+    "combine",
+    "normalise_fwd",
+    "normalise_bwd_sums",
+    "normalise_bwd",
+)
 VARIANTS = {
     "layer": (LAYER, (1, 1)),
     "stride 2": (LAYER._replace(P=14, Q=14), (2, 2)),
@@ -303,7 +328,9 @@ def _group(name: str) -> Iterator[tuple[str, str, str, Launch]]:
         for target in TARGETS:
             every_type = name == "full" or target == "sm_90"
             for dtype in DTYPES if every_type else ("bf16",):
-                for op in OPS:
+                ours = target in ("sm_80", "sm_90") and dtype == "bf16"
+                training = TRAINING_OPS if ours or name == "full" else ()
+                for op in (*OPS, *training):
                     yield op, dtype, target, launch_of(op, DTYPES[dtype], LAYER, target=target)
         if name == "full":
             for target in ("sm_80", "sm_90"):
@@ -332,7 +359,7 @@ def check(name: str) -> list[dict[str, Any]]:
         return [
             {"op": op, "variant": variant, "faults": lint(launch_of(op, torch.float16, *case))}
             for variant, case in VARIANTS.items()
-            for op in OPS
+            for op in (*OPS, *(TRAINING_OPS if variant in ("layer", "stride 2") else ()))
         ]
     return [
         {
