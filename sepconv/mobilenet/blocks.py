@@ -12,7 +12,8 @@ from sepconv.mobilenet.layers import (
     StandardConv2d,
     activate_,
 )
-from sepconv.ops import separable_conv2d
+from sepconv.ops import BatchNorm, separable_conv2d
+from sepconv.ops.backend import chooses_kernels
 
 
 def conv_norm_act(
@@ -22,13 +23,14 @@ def conv_norm_act(
     if isinstance(x, Tensor) and foldable(conv, bn):
         (folded,) = folds.get((conv, bn))
         return folded(x, activation)
-    return _norm_act(conv(x), bn, activation)
+    return _layer_by_layer(x, conv, bn, activation)
 
 
 class SeparableBlock(nn.Module):
     """Depthwise 3 x 3, BatchNorm, activation, pointwise 1 x 1, BatchNorm, activation.
 
-    With fixed BatchNorm statistics (`eval`) it is one call of `separable_conv2d`.
+    With fixed BatchNorm statistics (`eval`) it is one call of `separable_conv2d`. While training
+    through the kernels, each convolution collects the statistics of the BatchNorm behind it.
     """
 
     def __init__(
@@ -64,8 +66,8 @@ class SeparableBlock(nn.Module):
         conv_dw, bn1, conv_pw, bn2 = self.conv_dw, self.bn1, self.conv_pw, self.bn2
         if folds and foldable(conv_dw, bn1) and foldable(conv_pw, bn2):
             return self._fused(x, *self._folds.get((conv_dw, bn1), (conv_pw, bn2)))
-        x = _norm_act(conv_dw(x), bn1, self.activation)
-        return _norm_act(conv_pw(x), bn2, self.activation)
+        x = _layer_by_layer(x, conv_dw, bn1, self.activation)
+        return _layer_by_layer(x, conv_pw, bn2, self.activation)
 
     def pairs(self) -> tuple[Pair, ...]:
         """Return what the block consists of."""
@@ -147,7 +149,20 @@ def batch_norm(
     )
 
 
-def _norm_act(y: Tensor, bn: nn.BatchNorm2d, activation: Activation) -> Tensor:
-    y = bn(y)
+def _layer_by_layer(
+    x: Tensor, conv: MobileNetConv, bn: nn.BatchNorm2d, activation: Activation
+) -> Tensor:
+    if (
+        type(bn) is nn.BatchNorm2d
+        and bn.training
+        and (type(conv) is DepthwiseConv2d or type(conv) is PointwiseConv2d)
+        and isinstance(x, Tensor)
+        and chooses_kernels(x)
+        and not has_hooks(conv)
+        and not has_hooks(bn)
+    ):
+        # The kernel of the convolution collects the batch's statistics.
+        return conv.run_batch_norm(x, BatchNorm.of(bn), activation)
+    y = bn(conv(x))
     # A hook on the BatchNorm may have kept its output: activate a copy.
     return activate_(y.clone() if has_hooks(bn) else y, activation)

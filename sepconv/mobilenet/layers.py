@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepconv.mobilenet.padding import PaddingRule, Sides, padding_sides
-from sepconv.ops import depthwise_conv2d, pointwise_conv2d
+from sepconv.ops import (
+    BatchNorm,
+    depthwise_conv2d,
+    depthwise_conv2d_batch_norm,
+    pointwise_conv2d,
+    pointwise_conv2d_batch_norm,
+)
 
 
 class MobileNetConv(nn.Module):
@@ -113,6 +119,14 @@ class DepthwiseConv2d(MobileNetConv):
         padding = ((top, bottom), (left, right))
         return depthwise_conv2d(x, weight, bias, self.stride, padding, activation=activation)
 
+    def run_batch_norm(self, x: Tensor, norm: BatchNorm, activation: str) -> Tensor:
+        """Convolve, normalise by the batch's statistics, activate."""
+        top, bottom, left, right = self.sides(x)
+        padding = ((top, bottom), (left, right))
+        return depthwise_conv2d_batch_norm(
+            x, self.weight, norm, self.bias, self.stride, padding, activation=activation
+        )
+
 
 class PointwiseConv2d(MobileNetConv):
     """A 1 x 1 convolution."""
@@ -122,6 +136,10 @@ class PointwiseConv2d(MobileNetConv):
     ) -> Tensor:
         """Convolve through `sepconv.ops.pointwise_conv2d`."""
         return pointwise_conv2d(x, weight, bias, activation)
+
+    def run_batch_norm(self, x: Tensor, norm: BatchNorm, activation: str) -> Tensor:
+        """Convolve, normalise by the batch's statistics, activate."""
+        return pointwise_conv2d_batch_norm(x, self.weight, norm, self.bias, activation)
 
 
 CONVOLUTIONS = (StandardConv2d, DepthwiseConv2d, PointwiseConv2d)
