@@ -17,6 +17,7 @@ from sepconv.graph.capture import arguments_given
 from sepconv.graph.chains import Chain, Left, Norm, obstacle
 from sepconv.graph.effects import has_hooks
 from sepconv.graph.lower import lower_graph
+from sepconv.graph.promises import add_promises
 from sepconv.graph.state import untouched, without_history
 from sepconv.graph.tracing import TraceLevel, trace
 from sepconv.latency import take_turns
@@ -147,6 +148,8 @@ class _Lowering:
                 self._children(lowered.get_submodule(leaf), f"{prefix}{leaf}.")
         for chain in lower_graph(lowered, self._module):
             self._note(chain, prefix)
+        if self.channels_last:
+            add_promises(lowered)
         return lowered, traced.level, traced.why
 
     def _children(self, module: nn.Module, prefix: str) -> nn.Module:

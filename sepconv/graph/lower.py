@@ -25,7 +25,9 @@ def lower_graph(
     names: dict[object, str] = {}
     for chain in chains:
         if chain.key not in names:
-            names[chain.key] = _unused_name(module, f"{chain.stages[-1].conv}_fused")
+            # At the top: each dot in a name costs a look-up at every call.
+            name = chain.stages[-1].conv.replace(".", "_")
+            names[chain.key] = _unused_name(module, f"{name}_fused")
             module.add_submodule(names[chain.key], make(chain, module))
         _call_instead(graph, chain, names[chain.key])
     for node in list(graph.nodes):

@@ -1,5 +1,6 @@
 """Convolutions for inference, with everything around them folded in. `sepconv.fuse` makes them."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepconv import onednn, ops, reference
+from sepconv.nn.promise import LARGEST_VALUE, Promise
 from sepconv.ops.autocast import is_autocasting
 from sepconv.ops.backend import chosen_backend
 
@@ -32,6 +34,9 @@ class _Packed:
         self._of: tuple[Any, ...] | None = None
         self._convolution: onednn.PackedConv2d | None = None
 
+    def forget(self) -> None:
+        self._convolution = None
+
     def __deepcopy__(self, memo: object) -> "_Packed":
         return _Packed()
 
@@ -39,8 +44,15 @@ class _Packed:
         return _Packed, ()
 
     def get(
-        self, weight: Tensor, bias: Tensor | None, stride: int, groups: int
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: int,
+        groups: int,
+        promise: Promise = Promise.NONE,
     ) -> onednn.PackedConv2d:
+        if promise and self._convolution is not None:
+            return self._convolution
         tensors = (weight,) if bias is None else (weight, bias)
         state = tuple((t.data_ptr(), t._version) for t in tensors)
         if self._convolution is None or state != self._of:
@@ -62,11 +74,16 @@ class _Fused(nn.Module):
         self.register_parameter(name, frozen)
 
     def _finish(
-        self, convolution: onednn.PackedConv2d, x: Tensor, padding: Sides, residual: Any = None
+        self,
+        convolution: onednn.PackedConv2d,
+        x: Tensor,
+        padding: Sides,
+        residual: Any = None,
+        promise: Promise = Promise.NONE,
     ) -> Tensor:
         """Convolve, add the residual, activate."""
         if residual is None:
-            return _convolve(convolution, x, padding, self.activation)
+            return _convolve(convolution, x, padding, self.activation, promise)
         y = convolution(x, padding)
         if not _like(residual, y.shape, y.dtype):
             return reference.activate(y + residual, self.activation)
@@ -116,18 +133,18 @@ class FusedConv2d(_Fused):
         self._packable = channels_last and stride[0] == stride[1] and dilation == (1, 1)
         self._packed = _Packed()
 
-    def forward(self, x: Tensor, residual: Any = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Any = None, promise: Promise = Promise.NONE) -> Tensor:
         """Convolve x, add the residual, activate."""
         if x.dim() == 3:
             other = residual[None] if isinstance(residual, Tensor) else residual
             return self.forward(x[None], other)[0]
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
-        if self._packable and _may_pack(x, weight, bias):
+        if self._packable and (promise or _may_pack(x, weight, bias)):
             if self._pointwise and residual is None and x.shape[2:] == (1, 1):
                 return self._of_one_pixel(x)
-            packed = self._packed.get(weight, bias, self.stride[0], self.groups)
-            return self._finish(packed, x, self.padding, residual)
+            packed = self._packed.get(weight, bias, self.stride[0], self.groups, promise)
+            return self._finish(packed, x, self.padding, residual, promise)
         if self._pointwise:
             shape = (x.shape[0], self.weight.shape[0], *x.shape[2:])
             if residual is None or _joins_op(residual, x, shape):
@@ -144,6 +161,14 @@ class FusedConv2d(_Fused):
         y = F.conv2d(x, self.weight, self.bias, self.stride, even, self.dilation, self.groups)
         y = y if residual is None else y + residual
         return reference.activate(y, self.activation)
+
+    def largest(self, x: float, residual: float = 0.0) -> float:
+        """What no value inside exceeds if no input does; see `sepconv.nn.promise`."""
+        return _largest(self.weight, self.bias, self.activation, x, residual)
+
+    def forget(self) -> None:
+        """Pack the weights anew at the next call."""
+        self._packed.forget()
 
     def _of_one_pixel(self, x: Tensor) -> Tensor:
         """As in squeeze-and-excitation blocks: a product with a vector, not worth a convolution."""
@@ -203,18 +228,19 @@ class FusedSeparableConv2d(_Fused):
         self._packable = channels_last and stride[0] == stride[1] and dilation == (1, 1)
         self._packed_dw, self._packed_pw = _Packed(), _Packed()
 
-    def forward(self, x: Tensor, residual: Any = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Any = None, promise: Promise = Promise.NONE) -> Tensor:
         """Convolve x twice, add the residual, activate."""
         if x.dim() == 3:
             other = residual[None] if isinstance(residual, Tensor) else residual
             return self.forward(x[None], other)[0]
         dw, pw, bias_dw, bias_pw = self.weight_dw, self.weight_pw, self.bias_dw, self.bias_pw
         # Several filters per channel leave oneDNN's fast path; the op goes around that.
-        if self._packable and len(dw) == x.shape[1] and _may_pack(x, dw, pw, bias_dw, bias_pw):
-            depthwise = self._packed_dw.get(dw, bias_dw, self.stride[0], len(dw))
-            z = _convolve(depthwise, x, self.padding, self.activation_mid)
-            pointwise = self._packed_pw.get(pw, bias_pw, 1, 1)
-            return self._finish(pointwise, z, _NO_PADDING, residual)
+        packable = self._packable and len(dw) == x.shape[1]
+        if packable and (promise or _may_pack(x, dw, pw, bias_dw, bias_pw)):
+            depthwise = self._packed_dw.get(dw, bias_dw, self.stride[0], len(dw), promise)
+            z = _convolve(depthwise, x, self.padding, self.activation_mid, promise)
+            pointwise = self._packed_pw.get(pw, bias_pw, 1, 1, promise)
+            return self._finish(pointwise, z, _NO_PADDING, residual, promise)
 
         top, bottom, left, right = sides = self.padding
         inside = None
@@ -236,6 +262,16 @@ class FusedSeparableConv2d(_Fused):
             inside,
         )
         return reference.activate(y + residual, self.activation) if split else y
+
+    def largest(self, x: float, residual: float = 0.0) -> float:
+        """What no value inside exceeds if no input does; see `sepconv.nn.promise`."""
+        z = _largest(self.weight_dw, self.bias_dw, self.activation_mid, x)
+        return _largest(self.weight_pw, self.bias_pw, self.activation, z, residual)
+
+    def forget(self) -> None:
+        """Pack the weights anew at the next call."""
+        self._packed_dw.forget()
+        self._packed_pw.forget()
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""
@@ -264,28 +300,54 @@ class FusedLinear(_Fused):
         self.activation = activation
         self._packed = _Packed()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, promise: Promise = Promise.NONE) -> Tensor:
         """Mix the channels of each row, activate."""
         channels = self.weight.shape[1]
         # In this order: under torch.export a question about sizes would limit the batch.
-        if _may_pack(x, self.weight, self.bias) and x.numel() >= _PACKED_ROWS * channels:
+        may = promise or _may_pack(x, self.weight, self.bias)
+        if may and x.numel() >= _PACKED_ROWS * channels:
             # A matrix product is a 1x1 convolution; its rows are pixels.
-            packed = self._packed.get(self.weight[:, :, None, None], self.bias, 1, 1)
+            packed = self._packed.get(self.weight[:, :, None, None], self.bias, 1, 1, promise)
             pixels = x.reshape(1, 1, -1, channels).permute(0, 3, 1, 2)
-            y = self._finish(packed, pixels, _NO_PADDING)
+            y = self._finish(packed, pixels, _NO_PADDING, None, promise)
             return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
         return reference.activate(F.linear(x, self.weight, self.bias), self.activation)
+
+    def largest(self, x: float) -> float:
+        """What no value inside exceeds if no input does; see `sepconv.nn.promise`."""
+        return _largest(self.weight, self.bias, self.activation, x)
+
+    def forget(self) -> None:
+        """Pack the weights anew at the next call."""
+        self._packed.forget()
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""
         return f"{tuple(self.weight.shape)}, activation={self.activation}"
 
 
+def _largest(
+    weight: Tensor, bias: Tensor | None, activation: str | None, x: float, residual: float = 0.0
+) -> float:
+    """What no value of the convolution, the sum and the activation exceeds."""
+    products = weight.detach().double().abs().flatten(1).sum(1) * x
+    sums = products if bias is None else products + bias.detach().double().abs()
+    largest = float(sums.max()) + residual
+    if not largest <= LARGEST_VALUE:
+        return math.inf
+    return min(largest, 6.0) if activation == "relu6" else largest
+
+
 def _convolve(
-    convolution: onednn.PackedConv2d, x: Tensor, padding: Sides, activation: str | None
+    convolution: onednn.PackedConv2d,
+    x: Tensor,
+    padding: Sides,
+    activation: str | None,
+    promise: Promise,
 ) -> Tensor:
-    if activation is None or activation in onednn.FUSED_ACTIVATIONS:
-        return convolution(x, padding, activation)
+    finite = promise is Promise.FINITE
+    if finite or activation is None or activation in onednn.FUSED_ACTIVATIONS:
+        return convolution(x, padding, activation, finite=finite)
     return _IN_PLACE[activation](convolution(x, padding))
 
 
