@@ -120,9 +120,15 @@ def ours_distilled(
     student = sepconv.load(file, lambda: CifarResNet(_depth(model)).eval())
     x = _training_images()
     student = sepconv.distill(
-        student, model, Shifted(x[:-HELD_OUT]), 1, held_out=x[-HELD_OUT:].split(250)
+        student,
+        model,
+        Shifted(x[:-HELD_OUT]),
+        1,
+        held_out=x[-HELD_OUT:].split(250),
+        checkpoint=file.with_suffix(".distilled.pt"),
     )
-    return _with_share(student)
+    ranks = {layer.name: layer.rank for layer in sepconv.report(student).layers}
+    return student, _share(model, {name: ranks.get(name) for name in _convolutions(model)})
 
 
 def _converted_file(model: nn.Module, budget: float, calibration: list[Tensor]) -> Path:
