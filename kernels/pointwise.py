@@ -122,6 +122,7 @@ def pointwise_fwd(
     allow_tf32: bool,
     channels_last: bool,
     config: GemmConfig | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Pointwise convolution, bias, residual and activation in one kernel.
 
@@ -134,12 +135,14 @@ def pointwise_fwd(
         allow_tf32: Whether float32 products may use TF32.
         channels_last: Memory format of the result.
         config: Block sizes; None takes the default.
+        out: Where to write the result, [N, K, H, W], any strides; None makes a new tensor.
 
     Returns:
         y [N, K, H, W].
     """
-    options = (allow_tf32, channels_last, config)
-    return _pointwise(x, weight_pw, bias, activation, residual, *options, False)[0]
+    y = _empty_result(x, weight_pw, channels_last) if out is None else out
+    _pointwise(x, weight_pw, bias, activation, residual, y, allow_tf32, channels_last, config)
+    return y
 
 
 def pointwise_fwd_statistics(
@@ -165,10 +168,16 @@ def pointwise_fwd_statistics(
         y [N, K, H, W]; its mean and biased variance [K], in the accumulator's type, of what was
         summed, not of what it was rounded to.
     """
+    y = _empty_result(x, weight_pw, channels_last)
     options = (allow_tf32, channels_last, config)
-    y, partial = _pointwise(x, weight_pw, bias, None, None, *options, True)
+    partial = _pointwise(x, weight_pw, bias, None, None, y, *options, statistics=True)
     assert partial is not None
     return y, *partial.combine()
+
+
+def _empty_result(x: torch.Tensor, weight_pw: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    N, _, H, W = x.shape
+    return empty_output(x, (N, weight_pw.shape[0], H, W), channels_last)
 
 
 def _pointwise(
@@ -177,16 +186,17 @@ def _pointwise(
     bias: torch.Tensor | None,
     activation: str | None,
     residual: torch.Tensor | None,
+    y: torch.Tensor,
     allow_tf32: bool,
     channels_last: bool,
     config: GemmConfig | None,
-    statistics: bool,
-) -> tuple[torch.Tensor, Partial | None]:
+    statistics: bool = False,
+) -> Partial | None:
+    """Fill `y`; with the statistics of its tiles, if they are wanted."""
     N, C, H, W = x.shape
     K = weight_pw.shape[0]
-    y = empty_output(x, (N, K, H, W), channels_last)
     if y.numel() == 0:
-        return y, Partial(y, 0) if statistics else None
+        return Partial(y, 0) if statistics else None
     if config is None:
         shape = ConvShape(N, C, H, W, K, H, W, channels_last=channels_last)
         config = default("pointwise_fwd", dot_dtype(x), shape)
@@ -221,4 +231,4 @@ def _pointwise(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return y, partial
+    return partial

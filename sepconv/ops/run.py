@@ -5,19 +5,22 @@ which compares them; without it the choice is looked up.
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sepconv import reference
-from sepconv.layout import is_channels_last, to_layout
+from sepconv.layout import is_channels_last, memory_format, to_layout
 from sepconv.ops.kernel_modules import kernel_module
-from sepconv.ops.tuning import lookup
+from sepconv.ops.tuning import images_at_a_time, lookup
 from sepconv.ops.tuning_files import Choice
-from sepconv.reference import Pair, Sides
+from sepconv.reference import Pair, Sides, output_size
 
-_ONE, _NO_PADDING = (1, 1), (0, 0, 0, 0)
+Geometry = tuple[Pair, Sides, Pair]
+
+_PLAIN: Geometry = ((1, 1), (0, 0, 0, 0), (1, 1))
 # Not a choice: ask for one.
 ASK: Literal["ask"] = "ask"
 
@@ -41,10 +44,8 @@ def depthwise(
     """`depthwise_fwd`."""
     geometry = (stride, padding, dilation)
     if choice == ASK:
-        G, _, R, S = weight_dw.shape
         epilogue = bias is not None or activation is not None
-        sizes = (x.shape, (G, R, S), G)
-        choice = lookup("depthwise_fwd", x, *sizes, *geometry, channels_last, False, epilogue)
+        choice = _depthwise_choice(x, weight_dw, geometry, channels_last, epilogue)
     if choice == "library":
         y = reference.depthwise_conv2d(x, weight_dw, bias, *geometry, activation)
         return to_layout(y, channels_last)
@@ -61,28 +62,51 @@ def pointwise(
     residual: Tensor | None,
     channels_last: bool,
     choice: Choice = ASK,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`pointwise_fwd`."""
-    tf32 = x.dtype == torch.float32 and allows_tf32()
+    """`pointwise_fwd`; the result may go into a tensor that is there."""
     if choice == ASK:
-        K, C = weight_pw.shape[:2]
         epilogue = bias is not None or activation is not None or residual is not None
-        sizes = (x.shape, (C, 1, 1), K)
-        geometry = (_ONE, _NO_PADDING, _ONE)
-        choice = lookup("pointwise_fwd", x, *sizes, *geometry, channels_last, tf32, epilogue)
+        choice = _pointwise_choice(x, x.shape, weight_pw, channels_last, epilogue)
     if choice == "library":
         y = reference.pointwise_conv2d(x, weight_pw, bias, activation, residual)
-        return to_layout(y, channels_last)
+        return to_layout(y, channels_last) if out is None else out.copy_(y)
     return kernel_module("pointwise").pointwise_fwd(
         x,
         weight_pw,
         bias,
         activation,
         residual,
-        allow_tf32=tf32,
+        allow_tf32=_allows_tf32_for(x),
         channels_last=channels_last,
         config=choice,
+        out=out,
     )
+
+
+def _depthwise_choice(
+    x: Tensor, weight_dw: Tensor, geometry: Geometry, channels_last: bool, epilogue: bool
+) -> Choice:
+    G, _, R, S = weight_dw.shape
+    sizes = (x.shape, (G, R, S), G)
+    return lookup("depthwise_fwd", x, *sizes, *geometry, channels_last, False, epilogue)
+
+
+def _pointwise_choice(
+    like: Tensor,
+    x_shape: Sequence[int],
+    weight_pw: Tensor,
+    channels_last: bool,
+    epilogue: bool,
+) -> Choice:
+    K, C = weight_pw.shape[:2]
+    sizes = (x_shape, (C, 1, 1), K)
+    tf32 = _allows_tf32_for(like)
+    return lookup("pointwise_fwd", like, *sizes, *_PLAIN, channels_last, tf32, epilogue)
+
+
+def _allows_tf32_for(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and allows_tf32()
 
 
 def depthwise_statistics(
@@ -96,9 +120,7 @@ def depthwise_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`depthwise_fwd_statistics`, by the choice for `depthwise_fwd`."""
     geometry = (stride, padding, dilation)
-    G, _, R, S = weight_dw.shape
-    sizes = (x.shape, (G, R, S), G)
-    choice = lookup("depthwise_fwd", x, *sizes, *geometry, channels_last, False, bias is not None)
+    choice = _depthwise_choice(x, weight_dw, geometry, channels_last, bias is not None)
     if choice == "library":
         return with_statistics(depthwise(x, weight_dw, bias, *geometry, None, channels_last))
     return kernel_module("depthwise").depthwise_fwd_statistics(
@@ -110,15 +132,16 @@ def pointwise_statistics(
     x: Tensor, weight_pw: Tensor, bias: Tensor | None, channels_last: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`pointwise_fwd_statistics`, by the choice for `pointwise_fwd`."""
-    tf32 = x.dtype == torch.float32 and allows_tf32()
-    K, C = weight_pw.shape[:2]
-    sizes = (x.shape, (C, 1, 1), K)
-    geometry = (_ONE, _NO_PADDING, _ONE)
-    choice = lookup("pointwise_fwd", x, *sizes, *geometry, channels_last, tf32, bias is not None)
+    choice = _pointwise_choice(x, x.shape, weight_pw, channels_last, bias is not None)
     if choice == "library":
         return with_statistics(pointwise(x, weight_pw, bias, None, None, channels_last))
     return kernel_module("pointwise").pointwise_fwd_statistics(
-        x, weight_pw, bias, allow_tf32=tf32, channels_last=channels_last, config=choice
+        x,
+        weight_pw,
+        bias,
+        allow_tf32=_allows_tf32_for(x),
+        channels_last=channels_last,
+        config=choice,
     )
 
 
@@ -144,9 +167,9 @@ def separable(
     channels_last: bool,
     choice: Choice = ASK,
 ) -> Tensor:
-    """`separable_fwd`, or the two convolutions one after the other."""
+    """`separable_fwd`, or the two convolutions one after the other, in chunks or at once."""
     geometry = (stride, padding, dilation)
-    tf32 = x.dtype == torch.float32 and allows_tf32()
+    tf32 = _allows_tf32_for(x)
     if choice == ASK:
         G, _, R, S = weight_dw.shape
         mid = bias_dw is not None or activation_mid is not None
@@ -158,6 +181,8 @@ def separable(
         return pointwise(middle, weight_pw, bias_pw, activation, residual, channels_last)
     weights = (weight_dw, weight_pw, bias_dw, bias_pw)
     activations = (activation_mid, activation)
+    if choice == "chunked":
+        return _in_chunks(x, *weights, geometry, *activations, residual, channels_last)
     if choice == "library":
         y = reference.separable_conv2d(x, *weights, *geometry, *activations, residual)
         return to_layout(y, channels_last)
@@ -171,6 +196,46 @@ def separable(
         channels_last=channels_last,
         config=choice,
     )
+
+
+def _in_chunks(
+    x: Tensor,
+    weight_dw: Tensor,
+    weight_pw: Tensor,
+    bias_dw: Tensor | None,
+    bias_pw: Tensor | None,
+    geometry: Geometry,
+    activation_mid: str | None,
+    activation: str | None,
+    residual: Tensor | None,
+    channels_last: bool,
+) -> Tensor:
+    """The two convolutions for a few images at a time, so that the cache keeps what is between.
+
+    Block sizes are those of the whole batch.
+    """
+    P, Q = output_size(x.shape, weight_dw.shape, *geometry)
+    middle_shape = (len(x), weight_dw.shape[0], P, Q)
+    mid = bias_dw is not None or activation_mid is not None
+    dw_choice = _depthwise_choice(x, weight_dw, geometry, channels_last, mid)
+    end = bias_pw is not None or activation is not None or residual is not None
+    pw_choice = _pointwise_choice(x, middle_shape, weight_pw, channels_last, end)
+    layout = memory_format(channels_last)
+    y = torch.empty(
+        (len(x), len(weight_pw), P, Q), dtype=x.dtype, device=x.device, memory_format=layout
+    )
+    step = images_at_a_time(x.get_device(), prod(middle_shape[1:]) * x.element_size())
+    for first in range(0, len(x), step):
+        part = slice(first, first + step)
+        middle = depthwise(
+            x[part], weight_dw, bias_dw, *geometry, activation_mid, channels_last, dw_choice
+        )
+        also = None if residual is None else residual[part]
+        pointwise(
+            middle, weight_pw, bias_pw, activation, also, channels_last, pw_choice, out=y[part]
+        )
+        del middle  # the next one is to lie in the same memory
+    return y
 
 
 def depthwise_bwd_input(

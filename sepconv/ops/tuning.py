@@ -31,6 +31,9 @@ from sepconv.roofline import find_gpu, predicted_seconds
 
 # Calls of different sizes are remembered one by one; a process that sees more starts again.
 _MOST_CALLS = 4096
+# Of the last cache level, what the tensor between two kernels may fill: its reader's input and
+# output pass through the cache beside it.
+_CACHE_SHARE = 0.25
 # Two kernels run in place of the fused one, unmeasured, if predicted to take less than this of it.
 _SURELY_FASTER = 0.8
 
@@ -242,6 +245,17 @@ def target(device: int) -> Target:
     else:
         arch = f"sm_{properties.major}{properties.minor}"
     return Target(properties.name, arch, version)
+
+
+@cache
+def cache_bytes(device: int) -> int:
+    """Size of a GPU's last cache level; 0 for the interpreter, which has none."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device >= 0 else 0
+
+
+def images_at_a_time(device: int, image_bytes: int) -> int:
+    """How many images of a tensor between two kernels stay in the cache; at least one."""
+    return max(int(_CACHE_SHARE * cache_bytes(device)) // max(image_bytes, 1), 1)
 
 
 def _answer(call: tuple[Any, ...]) -> Choice:

@@ -18,8 +18,9 @@ from sepconv.files import write_atomically
 from sepconv.ops.kernel_modules import kernel_module
 
 FORMAT = 1
-# Beside the kernels: torch's own operators, and for the separable op one kernel after the other.
-OTHERS = ("library", "unfused")
+# Beside the kernels: torch's own operators, and for the separable op one kernel after the other,
+# for the whole batch or for as many images at a time as leave what is between them in the cache.
+OTHERS = ("library", "unfused", "chunked")
 # Block sizes, `None` for the default ones, or one of `OTHERS`.
 Choice = tuple[int, ...] | str | None
 

@@ -1,9 +1,11 @@
 """What is worth compiling for a problem, most promising first."""
 
+from math import prod
+
 import torch
 
 from sepconv.ops.kernel_modules import kernel_module
-from sepconv.ops.tuning import Problem, target
+from sepconv.ops.tuning import Problem, images_at_a_time, target
 from sepconv.ops.tuning_files import Choice, others
 from sepconv.roofline import Gpu, find_gpu, predicted_seconds
 
@@ -34,7 +36,15 @@ def candidates(problem: Problem) -> list[Choice]:
         best = min(predicted.values())
         sizes = sorted(sizes, key=predicted.__getitem__)
         sizes = [config for config in sizes if predicted[config] <= _HOPELESS * best]
-    return list(dict.fromkeys([None, *others(problem.op), *sizes]))
+    ways = [way for way in others(problem.op) if way != "chunked" or _has_chunks(problem)]
+    return list(dict.fromkeys([None, *ways, *sizes]))
+
+
+def _has_chunks(problem: Problem) -> bool:
+    """Whether the batch is too large for what lies between two kernels to stay in the cache."""
+    n, c, *size = problem.halves[1].x_shape
+    image_bytes = c * prod(size) * problem.dtype.itemsize
+    return images_at_a_time(problem.device, image_bytes) < n
 
 
 def known_gpu(device: int) -> Gpu | None:
@@ -54,8 +64,3 @@ def shared_limit(device: int) -> int:
         if limit:
             return int(limit)
     return _SAFE_SHARED
-
-
-def cache_bytes(device: int) -> int:
-    """Size of the device's last cache level; 0 for the interpreter."""
-    return torch.cuda.get_device_properties(device).L2_cache_size if device >= 0 else 0

@@ -28,8 +28,9 @@ class Tuned(NamedTuple):
 
     Attributes:
         key: Names the kind: op, type, sizes.
-        choice: Block sizes, `None` for the default ones, `"library"` for torch's own operators, or
-            `"unfused"` for the depthwise and the pointwise kernel one after the other.
+        choice: Block sizes, `None` for the default ones, `"library"` for torch's own operators,
+            `"unfused"` for the depthwise and the pointwise kernel one after the other, or
+            `"chunked"` for the same with a few images at a time.
         seconds: Time of the choice.
         default_seconds: Time of the default block sizes.
         tried: Candidates that were timed.

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sepconv.ops.tuning import Problem
+from sepconv.ops.tuning import Problem, cache_bytes
 from sepconv.ops.tuning_files import Choice, Entry
 from sepconv.timing import Call, Timer
-from sepconv.tuner.candidates import cache_bytes, candidates
+from sepconv.tuner.candidates import candidates
 from sepconv.tuner.check import is_right
 from sepconv.tuner.inputs import (
     Operands,
