@@ -25,14 +25,13 @@ def lower_graph(
     names: dict[object, str] = {}
     for chain in chains:
         if chain.key not in names:
-            # At the top: each dot in a name costs a look-up at every call.
-            name = chain.stages[-1].conv.replace(".", "_")
-            names[chain.key] = _unused_name(module, f"{name}_fused")
+            names[chain.key] = _top_name(module, f"{chain.stages[-1].conv}_fused")
             module.add_submodule(names[chain.key], make(chain, module))
         _call_instead(graph, chain, names[chain.key])
     for node in list(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
+    _lift(module)
     graph.lint()
     module.delete_all_unused_submodules()
     module.recompile()
@@ -53,9 +52,25 @@ def _call_instead(graph: fx.Graph, chain: Chain, name: str) -> None:
         graph.erase_node(node)
 
 
-def _unused_name(module: nn.Module, name: str) -> str:
+def _lift(module: fx.GraphModule) -> None:
+    """Put called submodules without state at the top."""
+    names: dict[str, str] = {}
+    for node in module.graph.nodes:
+        if node.op != "call_module" or "." not in node.target:
+            continue
+        called = module.get_submodule(node.target)
+        if next(called.children(), None) is None and not called._parameters and not called._buffers:
+            if node.target not in names:
+                names[node.target] = _top_name(module, node.target)
+                module.add_submodule(names[node.target], called)
+            node.target = names[node.target]
+
+
+def _top_name(module: nn.Module, name: str) -> str:
+    """An unused name without dots, each of which would cost a look-up at every call."""
     taken = dict(module.named_modules())
+    name = name.replace(".", "_")
     number, free = 1, name
-    while free in taken:
+    while free in taken or hasattr(module, free):
         number, free = number + 1, f"{name}_{number}"
     return free

@@ -233,7 +233,7 @@ class FusedSeparableConv2d(_Fused):
         if x.dim() == 3:
             other = residual[None] if isinstance(residual, Tensor) else residual
             return self.forward(x[None], other)[0]
-        dw, pw, bias_dw, bias_pw = self.weight_dw, self.weight_pw, self.bias_dw, self.bias_pw
+        dw, pw, bias_dw, bias_pw = self._parameters.values()
         # Several filters per channel leave oneDNN's fast path; the op goes around that.
         packable = self._packable and len(dw) == x.shape[1]
         if packable and (promise or _may_pack(x, dw, pw, bias_dw, bias_pw)):
