@@ -25,6 +25,7 @@ from sepconv.ops.batch_norm import (
     depthwise_conv2d_batch_norm,
     pointwise_conv2d_batch_norm,
 )
+from sepconv.ops.library import refused
 
 __all__ = [
     "BatchNorm",
@@ -70,13 +71,16 @@ def depthwise_conv2d(
         >>> depthwise_conv2d(torch.ones(1, 2, 4, 4), torch.ones(4, 1, 3, 3), padding=1).shape
         torch.Size([1, 4, 4, 4])
     """
-    stride, dilation = pair("stride", stride), pair("dilation", dilation)
-    padding = sides(padding, weight_dw, stride, dilation)
-    if is_autocasting(x):
-        device = x.device.type
-        x, weight_dw = cast(x, device), cast(weight_dw, device)
-        bias = cast_optional(bias, device)
-    check_depthwise(x, weight_dw, bias, stride, padding, dilation, activation)
+    try:
+        stride, dilation = pair("stride", stride), pair("dilation", dilation)
+        padding = sides(padding, weight_dw, stride, dilation)
+        if is_autocasting(x):
+            device = x.device.type
+            x, weight_dw = cast(x, device), cast(weight_dw, device)
+            bias = cast_optional(bias, device)
+        check_depthwise(x, weight_dw, bias, stride, padding, dilation, activation)
+    except ValueError as error:
+        return refused(error, x, weight_dw)
     if not chooses_kernels(x):
         return reference.depthwise_conv2d(x, weight_dw, bias, stride, padding, dilation, activation)
     return torch.ops.sepconv.depthwise_conv2d(
@@ -110,11 +114,14 @@ def pointwise_conv2d(
         >>> pointwise_conv2d(torch.ones(1, 2, 4, 4), torch.ones(3, 2, 1, 1)).shape
         torch.Size([1, 3, 4, 4])
     """
-    if is_autocasting(x):
-        device = x.device.type
-        x, weight_pw = cast(x, device), cast(weight_pw, device)
-        bias, residual = cast_optional(bias, device), cast_optional(residual, device)
-    check_pointwise(x, weight_pw, bias, activation, residual)
+    try:
+        if is_autocasting(x):
+            device = x.device.type
+            x, weight_pw = cast(x, device), cast(weight_pw, device)
+            bias, residual = cast_optional(bias, device), cast_optional(residual, device)
+        check_pointwise(x, weight_pw, bias, activation, residual)
+    except ValueError as error:
+        return refused(error, x, weight_pw)
     if not chooses_kernels(x):
         return reference.pointwise_conv2d(x, weight_pw, bias, activation, residual)
     inside, outside = split_activation(activation, x, weight_pw, bias, residual)
@@ -165,16 +172,19 @@ def separable_conv2d(
         >>> separable_conv2d(x, weight_dw, torch.ones(5, 2, 1, 1), stride=2, padding=1).shape
         torch.Size([1, 5, 2, 2])
     """
-    stride, dilation = pair("stride", stride), pair("dilation", dilation)
-    padding = sides(padding, weight_dw, stride, dilation)
-    if is_autocasting(x):
-        device = x.device.type
-        x, residual = cast(x, device), cast_optional(residual, device)
-        weight_dw, weight_pw = cast(weight_dw, device), cast(weight_pw, device)
-        bias_dw, bias_pw = cast_optional(bias_dw, device), cast_optional(bias_pw, device)
-    tensors = (x, weight_dw, weight_pw, bias_dw, bias_pw)
-    geometry = (stride, padding, dilation, activation_mid)
-    check_separable(*tensors, *geometry, activation, residual)
+    try:
+        stride, dilation = pair("stride", stride), pair("dilation", dilation)
+        padding = sides(padding, weight_dw, stride, dilation)
+        if is_autocasting(x):
+            device = x.device.type
+            x, residual = cast(x, device), cast_optional(residual, device)
+            weight_dw, weight_pw = cast(weight_dw, device), cast(weight_pw, device)
+            bias_dw, bias_pw = cast_optional(bias_dw, device), cast_optional(bias_pw, device)
+        tensors = (x, weight_dw, weight_pw, bias_dw, bias_pw)
+        geometry = (stride, padding, dilation, activation_mid)
+        check_separable(*tensors, *geometry, activation, residual)
+    except ValueError as error:
+        return refused(error, x, weight_pw)
     if not chooses_kernels(x):
         return reference.separable_conv2d(*tensors, *geometry, activation, residual)
     inside, outside = split_activation(activation, *tensors, residual)

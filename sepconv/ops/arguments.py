@@ -35,11 +35,11 @@ def pair(name: str, value: IntPair, least: int = 1) -> Pair:
     elif isinstance(value, Sequence) and len(value) == 2:
         both = (value[0], value[1])
     else:
-        _fail(name, "an int or a pair of ints", repr(value))
+        _fail(name, "an int or a pair of ints", _shown(value))
     if not (isinstance(both[0], int) and isinstance(both[1], int)):
-        _fail(name, "an int or a pair of ints", repr(value))
+        _fail(name, "an int or a pair of ints", _shown(value))
     if both[0] < least or both[1] < least:
-        _fail(name, f"at least {least}", repr(value))
+        _fail(name, f"at least {least}", _shown(value))
     return both
 
 
@@ -59,7 +59,7 @@ def sides(padding: Padding, weight_dw: Tensor, stride: Pair, dilation: Pair) -> 
     """
     if isinstance(padding, int):
         if padding < 0:
-            _fail("padding", "at least 0", repr(padding))
+            _fail("padding", "at least 0", _shown(padding))
         return padding, padding, padding, padding
     if isinstance(padding, str):
         return _named_sides(padding, weight_dw, stride, dilation)
@@ -67,7 +67,7 @@ def sides(padding: Padding, weight_dw: Tensor, stride: Pair, dilation: Pair) -> 
         _fail(
             "padding",
             "an int, (vertical, horizontal), ((top, bottom), (left, right)), 'same' or 'valid'",
-            repr(padding),
+            _shown(padding),
         )
     vertical: Any = padding[0]
     horizontal: Any = padding[1]
@@ -136,7 +136,7 @@ def check_channels(name: str, t: Tensor, channels: int, device: torch.device) ->
     if not isinstance(t, Tensor) or not t.is_floating_point():
         _fail(name, f"a floating point tensor [{channels}] or None", _described(t))
     if t.shape != (channels,):
-        _fail(name, f"shape [{channels}]", f"shape {list(t.shape)}")
+        _fail(name, f"shape [{channels}]", f"shape {_shown(t.shape)}")
     if t.device != device:
         _fail(name, f"x's device {device}", f"device {t.device}")
 
@@ -145,7 +145,18 @@ def check_more_than_one(name: str, shape: Shape) -> None:
     """Check that a channel has a variance: torch refuses one value too, and allows none."""
     n, _, p, q = shape
     if n * p * q == 1:
-        _fail(name, "more than one value per channel to normalise", f"a result {list(shape)}")
+        _fail(name, "more than one value per channel to normalise", f"a result {_shown(shape)}")
+
+
+def _shown(value: object) -> str:
+    """`repr(value)`, which torch.compile does not know of sizes that it holds as symbols."""
+    if isinstance(value, int | float):
+        return f"{value}"
+    if isinstance(value, torch.Size | list):
+        return f"[{', '.join([_shown(each) for each in value])}]"
+    if isinstance(value, tuple):
+        return f"({', '.join([_shown(each) for each in value])})"
+    return repr(value)
 
 
 def _described(value: object) -> str:
@@ -160,7 +171,7 @@ def _named_sides(padding: str, weight_dw: Tensor, stride: Pair, dilation: Pair) 
     if padding == "valid":
         return 0, 0, 0, 0
     if padding != "same":
-        _fail("padding", "'same', 'valid' or numbers", repr(padding))
+        _fail("padding", "'same', 'valid' or numbers", _shown(padding))
     if stride != (1, 1):
         _fail("padding", "numbers where the stride is not 1", f"'same' with stride {stride}")
     _check_4d("weight_dw", weight_dw, "[C*M, 1, R, S]")
@@ -185,7 +196,7 @@ def _check_filters(
     channels = x_shape[1]
     filters, one, rows, columns = weight_shape
     if one != 1 or rows < 1 or columns < 1:
-        _fail("weight_dw", "shape [C*M, 1, R, S]", f"shape {list(weight_shape)}")
+        _fail("weight_dw", "shape [C*M, 1, R, S]", f"shape {_shown(weight_shape)}")
     if filters != channels and (channels == 0 or filters == 0 or filters % channels):
         _fail("weight_dw", f"a multiple of x's {channels} channels as filters", f"{filters}")
     _check_kind("weight_dw", weight_dw, kind)
@@ -213,7 +224,7 @@ def _check_mixing(
     _check_4d("weight_pw", weight_pw, "[K, C*M, 1, 1]")
     filters, weight_channels, rows, columns = weight_pw.shape
     if weight_channels != channels or rows != 1 or columns != 1:
-        _fail("weight_pw", f"shape [K, {channels}, 1, 1]", f"shape {list(weight_pw.shape)}")
+        _fail("weight_pw", f"shape [K, {channels}, 1, 1]", f"shape {_shown(weight_pw.shape)}")
     _check_kind("weight_pw", weight_pw, kind)
     if bias is not None:
         _check_like(bias_name, bias, (filters,), kind)
@@ -229,14 +240,14 @@ def _check_4d(name: str, t: Tensor, axes: str) -> None:
     if not isinstance(t, Tensor):
         _fail(name, f"a tensor {axes}", type(t).__name__)
     if t.dim() != 4:
-        _fail(name, f"shape {axes}", f"shape {list(t.shape)}")
+        _fail(name, f"shape {axes}", f"shape {_shown(t.shape)}")
 
 
 def _check_like(name: str, t: Tensor, shape: tuple[int, ...], kind: Kind) -> None:
     if not isinstance(t, Tensor):
-        _fail(name, f"a tensor {list(shape)} or None", type(t).__name__)
+        _fail(name, f"a tensor {_shown(list(shape))} or None", type(t).__name__)
     if t.shape != shape:
-        _fail(name, f"shape {list(shape)}", f"shape {list(t.shape)}")
+        _fail(name, f"shape {_shown(list(shape))}", f"shape {_shown(t.shape)}")
     _check_kind(name, t, kind)
 
 

@@ -35,7 +35,16 @@ from sepconv.ops.autograd import Gradient, depthwise_gradients, differentiable, 
 from sepconv.ops.backend import can_run_kernels, chooses_kernels
 from sepconv.ops.batching import one_by_one
 from sepconv.ops.kernel_modules import kernel_module
-from sepconv.ops.library import GEOMETRY_SCHEMA, LIBRARY, TAGS, empty, fake, normalised, real
+from sepconv.ops.library import (
+    GEOMETRY_SCHEMA,
+    LIBRARY,
+    TAGS,
+    empty,
+    fake,
+    normalised,
+    real,
+    refused,
+)
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -133,15 +142,18 @@ def depthwise_conv2d_batch_norm(
         >>> depthwise_conv2d_batch_norm(x, weight_dw, BatchNorm(), padding=1).mean().abs() < 1e-6
         tensor(True)
     """
-    stride, dilation = pair("stride", stride), pair("dilation", dilation)
-    padding = sides(padding, weight_dw, stride, dilation)
-    if is_autocasting(x):
-        device = x.device.type
-        x, weight_dw = cast(x, device), cast(weight_dw, device)
-        bias = cast_optional(bias, device)
-    geometry = (stride, padding, dilation)
-    shape = check_depthwise(x, weight_dw, bias, *geometry, activation)
-    _check_norm(norm, x, shape)
+    try:
+        stride, dilation = pair("stride", stride), pair("dilation", dilation)
+        padding = sides(padding, weight_dw, stride, dilation)
+        if is_autocasting(x):
+            device = x.device.type
+            x, weight_dw = cast(x, device), cast(weight_dw, device)
+            bias = cast_optional(bias, device)
+        geometry = (stride, padding, dilation)
+        shape = check_depthwise(x, weight_dw, bias, *geometry, activation)
+        _check_norm(norm, x, shape)
+    except ValueError as error:
+        return refused(error, x, weight_dw)
     if not (x.numel() and chooses_kernels(x)):
         z = reference.depthwise_conv2d(x, weight_dw, bias, *geometry, None)
         return _composite(z, norm, activation)
@@ -177,12 +189,15 @@ def pointwise_conv2d_batch_norm(
         >>> pointwise_conv2d_batch_norm(x, weight_pw, BatchNorm(), activation="relu").shape
         torch.Size([2, 8, 5, 5])
     """
-    if is_autocasting(x):
-        device = x.device.type
-        x, weight_pw = cast(x, device), cast(weight_pw, device)
-        bias = cast_optional(bias, device)
-    shape = check_pointwise(x, weight_pw, bias, activation, None)
-    _check_norm(norm, x, shape)
+    try:
+        if is_autocasting(x):
+            device = x.device.type
+            x, weight_pw = cast(x, device), cast(weight_pw, device)
+            bias = cast_optional(bias, device)
+        shape = check_pointwise(x, weight_pw, bias, activation, None)
+        _check_norm(norm, x, shape)
+    except ValueError as error:
+        return refused(error, x, weight_pw)
     if not (x.numel() and chooses_kernels(x)):
         z = reference.pointwise_conv2d(x, weight_pw, bias, None, None)
         return _composite(z, norm, activation)

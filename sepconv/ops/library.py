@@ -236,3 +236,32 @@ def _fake_depthwise_backward_weight(
     dy: Tensor, x: Tensor, weight_shape: Sequence[int], *_others: Sequence[int]
 ) -> Tensor:
     return dy.new_empty(weight_shape)
+
+
+LIBRARY.define("refuse(Tensor x, str message, SymInt[4] shape) -> Tensor", tags=TAGS)
+
+
+@real("refuse")
+def _refuse(x: Tensor, message: str, shape: Sequence[int]) -> Tensor:
+    raise ValueError(message)
+
+
+@fake("refuse")
+def _fake_refuse(x: Tensor, message: str, shape: Sequence[int]) -> Tensor:
+    return x.new_empty(shape)
+
+
+def refused(error: ValueError, x: Tensor, weight: Tensor) -> Tensor:
+    """Raise `error`, where torch.compile traces the call from the compiled code.
+
+    With `fullgraph=True` whatever is raised while tracing becomes an error of torch's own. An
+    operator that raises when it runs keeps it a `ValueError`. What follows is traced with a result
+    of a likely shape.
+    """
+    tracing = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    if not (tracing and isinstance(x, Tensor)):
+        raise error
+    shape = (1, 1, 1, 1)
+    if isinstance(weight, Tensor) and x.dim() == weight.dim() == 4:
+        shape = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
+    return torch.ops.sepconv.refuse(x, str(error), shape)

@@ -250,6 +250,18 @@ def test_wrong_arguments(wrong, message):
         ops.pointwise_conv2d_batch_norm(**call)
 
 
+def test_wrong_arguments_compiled_whole():
+    torch.compiler.reset()
+
+    def model(x, weight):
+        return ops.pointwise_conv2d_batch_norm(x, weight, ops.BatchNorm(), activation="tanh") + 1
+
+    with pytest.raises(ValueError, match="activation: expected None or one of"):
+        torch.compile(model, backend="eager", fullgraph=True)(
+            torch.ones(2, C, 2, 2), torch.ones(9, C, 1, 1)
+        )
+
+
 def test_modules_that_do_not_fit():
     with pytest.raises(ValueError, match="norm: expected a BatchNorm2d, got SyncBatchNorm"):
         ops.BatchNorm.of(torch.nn.SyncBatchNorm(C))

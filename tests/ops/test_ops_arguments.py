@@ -48,9 +48,10 @@ WRONG_VALUES = [
     (SEP, {"activation_mid": "tanh"}, "activation_mid", "one of relu, relu6", "'tanh'"),
     (SEP, {"activation": ""}, "activation", "one of relu, relu6", "''"),
 ]
+NO_TENSOR: dict[str, object] = {"x": [[1.0]]}
 # The dispatcher itself refuses these before the operator sees them.
 WRONG_FORMS = [
-    (DW, {"x": [[1.0]]}, "x", "a tensor [N, C, H, W]", "list"),
+    (DW, NO_TENSOR, "x", "a tensor [N, C, H, W]", "list"),
     (SEP, {"weight_pw": None}, "weight_pw", "a tensor [K, C*M, 1, 1]", "NoneType"),
     (DW, {"bias": 1.0}, "bias", "a tensor [6] or None", "float"),
     (DW, {"stride": (1, 1, 1)}, "stride", "an int or a pair of ints", "(1, 1, 1)"),
@@ -111,13 +112,43 @@ def test_compiled(op, wrong, argument, expected, got):
     _check(str(error.value), argument, expected, got)
 
 
-def test_compiled_whole_carries_the_message():
-    """With `fullgraph=True` torch wraps whatever is raised; the message must still be in it."""
-    call = {**arguments(DW), "activation": "swish"}
+# Without a tensor there is nothing for a graph to take.
+WHOLE = [case for case in WRONG_TENSORS[::3] + WRONG_VALUES + WRONG_FORMS if case[1] != NO_TENSOR]
+
+
+def _compiled_whole(op, call, **options):
     torch.compiler.reset()
-    with pytest.raises(torch._dynamo.exc.TorchDynamoException) as error:
-        torch.compile(public, backend="eager", fullgraph=True)(DW, call)
-    assert "activation: expected None or one of relu" in str(error.value)
+
+    def model(call):
+        # With code behind it that takes the result for a good one.
+        return public(op, call).relu() + 1
+
+    return torch.compile(model, backend="eager", fullgraph=True, **options)(call)
+
+
+@pytest.mark.parametrize(("op", "wrong", "argument", "expected", "got"), WHOLE, ids=_id)
+def test_compiled_whole(op, wrong, argument, expected, got):
+    with pytest.raises(ValueError, match="expected") as error:
+        _compiled_whole(op, {**arguments(op), **wrong})
+    _check(str(error.value), argument, expected, got)
+
+
+@pytest.mark.parametrize(
+    ("op", "wrong", "argument", "expected", "got"), WRONG_TENSORS[4:16:2], ids=_id
+)
+def test_compiled_whole_for_any_size(op, wrong, argument, expected, got):
+    with pytest.raises(ValueError, match="expected") as error:
+        _compiled_whole(op, {**arguments(op), **wrong}, dynamic=True)
+    _check(str(error.value), argument, expected, got)
+
+
+def test_exporting_a_wrong_call_fails_while_exporting():
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return ops.pointwise_conv2d(x, x)
+
+    with pytest.raises(ValueError, match="weight_pw: expected shape"):
+        torch.export.export(Model(), (torch.ones(2, 3, 2, 2),), strict=False)
 
 
 @pytest.mark.gpu
