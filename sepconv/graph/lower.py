@@ -25,7 +25,7 @@ def lower_graph(
     names: dict[object, str] = {}
     for chain in chains:
         if chain.key not in names:
-            names[chain.key] = _top_name(module, f"{chain.stages[-1].conv}_fused")
+            names[chain.key] = top_name(module, f"{chain.stages[-1].conv}_fused")
             module.add_submodule(names[chain.key], make(chain, module))
         _call_instead(graph, chain, names[chain.key])
     for node in list(graph.nodes):
@@ -61,12 +61,12 @@ def _lift(module: fx.GraphModule) -> None:
         called = module.get_submodule(node.target)
         if next(called.children(), None) is None and not called._parameters and not called._buffers:
             if node.target not in names:
-                names[node.target] = _top_name(module, node.target)
+                names[node.target] = top_name(module, node.target)
                 module.add_submodule(names[node.target], called)
             node.target = names[node.target]
 
 
-def _top_name(module: nn.Module, name: str) -> str:
+def top_name(module: nn.Module, name: str) -> str:
     """An unused name without dots, each of which would cost a look-up at every call."""
     taken = dict(module.named_modules())
     name = name.replace(".", "_")

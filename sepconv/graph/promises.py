@@ -1,14 +1,15 @@
 """Tell the fused modules of a graph what one look at its input shows; see `sepconv.nn.promise`."""
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from sepconv.graph.effects import has_hooks, written
-from sepconv.nn import FusedConv2d, FusedLinear, FusedSeparableConv2d
+from sepconv.graph.lower import top_name
+from sepconv.nn import FusedConv2d, FusedGate, FusedLinear, FusedSeparableConv2d
 from sepconv.nn.promise import InputCheck, Step
 
 _FUSED = (FusedConv2d, FusedSeparableConv2d, FusedLinear)
@@ -49,6 +50,9 @@ _SAME_METHODS = {
     "transpose",
     "view",
 }
+# Their results are new tensors.
+_READING_MODULES = (*_FUSED, nn.AdaptiveAvgPool2d)
+_READING = {F.adaptive_avg_pool2d, torch.mean, "mean"}
 _ONE_MODULES = (nn.Sigmoid, nn.Hardsigmoid)
 _ONE_FUNCTIONS = {F.hardsigmoid, F.sigmoid, torch.sigmoid}
 
@@ -65,9 +69,7 @@ def add_promises(owner: fx.GraphModule) -> None:
     if len(calls) < _FEWEST:
         return
     check = InputCheck(steps)
-    name = "input_check"
-    while hasattr(owner, name):
-        name += "_"
+    name = top_name(owner, "input_check")
     owner.add_submodule(name, check)
     after = source
     while after.next.op == "placeholder":
@@ -81,6 +83,7 @@ def add_promises(owner: fx.GraphModule) -> None:
     for call in calls:
         promise = bounded if places[call] - 1 in check.bounded else others
         call.kwargs = {**call.kwargs, "promise": promise}
+    _gate_in_place(owner, calls, list(places), others)
     graph.lint()
     owner.recompile()
 
@@ -99,6 +102,44 @@ def _followed(
             steps.append(step)
             places[node] = len(steps)
     return places, steps
+
+
+def _gate_in_place(
+    owner: fx.GraphModule, calls: Sequence[fx.Node], nodes: Sequence[fx.Node], promise: fx.Node
+) -> None:
+    """Let products write over what a fused module has made, where nobody reads that again."""
+    modules = dict(owner.named_modules(remove_duplicate=False))
+    for node in nodes:
+        gated = _gated(node, calls, modules)
+        if gated is None:
+            continue
+        name = top_name(owner, "gate")
+        owner.add_submodule(name, FusedGate())
+        with owner.graph.inserting_before(node):
+            node.replace_all_uses_with(owner.graph.call_module(name, (*gated, promise)))
+        owner.graph.erase_node(node)
+
+
+def _gated(
+    node: fx.Node, calls: Sequence[fx.Node], modules: Mapping[str, nn.Module]
+) -> tuple[fx.Node, fx.Node] | None:
+    """What `node` multiplies, first the value that is not read again."""
+    if node.target not in (operator.mul, operator.imul, torch.mul) or len(node.args) != 2:
+        return None
+    for value, gate in (node.args, node.args[::-1]):
+        if not isinstance(value, fx.Node) or not isinstance(gate, fx.Node) or value not in calls:
+            continue
+        others = [user for user in value.users if user is not node]
+        if value is not gate and all(user < node and _reads(user, modules) for user in others):
+            return value, gate
+    return None
+
+
+def _reads(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the result shares no memory with the argument."""
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], _READING_MODULES)
+    return node.target in _READING
 
 
 def _step(

@@ -233,7 +233,8 @@ class FusedSeparableConv2d(_Fused):
         if x.dim() == 3:
             other = residual[None] if isinstance(residual, Tensor) else residual
             return self.forward(x[None], other)[0]
-        dw, pw, bias_dw, bias_pw = self._parameters.values()
+        tensors: Any = self._parameters.values()  # attributes would be slow to look up
+        dw, pw, bias_dw, bias_pw = tensors
         # Several filters per channel leave oneDNN's fast path; the op goes around that.
         packable = self._packable and len(dw) == x.shape[1]
         if packable and (promise or _may_pack(x, dw, pw, bias_dw, bias_pw)):
@@ -324,6 +325,19 @@ class FusedLinear(_Fused):
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""
         return f"{tuple(self.weight.shape)}, activation={self.activation}"
+
+
+class FusedGate(nn.Module):
+    """`x * gate` for a gate of one value per channel, over x where nobody can tell.
+
+    The graph makes sure that nobody reads x afterwards; that autograd does not, the promise says.
+    """
+
+    def forward(self, x: Tensor, gate: Tensor, promise: Promise = Promise.NONE) -> Tensor:
+        """Scale each channel of x `[N, C, H, W]` by the gate `[N, C, 1, 1]`."""
+        if promise and x.dim() == 4 and gate.shape == (*x.shape[:2], 1, 1):
+            return x.mul_(gate)
+        return x * gate
 
 
 def _largest(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import sepconv
+from sepconv.nn import FusedGate
 from sepconv.nn.promise import LARGEST_INPUT, InputCheck, Promise
 
 NAN, INF = float("nan"), float("inf")
@@ -154,3 +155,51 @@ def test_nothing_is_promised_behind_unknown_code():
     check = next(m for m in fused.modules() if isinstance(m, InputCheck))
     assert len(check.steps) == 2
     same(fused, net, 1e3 * images())
+
+
+class Gated(nn.Module):
+    """Uses what it gates in another way too, as told."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.conv, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        gate = self.squeeze(y)
+        if self.how == "not":
+            return self.last(y * gate)
+        if self.how == "later":
+            return self.last(y * gate) + y
+        if self.how == "through a view":
+            view = y.flatten(2)
+            return self.last(gate * y) + view.reshape(y.shape)
+        if self.how == "twice":
+            return self.last(y * gate) + y * gate
+        if self.how == "with itself":
+            return self.last(y * y)
+        if self.how == "the input":
+            return self.last(x[:, :1] * gate) + x[:, :1]
+        return self.last(y * y.mean(1, keepdim=True))
+
+
+WAYS = ["not", "later", "through a view", "twice", "with itself", "the input", "by pixels"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_gate_writes_only_over_what_nobody_reads(how):
+    torch.manual_seed(0)
+    net = Gated(how).eval()
+    fused = sepconv.fuse(net)
+    gates = [m for m in fused.modules() if isinstance(m, FusedGate)]
+    assert len(gates) == (how in ("not", "by pixels"))
+    x = images()
+    before = x.clone()
+    same(fused, net, x)
+    assert torch.equal(x, before)
+    leaves = [images().requires_grad_() for _ in range(2)]
+    for model, leaf in zip((net, fused), leaves, strict=True):
+        model(leaf).square().sum().backward()
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
