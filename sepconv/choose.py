@@ -17,6 +17,7 @@ from sepconv.plan import (
     ranks_within,
     weight_only_errors,
 )
+from sepconv.predicted import PredictedLatencies, gpu_not_at_hand
 
 
 def ranks_for(
@@ -57,6 +58,10 @@ def _costs(
     """Costs of every form of every layer, and of the whole model."""
     if budget.kind == "latency":
         assert example_inputs is not None, "check_options() asks for them"
+        gpu = gpu_not_at_hand(budget.gpu, model)
+        if gpu is not None:
+            predicted = PredictedLatencies(gpu)
+            return predicted.costs(matches), predicted.all_convolutions(model, captured)
         costs = latency_costs(matches, captured.channels_last)
         # Measured one by one, layers can take longer than together; the whole is not less.
         layers = sum(forms[None] for forms in costs.values())

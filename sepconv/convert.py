@@ -21,10 +21,11 @@ from sepconv.graph import (
     separable_module,
 )
 from sepconv.install import install, install_biases
-from sepconv.latency import measure_latencies
+from sepconv.latency import LatencyTable, fill_in_latencies
 from sepconv.nn import SeparableConv2d
 from sepconv.optimizers import check_optimizers, update_optimizers
 from sepconv.plan import check_within, ranks_asked
+from sepconv.predicted import PredictedLatencies, gpu_not_at_hand
 from sepconv.refine import Fitted
 from sepconv.report import (
     LayerReport,
@@ -71,7 +72,9 @@ def convert(
             rank, min(K, R*S), means its full rank. Default: 1, the MobileNet form.
         budget: `Budget(macs=)`, `Budget(params=)`, `Budget(latency=)` or `Budget(error=)`; the
             ranks are then planned, with dense as one of the choices. All but `params` need
-            `example_inputs`, and `error` needs `calibration`.
+            `example_inputs`, and `error` needs `calibration`. With
+            `Budget(latency=0.5, gpu="H200")` the latencies are predicted for a GPU that is not at
+            hand.
         include: name patterns; only these convolutions are converted.
         exclude: name patterns; these are not.
         filter_fn: `(module, name) -> bool`, True to convert.
@@ -133,8 +136,10 @@ def convert(
             layers[conv.name] = converted_layer(conv, rank_planned, factors.error)
         else:
             layers[conv.name] = dense_layer(conv)
+    gpu = gpu_not_at_hand(budget.gpu, model) if budget else None
     if captured.has_shapes:
-        measure_latencies(replacements, layers)
+        latencies = PredictedLatencies(gpu) if gpu else LatencyTable()
+        fill_in_latencies(replacements, layers, latencies)
     if only_if_faster:
         for conv in list(replacements):
             if layers[conv.name].keep_unless_faster():
@@ -149,6 +154,7 @@ def convert(
     made = summarise(
         list(layers.values()), captured, params=params, dryrun=dryrun, earlier=attached(model)
     )
+    made.predicted_for = gpu.name if gpu else ""
     if budget is not None:
         check_within(budget, made)
     if dryrun:

@@ -4,7 +4,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -101,11 +101,22 @@ def _in_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
 
 
-def measure_latencies(
-    modules: Mapping[Match, SeparableConv2d], layers: Mapping[str, LayerReport]
+class Latencies(Protocol):
+    """Where the latencies of both forms come from."""
+
+    def dense(self, conv: Match) -> float:
+        """Seconds of the dense form."""
+
+    def separable(self, conv: Match, module: SeparableConv2d) -> float:
+        """Seconds of the separable form."""
+
+
+def fill_in_latencies(
+    modules: Mapping[Match, SeparableConv2d],
+    layers: Mapping[str, LayerReport],
+    table: Latencies,
 ) -> None:
     """Fill in the latencies of both forms of every layer that would be converted."""
-    table = LatencyTable()
     for conv, module in track(list(modules.items()), "measuring latency"):
         layers[conv.name].latency_before = table.dense(conv)
         layers[conv.name].latency_after = table.separable(conv, module)

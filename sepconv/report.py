@@ -36,7 +36,8 @@ class LayerReport:
         params_before: parameters of the dense form.
         params_after: the same after conversion.
         error: relative error of the weight, ||W - W'|| / ||W||, where converted.
-        latency_before: seconds in the dense form's better memory format, None if not measured.
+        latency_before: seconds in the dense form's better memory format, None if not measured
+            nor predicted.
         latency_after: seconds in separable form.
         method: how the factors were found: `exact` at full rank, `svd` of the weight alone, or
             what a calibration names.
@@ -82,6 +83,7 @@ class Report:
         params_before: parameters of the whole model.
         params_after: the same after conversion.
         dryrun: whether this is a plan that was not carried out.
+        predicted_for: the GPU that latencies are predicted for; empty where they were measured.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -92,6 +94,7 @@ class Report:
     params_before: int = 0
     params_after: int = 0
     dryrun: bool = False
+    predicted_for: str = ""
 
     @property
     def converted(self) -> list[LayerReport]:
@@ -135,7 +138,7 @@ class Report:
             ("MACs", shapes),
             ("params", True),
             ("error", True),
-            ("latency", measured),
+            ("predicted" if self.predicted_for else "latency", measured),
         ):
             if shown:
                 table.add_column(title, justify="right", no_wrap=True)
@@ -160,6 +163,8 @@ class Report:
             if before and after is not None:
                 parts.append(f"{name} {_count(before)} > {_count(after)} ({after / before:.2f}x)")
         parts.append(f"traced at level {self.trace_level}")
+        if self.predicted_for:
+            parts.append(f"latencies predicted for {self.predicted_for}, not measured")
         return "; ".join(parts)
 
 

@@ -77,7 +77,7 @@ def search(
     low, high = 0.0, 1.0
     for _ in track(range(steps), "searching"):
         fraction = (low + high) / 2
-        budget = Budget(**{cost: fraction})
+        budget = Budget(**{cost: fraction})  # type: ignore[arg-type]  # never `gpu`
         try:
             candidate = convert(
                 model, example_inputs, budget=budget, calibration=batches, **options
