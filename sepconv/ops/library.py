@@ -258,7 +258,8 @@ def refused(error: ValueError, x: Tensor, weight: Tensor) -> Tensor:
     operator that raises when it runs keeps it a `ValueError`. What follows is traced with a result
     of a likely shape.
     """
-    tracing = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    # Not `is_exporting()`, which is always true while torch 2.11 traces.
+    tracing = torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag
     if not (tracing and isinstance(x, Tensor)):
         raise error
     shape = (1, 1, 1, 1)
