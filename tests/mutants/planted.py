@@ -14,7 +14,7 @@ class Mutant:
         old: source text to replace, which must occur exactly once.
         new: what replaces it.
         ops: which fuzz must notice, as (op, direction); or ("lint", launcher), where nothing short
-            of the compiled kernel shows it.
+            of the compiled kernel shows it; or ("tests", file), where the fuzz has no such op.
     """
 
     name: str
@@ -44,6 +44,7 @@ DEPTHWISE = (("depthwise", "forward"),)
 DEPTHWISE_BACKWARD = (("depthwise", "backward"),)
 POINTWISE = (("pointwise", "forward"),)
 SEPARABLE = (("separable", "forward"),)
+STATISTICS = (("tests", "kernels/test_interpret_statistics.py"),)
 LINT = (("lint", "depthwise_fwd"),)
 
 MUTANTS = [
@@ -249,6 +250,35 @@ MUTANTS = [
         "mask = (mask_nq & (tile < all_tiles))[:, None] & mask_c[None, :]",
         "mask = (mask_nq & (tile < tl.maximum(all_tiles - 1, 1)))[:, None] & mask_c[None, :]",
         DEPTHWISE_BACKWARD,
+    ),
+    Mutant(
+        "statistics_of_masked_pixels",
+        "statistics.py",
+        "mean = tl.sum(tl.where(inside, means, 0.0), axis=0)",
+        "mean = tl.sum(means, axis=0)",
+        STATISTICS,
+    ),
+    Mutant(
+        "statistics_of_a_row_too_many",
+        "depthwise_rolling.py",
+        "height = tl.minimum(rows, P - first_p)",
+        "height = rows",
+        STATISTICS,
+    ),
+    Mutant(
+        "variance_without_the_means_distance",
+        "statistics.py",
+        "squares += m2 + delta * delta * counts[:, None] * share",
+        "squares += m2",
+        STATISTICS,
+    ),
+    Mutant(
+        "normalised_without_the_weight",
+        "channelwise.py",
+        "    scale = 1.0 / tl.sqrt(variance)\n"
+        "    scale *= _channel(weight_ptr, offs_c, mask_c, stride_weight, 1.0, ACC)",
+        "    scale = 1.0 / tl.sqrt(variance)",
+        STATISTICS,
     ),
     Mutant(
         "int32_offset",
