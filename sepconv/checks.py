@@ -55,6 +55,8 @@ def _check_module(name: str, module: nn.Module) -> None:
             f"model: expected a module that is not yet wrapped, got {kind.__name__} ({name}); "
             "convert model.module and wrap the result"
         )
+    if any(base.__name__ == "FSDPModule" for base in kind.__mro__):
+        raise ValueError(f"model: expected a module that is not yet sharded, got {name} sharded")
 
 
 def check_finite(matches: Iterable[Match]) -> None:

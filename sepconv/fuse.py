@@ -18,7 +18,7 @@ from sepconv.graph.chains import Chain, Left, Norm, obstacle
 from sepconv.graph.effects import has_hooks
 from sepconv.graph.lower import lower_graph
 from sepconv.graph.promises import add_promises
-from sepconv.graph.state import untouched, without_history
+from sepconv.graph.state import copied, untouched
 from sepconv.graph.tracing import TraceLevel, trace
 from sepconv.latency import take_turns
 from sepconv.nn import FusedConv2d, FusedLinear, FusedSeparableConv2d, SeparableConv2d
@@ -88,7 +88,7 @@ def _lower(
 ) -> tuple[nn.Module, FusionReport]:
     names = {name: m for name, m in model.named_modules() if _is_convolution(m)}
     lowering = _Lowering(channels_last)
-    lowered = lowering.root(deepcopy(model, without_history(model)), given)
+    lowered = lowering.root(copied(model), given)
     layers = []
     for name, module in names.items():
         reason = obstacle(module) or Left.UNTRACED
@@ -224,7 +224,7 @@ def _faster(
     kwargs: dict[str, Any],
 ) -> nn.Module:
     """The fused model, or a copy of the original where that is faster; times go to the report."""
-    plain = deepcopy(model, without_history(model))
+    plain = copied(model)
     last: nn.Module = deepcopy(plain)
     last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     args_last, kwargs_last = tree_map(_to_channels_last, (args, kwargs))

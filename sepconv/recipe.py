@@ -6,7 +6,6 @@ a file may come from anywhere.
 
 import json
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from typing import Any, NoReturn
@@ -26,7 +25,7 @@ from sepconv.graph import (
     rewrite,
     separable_module,
 )
-from sepconv.graph.state import without_history
+from sepconv.graph.state import copied
 from sepconv.nn import SeparableConv2d
 from sepconv.report import LayerReport, attach, attached, converted_layer, dense_layer, summarise
 from sepconv.version import __version__
@@ -206,7 +205,7 @@ def _apply(
             raise ValueError(f"recipe: the model has no module {name!r}{closest(name, modules)}")
         _find(modules[name], layers, check_weights)
 
-    converted = model if inplace else deepcopy(model, without_history(model))
+    converted = model if inplace else copied(model)
     modules = dict(converted.named_modules())
     for name, layers in parts.items():
         _convert(modules[name], layers, values)

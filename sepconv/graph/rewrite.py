@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from sepconv.factorize import SeparableFactors
 from sepconv.graph.functional import forward_graph, replace_forward
 from sepconv.graph.match import Match
-from sepconv.graph.state import without_history
+from sepconv.graph.state import copied, without_history
 from sepconv.memory import keep_freed_memory
 from sepconv.nn import SeparableConv1d, SeparableConv2d
 
@@ -76,9 +76,9 @@ def rewrite(
     if not inplace:
         for conv, module in replacements.items():
             _carry(conv, module, memo)
-        copied = deepcopy(model, memo)
+        made = copied(model, memo)
     else:
-        copied = model
+        made = model
 
     by_owner: dict[str, dict[int, SeparableConv2d]] = {}
     for conv, module in replacements.items():
@@ -86,14 +86,14 @@ def rewrite(
             weight = conv.weight if inplace else memo[id(conv.weight)]
             by_owner.setdefault(conv.owner, {})[id(weight)] = module
     for owner, by_weight in by_owner.items():
-        _rewrite_forward(copied.get_submodule(owner), by_weight)
+        _rewrite_forward(made.get_submodule(owner), by_weight)
     if channels_last and replacements:
-        for dense in copied.modules():
+        for dense in made.modules():
             # Not `dense.weight`: reading a parametrised weight may change its buffers.
             weight = dense._parameters.get("weight") if isinstance(dense, nn.Conv2d) else None
             if weight is not None and not isinstance(weight, nn.UninitializedParameter):
                 weight.data = _laid_out(weight.data, channels_last=True)
-    return copied, memo
+    return made, memo
 
 
 def _laid_out(weight: Tensor, channels_last: bool) -> Tensor:

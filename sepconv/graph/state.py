@@ -4,6 +4,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,21 @@ def without_history(model: nn.Module) -> dict[int, Any]:
         if isinstance(value, Tensor) and not value.is_leaf:
             memo[id(value)] = value.detach().clone()
     return memo
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
+    """A deep copy that also keeps train/eval flags, which torchvision's feature extractors lose.
+
+    Args:
+        model: may remember tensors that have a history.
+        memo: as `copy.deepcopy` takes it; then it holds what is not to be copied.
+    """
+    made = deepcopy(model, without_history(model) if memo is None else memo)
+    flags = {name: module.training for name, module in model.named_modules()}
+    for name, module in made.named_modules():
+        # The flag alone: a model may override `train()`.
+        module.training = flags.get(name, module.training)
+    return made
 
 
 @contextmanager

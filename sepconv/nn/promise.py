@@ -7,7 +7,7 @@ the values exclude.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -90,26 +90,38 @@ class InputCheck(nn.Module):
         self.steps = tuple(steps)
         values = largest_values(self.steps)
         self.bounded = tuple(place for place, value in enumerate(values) if value < math.inf)
-        self._modules_of_steps = tuple(step.module for step in steps if step.module is not None)
+        self._fused = tuple(step.module for step in steps if step.module is not None)
         self._state: Any = None
-        self._finite = False
+        self._usable = self._finite = False
 
     def forward(self, x: Any) -> tuple[Promise, Promise]:
         """The promise to the modules whose values are bounded, and that to the others."""
-        weights = [
-            p for m in self._modules_of_steps for p in m._parameters.values() if p is not None
-        ]
-        if type(x) is not Tensor or chosen_backend() != "auto" or not onednn.usable(x, *weights):
+        if type(x) is not Tensor or chosen_backend() != "auto" or not onednn.usable(x):
             return Promise.NONE, Promise.NONE
-        state = [(p.data_ptr(), p._version) for p in weights]
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self._weights()):
+            return Promise.NONE, Promise.NONE
+        state = [(p.data_ptr(), p._version) for p in self._weights()]
         if state != self._state:
-            for module in self._modules_of_steps:
-                module.forget()
-            values = largest_values(self.steps)
-            self._finite = all(values[place] < math.inf for place in self.bounded)
+            self._look_at_weights()
             self._state = state
+        if not self._usable:
+            return Promise.NONE, Promise.NONE
         if not self._finite:
             return Promise.PACKED, Promise.PACKED
         low, high = torch.aminmax(x)  # both are NaN if one value is
         within = bool(low >= -LARGEST_INPUT) and bool(high <= LARGEST_INPUT)
         return (Promise.FINITE if within else Promise.PACKED), Promise.PACKED
+
+    def _weights(self) -> Iterator[nn.Parameter]:
+        return (p for m in self._fused for p in m._parameters.values() if p is not None)
+
+    def _look_at_weights(self) -> None:
+        for module in self._fused:
+            module.forget()
+        self._usable = all(
+            p.device.type == "cpu" and p.dtype is torch.float32 for p in self._weights()
+        )
+        self._finite = False
+        if self._usable:
+            values = largest_values(self.steps)
+            self._finite = all(values[place] < math.inf for place in self.bounded)
