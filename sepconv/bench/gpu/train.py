@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepconv.bench.gpu import networks
+from sepconv.bench.gpu import networks, training_layers
 from sepconv.bench.gpu.measure import Bench, Contender
 from sepconv.timing import Call
 
@@ -17,7 +17,7 @@ _COMPILE = 60.0  # seconds that compiling both directions may take
 
 
 def run(bench: Bench) -> None:
-    """Our network against timm's, eager and compiled."""
+    """Our network against timm's, eager and compiled; then single layers."""
     batch = networks.dry_or(bench, 2, 256)
     x = networks.images(bench, batch, torch.float32)
     theirs, mine = networks.timm_model("mobilenetv1_100"), networks.own_mobilenet(bench)
@@ -38,6 +38,7 @@ def run(bench: Bench) -> None:
         contenders = [contenders[0], contenders[1], contenders[3]]
     case = bench.measure("train", "MobileNetV1 training step", contenders, batch=batch)
     case.facts["images_per_second"] = networks.rates(case.times, batch)
+    training_layers.run(bench)
 
 
 def _step_calls(
