@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fuzz.session import Tally
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -33,17 +34,6 @@ def good(folder) -> bytes:
     return (folder / "good").read_bytes()
 
 
-def survives(folder: Path, content: bytes) -> None:
-    """Loading either works or raises `ValueError`, nothing else."""
-    path = folder / "bad"
-    path.write_bytes(content)
-    try:
-        model = sepconv.load(path, dense)
-    except ValueError:
-        return
-    assert isinstance(model, nn.Sequential)
-
-
 def taken_apart(content: bytes) -> tuple[dict, bytes]:
     (size,) = struct.unpack("<Q", content[:8])
     return json.loads(content[8 : 8 + size]), content[8 + size :]
@@ -55,12 +45,29 @@ def put_together(header: object, data: bytes) -> bytes:
 
 
 @pytest.fixture
-def fuzzed(pytestconfig) -> Callable:
+def survives(folder, fuzz, request) -> Callable[[bytes], None]:
+    """Loading either works or raises `ValueError`, nothing else; the fuzz's report counts it."""
+
+    def check(content: bytes) -> None:
+        key = ("load", request.node.name.removeprefix("test_"), "file")
+        fuzz.tallies.setdefault(key, Tally()).add(Tally(1))
+        path = folder / "bad"
+        path.write_bytes(content)
+        try:
+            model = sepconv.load(path, dense)
+        except ValueError:
+            return
+        assert isinstance(model, nn.Sequential)
+
+    return check
+
+
+@pytest.fixture
+def fuzzed(fuzz) -> Callable:
     """Decorate a property: some cases by default, thousands with --hypothesis."""
-    full = pytestconfig.getoption("--hypothesis")
     return settings(
-        max_examples=FULL if full else DEFAULT,
-        derandomize=not full,
+        max_examples=FULL if fuzz.full else DEFAULT,
+        derandomize=not fuzz.full,
         deadline=None,
         database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -109,19 +116,19 @@ def test_truncated_anywhere(folder, good):
             sepconv.load(folder / "cut", dense)
 
 
-def test_bytes_changed(folder, good, fuzzed):
+def test_bytes_changed(survives, good, fuzzed):
     @fuzzed
     @given(st.lists(st.tuples(st.integers(0, len(good) - 1), st.integers(0, 255)), min_size=1))
     def check(changes):
         content = bytearray(good)
         for position, value in changes:
             content[position] = value
-        survives(folder, bytes(content))
+        survives(bytes(content))
 
     check()
 
 
-def test_recipe_changed(folder, good, fuzzed):
+def test_recipe_changed(survives, good, fuzzed):
     """Any value of the recipe replaced by any other."""
     header, data = taken_apart(good)
     recipe = json.loads(header["__metadata__"][KEY])
@@ -131,28 +138,28 @@ def test_recipe_changed(folder, good, fuzzed):
     def check(path, new):
         changed = json.dumps(replaced(recipe, path, new))
         metadata = {**header["__metadata__"], KEY: changed}
-        survives(folder, put_together({**header, "__metadata__": metadata}, data))
+        survives(put_together({**header, "__metadata__": metadata}, data))
 
     check()
 
 
-def test_header_changed(folder, good, fuzzed):
+def test_header_changed(survives, good, fuzzed):
     """Any value of the safetensors header replaced: dtypes, shapes, offsets, names."""
     header, data = taken_apart(good)
 
     @fuzzed
     @given(st.sampled_from(paths_in(header)), json_values)
     def check(path, new):
-        survives(folder, put_together(replaced(header, path, new), data))
+        survives(put_together(replaced(header, path, new), data))
 
     check()
 
 
-def test_arbitrary_bytes(folder, fuzzed):
+def test_arbitrary_bytes(survives, fuzzed):
     @fuzzed
     @given(st.binary(max_size=300))
     def check(content):
-        survives(folder, content)
+        survives(content)
 
     check()
 
