@@ -392,11 +392,16 @@ def report() -> str:
         if "," in r["label"] and r["spilled"]
     ]
 
+    header = ["case", "type", "target", "registers", "spilled", "shared KB"]
+    spills = (
+        f"Only these spill:\n\n{_table(header, variant_rows)}" if variant_rows else "None spills."
+    )
     issue_rows = []
     for label, op, config, elements, trips in (
         ("general", "depthwise_fwd", DepthwiseConfig(32, 64), 32 * 64, 1),
         ("rolling", "depthwise_fwd", DepthwiseConfig(16, 64, 14, 4, 3), 16 * 64, 1),
         ("rolling", "depthwise_fwd", DepthwiseConfig(16, 64, 14), 16 * 64, 1),
+        ("rolling", "depthwise_fwd_statistics", DepthwiseConfig(16, 64, 14, 4, 3), 16 * 64, 1),
         ("rolling", "depthwise_bwd_input", DepthwiseConfig(16, 64, 14, 4, 3), 16 * 64, 1),
         ("one row", "separable_fwd", GemmConfig(64, 64, 128, 1), 64 * 64, 3),
         ("two rows", "separable_fwd", GemmConfig(64, 64, 128, 2, 8), 2 * 64 * 64, 3),
@@ -423,9 +428,7 @@ launchers would launch them for a {LAYER.C}-channel {LAYER.H} x {LAYER.W} layer,
 
 ## Spills of the default block sizes in other cases, sm_80 and sm_90
 
-Cases: {", ".join(VARIANTS)}. {"Only these spill:" if variant_rows else "None spills."}
-
-{_table(["case", "type", "target", "registers", "spilled", "shared KB"], variant_rows)}
+Cases: {", ".join(VARIANTS)}. {spills}
 
 ## Thread instructions per depthwise element, sm_90, bf16
 
