@@ -67,9 +67,14 @@ def run(names: list[str], args: argparse.Namespace) -> None:
     for _ in track(in_processes(count, "count", args), "counting", len(count)):
         pass
     known = read(args.results)
-    check = [n for n in in_order(names, known) if args.again or "status" not in known[n]]
+    check = [n for n in in_order(names, known) if args.again or not is_checked(known[n])]
     for _ in track(in_processes(check, "check", args), "checking", len(check)):
         pass
+
+
+def is_checked(result: Result) -> bool:
+    """Whether there is a result; earlier ones left weights of zero, which hide what they scale."""
+    return "status" in result and ("redrawn" in result or result["status"] != "done")
 
 
 def in_order(names: list[str], known: dict[str, Result]) -> list[str]:
@@ -191,7 +196,7 @@ def _in_child(name: str, task: str, args: argparse.Namespace, report: Connection
 
 
 def verdict(result: Result) -> str:
-    """`ok`, `rounding` or what went wrong."""
+    """`ok`, `ok as initialised` (by an earlier check), `rounding` or what went wrong."""
     if result["status"] != "done":
         return str(result["status"])
     if not result["rank_1"]:
@@ -207,7 +212,9 @@ def verdict(result: Result) -> str:
     }
     if wrong:
         return "wrong: " + ", ".join(f"{what} {error:.1e}" for what, error in wrong.items())
-    return "ok" if result["error"] <= TOLERANCE else "rounding"
+    if result["error"] > TOLERANCE:
+        return "rounding"
+    return "ok" if is_checked(result) else "ok as initialised"
 
 
 def table(results: dict[str, Result], total: int) -> str:
@@ -220,6 +227,8 @@ def table(results: dict[str, Result], total: int) -> str:
         "timm that has a convolution and up to 60 M parameters, and the smallest of each family",
         "above, with random weights and the smallest input that each accepts. Made by `make zoo`.",
         "",
+        "Weights that start at zero are given random values, since they hide what they scale.",
+        "",
         "1. Converted at full rank and compared with the original, as built: outputs in float32,",
         "   which differ by at most 1e-4.",
         "2. The same, with every BatchNorm's statistics taken from the images, so that the outputs",
@@ -229,19 +238,24 @@ def table(results: dict[str, Result], total: int) -> str:
         "4. Converted at rank 1: the outputs are finite.",
         "",
         "An error is the largest difference over the largest value. A model with an error above",
-        "1e-4 in step 1 that is exact in float64 is counted as `rounding`.",
+        "1e-4 in step 1 that is exact in float64 is counted as `rounding`. `ok as initialised`: by",
+        "an earlier form of the check, which left weights of zero as they were, and which says less",
+        "of a network that has such weights; `make zoo` checks it again.",
         "",
         f"{len(checked)} architectures have been checked of the {total} that there are"
         f" ({len(results)} have been counted).",
         "",
-        "| library | checked | ok | rounding | other | to do | no convolution | large, not run |",
-        "|---|---|---|---|---|---|---|---|",
+        "| library | checked | ok | ok as initialised | rounding | other | to do |"
+        " no convolution | large, not run |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_totals(library, results) for library in ("torchvision", "timm")]
     done = [r for r in checked.values() if r["status"] == "done"]
     if done:
         lines += ["", *_summary(done)]
-    lines += _rows("Exceptions", {n: r for n, r in checked.items() if verdict(r) != "ok"})
+    lines += _rows(
+        "Exceptions", {n: r for n, r in checked.items() if not verdict(r).startswith("ok")}
+    )
     lines += _rows("All", checked)
     return "\n".join(lines) + "\n"
 
@@ -249,12 +263,12 @@ def table(results: dict[str, Result], total: int) -> str:
 def _totals(library: str, results: dict[str, Result]) -> str:
     own = {n: r for n, r in results.items() if n.startswith(library + "/")}
     verdicts = [verdict(r) for r in own.values() if "status" in r]
-    ok, rounding = verdicts.count("ok"), verdicts.count("rounding")
+    counts = [verdicts.count(v) for v in ("ok", "ok as initialised", "rounding")]
     open_ones = [r for r in own.values() if "status" not in r]
     without = sum(r["convolutions"] == 0 for r in open_ones)
     chosen = in_order(list(own), own)
     to_do = sum(name in chosen and "status" not in own[name] for name in own)
-    cells = [len(verdicts), ok, rounding, len(verdicts) - ok - rounding, to_do, without]
+    cells = [len(verdicts), *counts, len(verdicts) - sum(counts), to_do, without]
     cells.append(len(open_ones) - to_do - without)
     return f"| {library} | " + " | ".join(map(str, cells)) + " |"
 

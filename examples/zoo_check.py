@@ -35,6 +35,7 @@ MILLION = 1_000_000
 SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 384)
 GRADIENTS = 10
 ZERO = 1e-5  # a gradient this much smaller than others is rounding: of the bias of keys, say
+NEARLY_ZERO = 1e-2  # as layer scales start with
 TOLERANCE = 1e-4  # of outputs and gradients in float32; above it float64 decides
 
 Images = Tensor | list[Tensor]
@@ -163,6 +164,24 @@ def outputs(model: nn.Module, images: Images) -> list[Tensor]:
     return [y for y in found if isinstance(y, Tensor) and y.is_floating_point()]
 
 
+def redraw(model: nn.Module) -> int:
+    """Give random values to weights that start at (nearly) zero; return how many there were.
+
+    They end residual branches and heads, and would hide whatever stands before them.
+    """
+    found = 0
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.numel() == 0 or name.endswith("bias") or p.abs().max() > NEARLY_ZERO:
+                continue
+            found += 1
+            if p.dim() < 2:
+                p.uniform_(0.2, 0.4)
+            else:
+                p.normal_(std=0.02)
+    return found
+
+
 def settle_norms(model: nn.Module, images: Images) -> None:
     """Let every BatchNorm that can adopt the statistics of the images.
 
@@ -195,7 +214,7 @@ def check_convert(name: str, report_to: Callable[[dict[str, Any]], None]) -> Non
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     model = build(name)
-    report_to(_size(model))
+    report_to(_size(model) | {"redrawn": redraw(model)})
     images = smallest_images(name, model)
     report_to({"input": list(images.shape if isinstance(images, Tensor) else images[0].shape)})
 
