@@ -239,8 +239,8 @@ def table(results: dict[str, Result], total: int) -> str:
         "",
         "An error is the largest difference over the largest value. A model with an error above",
         "1e-4 in step 1 that is exact in float64 is counted as `rounding`. `ok as initialised`: by",
-        "an earlier form of the check, which left weights of zero as they were, and which says less",
-        "of a network that has such weights; `make zoo` checks it again.",
+        "an earlier form of the check, which left weights of zero as they were and so says less of",
+        "a network that has such weights; `make zoo` checks it again.",
         "",
         f"{len(checked)} architectures have been checked of the {total} that there are"
         f" ({len(results)} have been counted).",

@@ -162,6 +162,9 @@ def autocast(model: nn.Module, x: Tensor) -> None:
 
 def half_precision(model: nn.Module, x: Tensor) -> None:
     for dtype in (torch.bfloat16, torch.float16):
+        if expected(model, x).abs().max() < torch.finfo(dtype).tiny:
+            # The original's do too: untrained, with the statistics that BatchNorms start with.
+            raise NotApplicableError("bfloat16 is ok; these outputs are below float16's range")
         got = expected(copy.deepcopy(model).to(dtype), x.to(dtype))
         assert got.dtype == dtype
         close(got.float(), expected(model, x), 0.05)
