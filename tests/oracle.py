@@ -108,6 +108,7 @@ def stored(x: Bounded, arithmetic: Arithmetic) -> Bounded:
     rounded = x.value.to(arithmetic.dtype).double()
     error = x.error + arithmetic.unit_out * (x.value.abs() + x.error)
     error = error + torch.finfo(arithmetic.dtype).smallest_normal * arithmetic.unit_out
+    error = torch.where(x.error.isinf(), math.inf, error)  # what may be anything, NaN included
     known = x.error == 0  # then the rounded value is known too
     if arithmetic.truncating:
         known = known & ((rounded == x.value) | ~x.value.isfinite())

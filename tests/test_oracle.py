@@ -1,6 +1,7 @@
 """The oracle must agree with the framework, and must reject every kind of wrong result."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from oracle import (
     forward,
     place,
     poisoned_allocations,
+    stored,
 )
 
 INPUTS = ("x", "weight_dw", "weight_pw", "bias_dw", "bias_pw", "residual")
@@ -326,3 +328,13 @@ def test_writing_outside_an_allocation_is_noticed(distance):
     with pytest.raises(AssertionError, match=r"outside a \(2, 3\) tensor"):
         write_beside_an_allocation(distance)
     write_beside_an_allocation(5)
+
+
+def test_what_may_be_anything_still_may_once_it_is_stored():
+    open_ends = Bounded(
+        torch.tensor([math.nan, math.inf, 1.0]).double(), torch.full((3,), math.inf)
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        kept = stored(open_ends, Arithmetic(dtype, truncating=dtype == torch.bfloat16))
+        for value in (math.inf, -math.inf, math.nan, 0.0):
+            assert check(torch.full((3,), value, dtype=dtype), kept) == 0

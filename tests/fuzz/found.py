@@ -81,4 +81,22 @@ FOUND = [
         seed=22,
         layout_dw=Layout(expanded=(2, 3)),
     ),
+    # An infinite weight times a gradient that may be zero: any answer is right, stored or not.
+    Case(
+        "pointwise",
+        "backward",
+        "bfloat16",
+        H=2,
+        W=9,
+        K=2,
+        residual=True,
+        activation="relu6",
+        seed=42,
+        plant=Plant("weight_pw", 1, float("inf")),
+        layout_x=Layout(order=(0, 2, 3, 1), margin=2, offset=10),
+        layout_pw=Layout(order=(2, 3, 0, 1), margin=1, offset=4),
+        layout_residual=Layout(step=2, offset=15),
+        layout_dy=Layout(order=(1, 2, 0, 3)),
+        tiles=Tiles(4, 4, 2, 0, 2, True),
+    ),
 ]
