@@ -27,7 +27,8 @@ from sepconv.bench import torchvision_shim
 from sepconv.files import write_atomically
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "accuracy-cost.json"
-BUDGET = 0.45
+# Of a ResNet-50's multiply-adds 0.60 are out of reach: its 1 x 1 convolutions and the first one.
+BUDGETS = {"resnet20": 0.45, "resnet50": 0.7}
 GIB = 2**30
 
 
@@ -58,7 +59,7 @@ def measure(network: str, threads: int) -> dict[str, float | int]:
     before, clock = _peak(), time.perf_counter()
     busy = time.process_time()
     small = sepconv.convert(
-        model, batches[0][:1], budget=sepconv.Budget(macs=BUDGET), calibration=batches
+        model, batches[0][:1], budget=sepconv.Budget(macs=BUDGETS[network]), calibration=batches
     )
     made = sepconv.report(small)
     return {
