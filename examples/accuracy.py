@@ -331,7 +331,8 @@ def _draw(cells: dict[str, Any], setting: str, options: argparse.Namespace) -> N
     for panel, depth in zip(panels[0], options.depths, strict=True):
         dense = cells[_key(setting, depth, "dense", 1.0)]["accuracy"]
         for method in options.methods:
-            points = [cells[_key(setting, depth, method, b)] for b in options.budgets]
+            keys = [_key(setting, depth, method, b) for b in options.budgets]
+            points = [cells[key] for key in keys if key in cells]
             style = "o-" if method.startswith("ours") else "s--"
             panel.plot(
                 [p["macs"] for p in points], [p["accuracy"] for p in points], style, label=method
