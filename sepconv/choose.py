@@ -15,6 +15,7 @@ from sepconv.plan import (
     ranks_for_error,
     ranks_to_choose,
     ranks_within,
+    reachable_limit,
     weight_only_errors,
 )
 from sepconv.predicted import PredictedLatencies, gpu_not_at_hand
@@ -41,6 +42,8 @@ def ranks_for(
         if budget.kind == "error":
             raise ValueError("budget: error= is measured on calibration batches, got None")
         return ranks_within(budget, costs, weight_only_errors(matches), total)
+    if budget.kind != "error":
+        reachable_limit(budget, costs, total)  # before the errors, which take long
     errors = calibration.error_curves(ranks_to_choose(costs))
     if budget.kind == "error":
         return ranks_for_error(budget.fraction, costs, errors, total, calibration.plain_error)

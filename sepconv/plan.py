@@ -88,21 +88,31 @@ def ranks_within(budget: Budget, costs: Costs, errors: Errors, total: float) -> 
         [Option(cost, 0.0 if r is DENSE else errors[name][r]) for r, cost in layer.items()]
         for name, layer in forms.items()
     ]
-    # What the chosen layers do not account for stays: other layers, biases, heads.
-    rest = max(total - sum(layer[DENSE] for layer in costs.values()), 0.0)
-    limit = budget.fraction * total - rest
-    cheapest = sum(min(option.cost for option in layer) for layer in choices)
-    if cheapest > limit:
-        lowest = math.ceil((rest + cheapest) / total * 1e4) / 1e4
-        raise ValueError(
-            f"budget: {budget.kind}={budget.fraction:g} of the model cannot be reached; "
-            f"the lowest reachable is {lowest:.4f} (the cheapest form of {len(forms)} "
-            "convolutions)"
-        )
+    limit = reachable_limit(budget, forms, total)
     # Latency comes in steps, which no convex hull describes; counts are nearly convex.
     choose = knapsack if budget.kind == "latency" else allocate
     chosen = choose(choices, limit)
     return {name: list(layer)[i] for (name, layer), i in zip(forms.items(), chosen, strict=True)}
+
+
+def reachable_limit(budget: Budget, costs: Costs, total: float) -> float:
+    """What the layers of `costs` may cost together, so that the model is within the budget.
+
+    Raises:
+        ValueError: it is below what their cheapest forms cost.
+    """
+    # What they do not account for stays: other layers, biases, heads.
+    rest = max(total - sum(layer[DENSE] for layer in costs.values()), 0.0)
+    limit = budget.fraction * total - rest
+    cheapest = sum(min(layer.values()) for layer in costs.values())
+    if cheapest > limit:
+        lowest = math.ceil((rest + cheapest) / total * 1e4) / 1e4
+        raise ValueError(
+            f"budget: {budget.kind}={budget.fraction:g} of the model cannot be reached; "
+            f"the lowest reachable is {lowest:.4f} (the cheapest form of {len(costs)} "
+            "convolutions)"
+        )
+    return limit
 
 
 def ranks_for_error(

@@ -463,8 +463,12 @@ def test_a_dict_without_the_inputs_key_is_refused(net: Digits) -> None:
 
 @pytest.mark.parametrize("budget", [{"macs": 0.01}, {"params": 0.01}])
 def test_a_budget_out_of_reach_says_what_is_in_reach(
-    net: Digits, batches: list[Tensor], budget: dict[str, float]
+    net: Digits,
+    batches: list[Tensor],
+    budget: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delattr(Calibration, "error_curves")  # which take minutes: not before the check
     before = deepcopy(net)
     with pytest.raises(ValueError, match=r"cannot be reached; the lowest reachable is 0\.\d+"):
         sepconv.convert(
