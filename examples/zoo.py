@@ -42,7 +42,7 @@ def main() -> None:
     """Run what has no result yet, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("patterns", nargs="*", default=["*"])
-    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "zoo.jsonl")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results" / "zoo.jsonl")
     parser.add_argument("--table", type=Path, default=ROOT / "docs" / "zoo.md")
     parser.add_argument("--seconds", type=int, default=600, help="CPU time for one model")
     parser.add_argument("--gigabytes", type=float, default=12, help="limit for one model")
