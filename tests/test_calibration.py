@@ -292,14 +292,23 @@ def test_a_latency_budget_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(96, 96, 3, padding=1) for _ in range(2)]
     model, x = nn.Sequential(*layers).eval(), torch.randn(2, 96, 28, 28)
-    # Rank 1 takes a third of the time: within reach, and beyond what a busy machine blurs.
-    small = sepconv.convert(model, x[:1], budget=sepconv.Budget(latency=0.8), calibration=[x])
-    ranks = {layer.name: layer.rank for layer in sepconv.report(small).layers}
+    budget = sepconv.Budget(latency=0.8)
+    try:
+        report = sepconv.report(sepconv.convert(model, x[:1], budget=budget, calibration=[x]))
+        ranks = {layer.name: layer.rank for layer in report.layers}
+    except ValueError as error:  # a free machine measures rank 1 at a third of the time
+        ranks, refusal = None, str(error)
     costs = noted["latency_costs"]
     dense = sum(forms[None] for forms in costs.values())
     total = max(noted["model_latency"], dense)
-    assert total - dense + sum(costs[name][rank] for name, rank in ranks.items()) <= 0.8 * total
-    assert any(rank is not None for rank in ranks.values())
+    cheapest = total - dense + sum(min(forms.values()) for forms in costs.values())
+    if ranks is None:
+        assert cheapest > 0.8 * total
+        lowest = float(refusal.split("reachable is ")[1].split()[0])
+        assert lowest == pytest.approx(cheapest / total, abs=1e-4)
+    else:
+        taken = sum(costs[name][rank] for name, rank in ranks.items())
+        assert total - dense + taken <= 0.8 * total
 
 
 def test_search_finds_a_smaller_model_that_is_good_enough(
