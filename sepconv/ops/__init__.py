@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sepconv import reference
-from sepconv.ops import batching, flops  # noqa: F401  (registrations)
+from sepconv.ops import autograd, batching, flops  # noqa: F401  (registrations)
 from sepconv.ops.arguments import (
     IntPair,
     Padding,
@@ -18,7 +18,6 @@ from sepconv.ops.arguments import (
     sides,
 )
 from sepconv.ops.autocast import cast, cast_optional, is_autocasting
-from sepconv.ops.autograd import split_activation
 from sepconv.ops.backend import backend, chooses_kernels
 from sepconv.ops.batch_norm import (
     BatchNorm,
@@ -124,9 +123,7 @@ def pointwise_conv2d(
         return refused(error, x, weight_pw)
     if not chooses_kernels(x):
         return reference.pointwise_conv2d(x, weight_pw, bias, activation, residual)
-    inside, outside = split_activation(activation, x, weight_pw, bias, residual)
-    y = torch.ops.sepconv.pointwise_conv2d(x, weight_pw, bias, inside, residual)
-    return reference.activate(y, outside)
+    return torch.ops.sepconv.pointwise_conv2d(x, weight_pw, bias, activation, residual)
 
 
 def separable_conv2d(
@@ -187,6 +184,4 @@ def separable_conv2d(
         return refused(error, x, weight_pw)
     if not chooses_kernels(x):
         return reference.separable_conv2d(*tensors, *geometry, activation, residual)
-    inside, outside = split_activation(activation, *tensors, residual)
-    y = torch.ops.sepconv.separable_conv2d(*tensors, *geometry, inside, residual)
-    return reference.activate(y, outside)
+    return torch.ops.sepconv.separable_conv2d(*tensors, *geometry, activation, residual)

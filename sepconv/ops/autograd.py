@@ -5,8 +5,8 @@ backward pass recomputes: that costs one depthwise convolution and spares a tens
 input's size. The pointwise gradients are matrix products, which torch has already.
 
 An activation is differentiated at its output where that is enough (relu, relu6). The others need
-their input: the public functions apply those outside the operator when gradients are wanted; the
-operator itself, called directly, computes that input again.
+their input: where gradients are wanted the operator runs without its last activation, which is
+applied to what it returns, and both are outputs of the node in the graph.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,8 @@ from sepconv.ops.library import LIBRARY
 from sepconv.reference import activate
 
 Gradient = Tensor | None
-Backward = Callable[[Any, Tensor], tuple[Gradient, ...]]
+# Of an operator: the gradients of its arguments from those of its outputs.
+Backward = Callable[..., tuple[Gradient, ...]]
 
 
 def needs_input(activation: str | None) -> bool:
@@ -35,95 +36,59 @@ def needs_input(activation: str | None) -> bool:
     return activation not in (None, "relu", "relu6")
 
 
-def split_activation(
-    activation: str | None, *tensors: Tensor | None
-) -> tuple[str | None, str | None]:
-    """The activation to fuse into an operator on these tensors, and the one to apply after it.
-
-    Fused unless its gradient will be wanted and takes its input, which autograd then keeps.
-    """
-    wants_gradients = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in tensors
-    )
-    if wants_gradients and needs_input(activation):
-        return None, activation
-    return activation, None
-
-
 def _setup_depthwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight_dw, bias, *geometry, activation = inputs
-    ctx.save_for_backward(x, weight_dw, bias, output if activation else None)
+    x, weight_dw, _, *geometry, activation = inputs
+    ctx.save_for_backward(x, weight_dw, output if activation else None)
     ctx.geometry, ctx.activation = geometry, activation
 
 
-def _depthwise_backward(ctx: Any, dy: Tensor) -> tuple[Gradient, ...]:
-    x, weight_dw, bias, y = ctx.saved_tensors
-    if needs_input(ctx.activation):
-        y = torch.ops.sepconv.depthwise_conv2d(x, weight_dw, bias, *ctx.geometry, None)
+def _before_last_activation(
+    ctx: Any, dy: Gradient, also: Gradient, y: Tensor | None, needs_bias: bool
+) -> tuple[Tensor, Gradient]:
+    """`before_activation`, plus `also`: what a second differentiation adds to dz."""
+    if also is None:
+        assert dy is not None
+        return before_activation(dy, y, ctx.activation, needs_bias)
+    dz = also if dy is None else also + before_activation(dy, y, ctx.activation, False)[0]
+    return dz, torch.ops.sepconv.channel_sum(dz) if needs_bias else None
+
+
+def _depthwise_backward(ctx: Any, dy: Gradient, also: Gradient = None) -> tuple[Gradient, ...]:
+    x, weight_dw, y = ctx.saved_tensors
     _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    dz, dbias = before_activation(dy, y, ctx.activation, needs_bias)
+    dz, dbias = _before_last_activation(ctx, dy, also, y, needs_bias)
     dx, dweight = depthwise_gradients(dz, x, weight_dw, ctx.geometry, (needs_x, needs_weight))
     return dx, dweight, dbias, None, None, None, None
 
 
 def _setup_pointwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight_pw, bias, activation, residual = inputs
-    recomputed = needs_input(activation)
-    ctx.save_for_backward(
-        x,
-        weight_pw,
-        bias if recomputed else None,
-        residual if recomputed else None,
-        output if activation and not recomputed else None,
-    )
+    x, weight_pw, _, activation, _ = inputs
+    ctx.save_for_backward(x, weight_pw, output if activation else None)
     ctx.activation = activation
 
 
-def _pointwise_backward(ctx: Any, dy: Tensor) -> tuple[Gradient, ...]:
-    x, weight_pw, bias, residual, y = ctx.saved_tensors
-    if needs_input(ctx.activation):
-        y = torch.ops.sepconv.pointwise_conv2d(x, weight_pw, bias, None, residual)
+def _pointwise_backward(ctx: Any, dy: Gradient, also: Gradient = None) -> tuple[Gradient, ...]:
+    x, weight_pw, y = ctx.saved_tensors
     _, needs_x, needs_weight, needs_bias, _, needs_residual = ctx.needs_input_grad
-    dz, dbias = before_activation(dy, y, ctx.activation, needs_bias)
+    dz, dbias = _before_last_activation(ctx, dy, also, y, needs_bias)
     dx, dweight = pointwise_gradients(dz, x, weight_pw, (needs_x, needs_weight))
     return dx, dweight, dbias, None, dz if needs_residual else None
 
 
 def _setup_separable(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight_dw, weight_pw, bias_dw, bias_pw, *geometry, mid, activation, residual = inputs
-    recomputed = needs_input(activation)
-    ctx.save_for_backward(
-        x,
-        weight_dw,
-        weight_pw,
-        bias_dw,
-        bias_pw if recomputed else None,
-        residual if recomputed else None,
-        output if activation and not recomputed else None,
-    )
+    x, weight_dw, weight_pw, bias_dw, _, *geometry, mid, activation, _ = inputs
+    ctx.save_for_backward(x, weight_dw, weight_pw, bias_dw, output if activation else None)
     ctx.geometry, ctx.activation_mid, ctx.activation = geometry, mid, activation
 
 
-def _separable_backward(ctx: Any, dy: Tensor) -> tuple[Gradient, ...]:
-    x, weight_dw, weight_pw, bias_dw, bias_pw, residual, y = ctx.saved_tensors
+def _separable_backward(ctx: Any, dy: Gradient, also: Gradient = None) -> tuple[Gradient, ...]:
+    x, weight_dw, weight_pw, bias_dw, y = ctx.saved_tensors
     _, needs_x, needs_dw, needs_pw, needs_bias_dw, needs_bias_pw, *_, needs_residual = (
         ctx.needs_input_grad
     )
     needs_depthwise = (needs_x, needs_dw, needs_bias_dw)
 
-    if needs_input(ctx.activation):
-        y = torch.ops.sepconv.separable_conv2d(
-            x,
-            weight_dw,
-            weight_pw,
-            bias_dw,
-            bias_pw,
-            *ctx.geometry,
-            ctx.activation_mid,
-            None,
-            residual,
-        )
-    dz, dbias_pw = before_activation(dy, y, ctx.activation, needs_bias_pw)
+    dz, dbias_pw = _before_last_activation(ctx, dy, also, y, needs_bias_pw)
 
     middle: Any = None
     z: Any = None
@@ -240,56 +205,83 @@ def _refuse_tangents(op: Any, args: tuple[Any, ...]) -> None:
 
 
 def differentiable(
-    op: Any, setup_context: Callable[..., None], backward: Backward
+    op: Any,
+    setup_context: Callable[..., None],
+    backward: Backward,
+    activation_at: int | None = None,
 ) -> Callable[..., Any]:
     """The operator's kernel for the dispatcher's Autograd key.
 
     As `torch.library.register_autograd` makes it, except that `torch.func.grad` works: its layers
     wrap and unwrap below the Autograd key, so the function may be applied at a single level.
+
+    Args:
+        op: The operator.
+        setup_context: Saves what the backward pass needs, from the arguments and the output.
+        backward: Takes the context and the outputs' gradients.
+        activation_at: Which argument is the activation at the end. One that is differentiated at
+            its input is applied behind the operator, whose output is then that input.
     """
 
-    def redispatch(keyset: Any, *args: Any) -> Any:
+    def run(keyset: Any, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+            activation = None if activation_at is None else args[activation_at]
+            applied = [*args]
+            if activation_at is not None and needs_input(activation):
+                applied[activation_at] = None
             # A function's forward runs without gradients; the levels of `torch.func` below this
             # one record their own.
             with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
-                output = redispatch(keyset, *args)
-            setup_context(ctx, args, output)
-            return output
+                output = run(keyset, *applied)
+                setup_context(ctx, args, output)
+                if not needs_input(activation):
+                    return output
+                # What is saved must be an output, or it could not be differentiated again.
+                ctx.set_materialize_grads(False)
+                with torch._C._AutoDispatchBelowAutograd():
+                    return activate(output, activation), output
 
         @staticmethod
-        def backward(ctx: Any, dy: Tensor, *_: Tensor) -> Any:
-            # Of several outputs only the first is differentiable.
+        def backward(ctx: Any, *gradients: Gradient) -> Any:
+            like = next((g for g in gradients if g is not None), None)
+            if like is None:
+                return (None,) * len(ctx.needs_input_grad)
             # In the dtype of the forward pass, also where `backward()` is called under autocast.
-            autocasting = is_autocasting(dy)
-            with torch.autocast(dy.device.type, enabled=False) if autocasting else nullcontext():
-                return None, *backward(ctx, dy)
+            autocasting = is_autocasting(like)
+            with torch.autocast(like.device.type, enabled=False) if autocasting else nullcontext():
+                return None, *backward(ctx, *gradients)
 
     apply_single_level = super(torch.autograd.Function, Function).apply
 
     def kernel(keyset: Any, *args: Any) -> Any:
         _refuse_tangents(op, args)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            return redispatch(keyset, *args)
-        if not torch._C._are_functorch_transforms_active():
-            return Function.apply(keyset, *args)
-        with enable_single_level_autograd_function():
-            return apply_single_level(keyset, *args)
+            return run(keyset, *args)
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                outputs = apply_single_level(keyset, *args)
+        else:
+            outputs = Function.apply(keyset, *args)
+        if activation_at is not None and needs_input(args[activation_at]):
+            return outputs[0]
+        return outputs
 
     return kernel
 
 
-for _name, _setup, _backward in (
-    ("depthwise_conv2d", _setup_depthwise, _depthwise_backward),
-    ("pointwise_conv2d", _setup_pointwise, _pointwise_backward),
-    ("separable_conv2d", _setup_separable, _separable_backward),
-    ("depthwise_conv2d_backward_input", _setup_backward_input, _backward_input_backward),
-    ("depthwise_conv2d_backward_weight", _setup_backward_weight, _backward_weight_backward),
+for _name, _setup, _backward, _activation_at in (
+    ("depthwise_conv2d", _setup_depthwise, _depthwise_backward, 6),
+    ("pointwise_conv2d", _setup_pointwise, _pointwise_backward, 3),
+    ("separable_conv2d", _setup_separable, _separable_backward, 9),
+    ("depthwise_conv2d_backward_input", _setup_backward_input, _backward_input_backward, None),
+    ("depthwise_conv2d_backward_weight", _setup_backward_weight, _backward_weight_backward, None),
 ):
     _op = getattr(torch.ops.sepconv, _name).default
-    LIBRARY.impl(_name, differentiable(_op, _setup, _backward), "Autograd", with_keyset=True)
+    LIBRARY.impl(
+        _name, differentiable(_op, _setup, _backward, _activation_at), "Autograd", with_keyset=True
+    )

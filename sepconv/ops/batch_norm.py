@@ -379,7 +379,7 @@ def _setup_statistics(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _statistics_backward(ctx: Any, dy: Tensor) -> tuple[Gradient, ...]:
+def _statistics_backward(ctx: Any, dy: Tensor, *_: Gradient) -> tuple[Gradient, ...]:
     x, weight = ctx.saved_tensors
     _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     needs = (needs_x, needs_weight)

@@ -283,3 +283,30 @@ def test_functional_call_of_the_module():
     module(x).square().sum().backward()
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "hardswish", "gelu"])
+@pytest.mark.parametrize("op", OPS)
+def test_bias_and_activation_go_back_in_one_operator(op, activation, without_kernels):
+    call = arguments(op, requires_grad=True, activation=activation)
+    y = registered(op, call)
+    with torch.profiler.profile() as profile:
+        y.backward(torch.ones_like(y))
+    names = [event.name for event in profile.events()]
+    activations = 2 if op == "separable_conv2d" else 1
+    assert names.count("sepconv::activation_backward") == activations
+    assert "sepconv::channel_sum" not in names
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_gradient_with_a_graph_used_with_its_result(op, without_kernels):
+    """The node of an activation outside has two outputs, and here gradients for both."""
+    call = arguments(op, requires_grad=True, activation="silu")
+    chosen = list(tensors_of(call).values())
+
+    def penalty(run):
+        y = run(op, call)
+        first = torch.autograd.grad(y.square().sum(), chosen, create_graph=True)
+        return torch.autograd.grad(y.sum() + sum(g.square().sum() for g in first), chosen)
+
+    torch.testing.assert_close(penalty(registered), penalty(expected), rtol=1e-10, atol=1e-10)
