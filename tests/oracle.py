@@ -297,6 +297,8 @@ def _stages(p: Problem, arithmetic: Arithmetic) -> _Stages:
         conv = _Depthwise(p, arithmetic)
         bias = [] if p.bias_dw is None else [exact(p.bias_dw.view(-1, 1, 1))]
         z_dw = kept(contract(conv.forward, a, exact(p.weight_dw), conv.taps, arithmetic, bias))
+        if arithmetic.splits_activation and not arithmetic.composite and p.weight_pw is None:
+            z_dw = stored(z_dw, arithmetic)
         a = stored(activated(z_dw, p.activation_mid, arithmetic), arithmetic)
     y = a
     if p.weight_pw is not None:
