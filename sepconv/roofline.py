@@ -140,8 +140,9 @@ def predicted_seconds(
     """Time of one call, in seconds.
 
     Args:
-        op: A launcher (`depthwise_fwd`, `depthwise_bwd_input`, `depthwise_bwd_weight`,
-            `pointwise_fwd`, `separable_fwd`), or `conv2d`, the library's dense convolution.
+        op: A launcher (`activation_bwd`, `depthwise_fwd`, `depthwise_bwd_input`,
+            `depthwise_bwd_weight`, `pointwise_fwd`, `separable_fwd`), or `conv2d`, the library's
+            dense convolution.
         shape: A `sepconv.kernels.configs.ConvShape`.
         dtype: Of all tensors.
         gpu: One of `GPUS`, or a name that `find_gpu` knows.
@@ -181,6 +182,7 @@ def moved_bytes(op: str, shape: Any, dtype: torch.dtype) -> int:
     x, middle, y = N * C * H * W, N * C * M * P * Q, N * K * P * Q
     filters = C * M * R * S
     elements = {
+        "activation_bwd": 3 * x,
         "conv2d": x + K * C * R * S + y,
         "depthwise_fwd": x + filters + middle,
         "depthwise_bwd_input": x + filters + middle,
@@ -204,7 +206,7 @@ def _matrix_macs(op: str, shape: Any) -> int:
 
 def _issue_slots(op: str, shape: Any, config: Any) -> float:
     """Thread instructions of the depthwise arithmetic; that of matrices is in their rate."""
-    if op in ("conv2d", "pointwise_fwd"):
+    if op in ("conv2d", "pointwise_fwd", "activation_bwd"):
         return 0.0
     taps = shape.R * shape.S
     per_tap, per_element = _GENERAL_SLOTS
@@ -240,7 +242,7 @@ def _share_of_busy_units(op: str, shape: Any, config: Any, gpu: Gpu) -> float:
 
 def _programs(op: str, shape: Any, config: Any) -> int:
     channels = ceil(shape.K / getattr(config, "block_k", config.block_c))
-    if op == "pointwise_fwd":
+    if op in ("pointwise_fwd", "activation_bwd"):
         return channels * ceil(shape.N * shape.P * shape.Q / config.block_nq)
     rows, columns = (shape.H, shape.W) if op == "depthwise_bwd_input" else (shape.P, shape.Q)
     if op == "depthwise_bwd_weight":

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sepconv import reference
-from sepconv.layout import memory_format, suggests_channels_last, to_layout
+from sepconv.layout import memory_format, suggests_channels_last
+from sepconv.ops import run
 from sepconv.ops.backend import can_run_kernels
 from sepconv.ops.kernel_modules import kernel_module
 from sepconv.ops.library import LIBRARY, TAGS, fake, real
@@ -54,13 +55,8 @@ def _activation_backward(
     dy: Tensor, z: Tensor, activation: str, bias: bool
 ) -> tuple[Tensor, Tensor]:
     channels_last = suggests_channels_last(dy, z)
-    if not can_run_kernels(dy):
-        dz, dbias = _reference(dy, z, activation, bias)
-        if dz.is_contiguous(memory_format=memory_format(channels_last)):
-            return dz, dbias
-        return to_layout(dz.contiguous(), channels_last), dbias
-    kernels = kernel_module("channelwise")
-    dz, dbias = kernels.activation_bwd(dy, z, activation, bias=bias, channels_last=channels_last)
+    choice = run.ASK if can_run_kernels(dy) else "library"
+    dz, dbias = run.activation_bwd(dy, z, activation, bias, channels_last, choice)
     return dz, dz.new_empty(0) if dbias is None else dbias
 
 

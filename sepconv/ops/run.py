@@ -238,6 +238,30 @@ def _in_chunks(
     return y
 
 
+def activation_bwd(
+    dy: Tensor,
+    z: Tensor,
+    activation: str,
+    bias: bool,
+    channels_last: bool,
+    choice: Choice = ASK,
+) -> tuple[Tensor, Tensor | None]:
+    """`activation_bwd`: the gradient in front of an activation, and of the bias there if wanted."""
+    if choice == ASK:
+        C = dy.shape[1]
+        sizes = (dy.shape, (C, 1, 1), C)
+        choice = lookup("activation_bwd", dy, *sizes, *_PLAIN, channels_last, epilogue=bias)
+    if choice == "library":
+        dz = reference.activation_backward(dy, z, activation)
+        dbias = dz.sum((0, 2, 3)) if bias else None
+        if not dz.is_contiguous(memory_format=memory_format(channels_last)):
+            dz = to_layout(dz.contiguous(), channels_last)
+        return dz, dbias
+    return kernel_module("channelwise").activation_bwd(
+        dy, z, activation, bias=bias, channels_last=channels_last, config=choice
+    )
+
+
 def depthwise_bwd_input(
     dy: Tensor,
     weight_dw: Tensor,

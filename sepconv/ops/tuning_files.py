@@ -233,7 +233,7 @@ def _check_sizes(sizes: Mapping[str, int]) -> None:
 
 
 def _fields(key: str) -> tuple[str, ...]:
-    return _DEPTHWISE if key.startswith("depthwise") else _GEMM
+    return _GEMM if key.startswith(("pointwise", "separable")) else _DEPTHWISE
 
 
 def _slug(name: str) -> str:

@@ -73,8 +73,17 @@ def operands_in_turn(problem: Problem, cache_bytes: int) -> list[Operands]:
     return [first, *(make_operands(problem, integers=False, seed=i) for i in range(1, count))]
 
 
-def run_choice(problem: Problem, operands: Operands, choice: Choice) -> Tensor:
-    """The problem's call, run by `choice`."""
+def run_choice(problem: Problem, operands: Operands, choice: Choice) -> tuple[Tensor, ...]:
+    """The results of the problem's call, run by `choice`."""
+    if problem.op != "activation_bwd":
+        return (run_convolution(problem, operands, choice),)
+    last = problem.channels_last
+    dz, dbias = run.activation_bwd(operands.dy, operands.x, "relu", problem.epilogue, last, choice)
+    return (dz,) if dbias is None else (dz, dbias)
+
+
+def run_convolution(problem: Problem, operands: Operands, choice: Choice) -> Tensor:
+    """The result of a convolution's call, or of one of its gradients', run by `choice`."""
     x, dy, weight_dw, weight_pw, bias_dw, bias_pw = operands
     geometry = (problem.stride, problem.padding, problem.dilation)
     last = problem.channels_last
@@ -94,13 +103,17 @@ def run_choice(problem: Problem, operands: Operands, choice: Choice) -> Tensor:
     return run.depthwise_bwd_weight(dy, x, weight_dw.shape, *geometry, choice)
 
 
-def right_answer(problem: Problem, operands: Operands) -> Tensor:
+def right_answer(problem: Problem, operands: Operands) -> tuple[Tensor, ...]:
     """What the call must return for integers: computed by torch in float64, then rounded."""
     x, dy, weight_dw, weight_pw = (t.double() for t in operands[:4])
     bias_dw, bias_pw = (None if t is None else t.double() for t in operands[4:])
     relu = "relu" if problem.epilogue else None
     relu_mid = "relu" if problem.epilogue_mid else None
     geometry = (problem.stride, problem.padding, problem.dilation)
+    if problem.op == "activation_bwd":
+        dz = reference.activation_backward(dy, x, "relu")
+        results = (dz, dz.sum((0, 2, 3))) if problem.epilogue else (dz,)
+        return tuple(result.to(problem.dtype) for result in results)
     if problem.op == "depthwise_fwd":
         y = reference.depthwise_conv2d(x, weight_dw, bias_dw, *geometry, relu)
     elif problem.op == "pointwise_fwd":
@@ -114,4 +127,4 @@ def right_answer(problem: Problem, operands: Operands) -> Tensor:
         )
     else:
         y = reference.depthwise_conv2d_backward_weight(dy, x, weight_dw.shape, *geometry)
-    return y.to(problem.dtype)
+    return (y.to(problem.dtype),)

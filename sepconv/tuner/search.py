@@ -97,7 +97,11 @@ def _right(problem: Problem, choices: Sequence[Choice], deadline: float) -> list
 
 
 def _verdict(
-    problem: Problem, operands: Operands, choice: Choice, expected: Tensor, deadline: float
+    problem: Problem,
+    operands: Operands,
+    choice: Choice,
+    expected: tuple[Tensor, ...],
+    deadline: float,
 ) -> bool | None:
     """Whether a choice is right; None where it was not tried: out of time, or it does not fit."""
     if choice is not None and time.monotonic() > deadline:

@@ -91,7 +91,7 @@ def test_distance(y: torch.Tensor, far: float):
 def test_baselines_compute_what_the_launchers_compute():
     for problem in layers.problems(layers.Layer("any", 8, 16, 6, 5, 2), 2, torch.float64, -1):
         operands = make_operands(problem, integers=True)
-        expected = right_answer(problem, operands)
+        (expected,) = right_answer(problem, operands)
         for baseline in library.baselines(problem, [operands], compiled=False):
             (call,) = baseline.make()
             torch.testing.assert_close(call(), expected, msg=f"{problem.op} {baseline.name}")

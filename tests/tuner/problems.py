@@ -21,6 +21,11 @@ def depthwise(C: int = 4, N: int = 1, op: str = "depthwise_fwd", stride: int = 1
     )  # fmt: skip
 
 
+def activation_gradient(epilogue: bool) -> Problem:
+    plain = {"filter_shape": (4, 1, 1), "padding": (0, 0, 0, 0), "epilogue": epilogue}
+    return depthwise(op="activation_bwd")._replace(**plain)
+
+
 def pointwise(C: int = 4, K: int = 6) -> Problem:
     return Problem(
         "pointwise_fwd", torch.float32, DEVICE, (1, C, 5, 5), (C, 1, 1), K, (1, 1), (0, 0, 0, 0),
@@ -44,7 +49,7 @@ def preferring(wanted: Choice) -> Callable[[Sequence[Callable], float], float]:
 
 def few_candidates(problem: Problem) -> list[Choice]:
     """Two candidates beside those that are no kernel: the interpreter is slow."""
-    sizes = FEW if problem.op.startswith("depthwise") else FEW_GEMM
+    sizes = FEW_GEMM if problem.op in ("pointwise_fwd", "separable_fwd") else FEW
     return [None, *tuning_files.others(problem.op), *sizes]
 
 

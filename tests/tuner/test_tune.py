@@ -13,6 +13,7 @@ from tuner import children
 from tuner.problems import (
     DEVICE,
     FEW,
+    activation_gradient,
     depthwise,
     entry,
     few_candidates,
@@ -85,9 +86,11 @@ class Block(nn.Module):
         self.first = sepconv.nn.SeparableConv2d(4, 4, 3, padding=1)
         self.second = sepconv.nn.SeparableConv2d(4, 4, 3, padding=1)
         self.norm = nn.BatchNorm2d(4)
+        self.mix = nn.Parameter(torch.ones(4, 4, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.second(self.first(x)))
+        y = self.norm(self.second(self.first(x)))
+        return sepconv.ops.pointwise_conv2d(y, self.mix, activation="silu")
 
 
 @pytest.mark.usefixtures("few")
@@ -101,8 +104,8 @@ def test_a_model_is_tuned_and_left_as_it_was():
         again = tune(model, x, backward=True, timer=preferring(FEW[1]))
     ops = sorted({tuned.key.rsplit("_float32")[0] for tuned in found})
     assert ops == [
-        "depthwise_bwd_input", "depthwise_bwd_weight", "depthwise_fwd", "pointwise_fwd",
-        "separable_fwd",
+        "activation_bwd", "depthwise_bwd_input", "depthwise_bwd_weight", "depthwise_fwd",
+        "pointwise_fwd", "separable_fwd",
     ]  # fmt: skip
     order = [tuned.key.startswith("separable") for tuned in found]
     assert order == sorted(order), "the separable op's halves are tuned first"
@@ -277,6 +280,8 @@ def test_ranks_agree(tmp_path: Path):
         depthwise(op="depthwise_bwd_input"),
         depthwise(op="depthwise_bwd_weight", stride=2),
         depthwise()._replace(channels_last=False, filter_shape=(8, 3, 3), K=8),
+        activation_gradient(epilogue=True),
+        activation_gradient(epilogue=False)._replace(channels_last=False),
         pointwise(),
         separable(),
     ],
@@ -291,7 +296,7 @@ def test_candidates_are_right_and_a_changed_answer_is_not(problem):
     # Both ends and the middle here; a GPU checks all of them below.
     for choice in {*choices[:2], choices[len(choices) // 2], choices[-1]}:
         assert is_right(problem, operands, choice, expected), choice
-    expected[0, 0, 0, 0] += 1
+    expected[-1][(0,) * expected[-1].dim()] += 1
     assert not is_right(problem, operands, None, expected)
 
 

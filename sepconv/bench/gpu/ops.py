@@ -15,7 +15,7 @@ from sepconv.ops.tuning_files import Choice
 from sepconv.roofline import moved_bytes, predicted_seconds
 from sepconv.timing import Call
 from sepconv.tuner.candidates import known_gpu
-from sepconv.tuner.inputs import Operands, operands_in_turn, run_choice
+from sepconv.tuner.inputs import Operands, operands_in_turn, run_convolution
 
 # The most telling first: what does not fit into the time is noted as such.
 _SWEEP = (
@@ -72,4 +72,4 @@ def measure_problem(bench: Bench, part: str, name: str, problem: Problem) -> Non
 
 
 def _calls(problem: Problem, sets: Sequence[Operands], choice: Choice) -> list[Call]:
-    return [partial(run_choice, problem, operands, choice) for operands in sets]
+    return [partial(run_convolution, problem, operands, choice) for operands in sets]
