@@ -232,6 +232,11 @@ def through_activation(
         doubt = doubt + jump * reached
     if activation.rounds:
         doubt = doubt + 8 * arithmetic.unit_acc
+    if name == "silu":
+        # s * (1 + z * (1 - s)): a sigmoid near one carries the roundings of a sum and a quotient,
+        # which 1 - s keeps and z magnifies, up to where the sigmoid is one.
+        magnified = z.value.clamp(0, -math.log(arithmetic.unit_acc)) + z.error
+        doubt = doubt + 2 * arithmetic.unit_acc * magnified
     doubt = torch.where(z.value.isfinite() | doubt.isinf(), doubt, 0.0)
     error = dy.error * (slope.abs() + doubt) + dy.value.abs() * doubt
     if activation.rounds:

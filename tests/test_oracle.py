@@ -16,11 +16,15 @@ from oracle import (
     backward,
     check,
     check_no_worse,
+    exact,
     forward,
     place,
     poisoned_allocations,
     stored,
+    through_activation,
 )
+
+from sepconv import reference
 
 INPUTS = ("x", "weight_dw", "weight_pw", "bias_dw", "bias_pw", "residual")
 SHAPES = {
@@ -338,3 +342,13 @@ def test_what_may_be_anything_still_may_once_it_is_stored():
         kept = stored(open_ends, Arithmetic(dtype, truncating=dtype == torch.bfloat16))
         for value in (math.inf, -math.inf, math.nan, 0.0):
             assert check(torch.full((3,), value, dtype=dtype), kept) == 0
+
+
+@pytest.mark.parametrize("name", ["silu", "hardswish", "gelu"])
+def test_the_framework_keeps_within_the_bound_of_each_slope(name):
+    z = torch.linspace(-40, 40, 160_001)
+    dz = reference.activation_backward(torch.ones_like(z), z, name)
+    right = through_activation(exact(torch.ones_like(z)), exact(z), name, Arithmetic(z.dtype))
+    assert 0.1 < check(dz, right) <= 1
+    with pytest.raises(AssertionError, match="wrong"):
+        check(dz * (1 + 64 * torch.finfo(z.dtype).eps), right)

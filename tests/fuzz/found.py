@@ -119,4 +119,20 @@ FOUND = [
         wanted=("weight_dw",),
         tiles=Tiles(nq=16, c=16, k=16, rows=0, programs=1, packed=True),
     ),
+    # The slope of silu is made from one minus a sigmoid near one.
+    Case(
+        "separable",
+        "backward",
+        C=5,
+        W=6,
+        K=17,
+        S=2,
+        padding=(0, 1, 0, 0),
+        bias=True,
+        bias_pw=True,
+        residual=True,
+        activation="silu",
+        layout_dy=Layout(order=(3, 1, 2, 0), step=3, offset=13, expanded=(3,)),
+        tiles=Tiles(nq=4, c=8, k=8, rows=0, programs=1, packed=False),
+    ),
 ]
