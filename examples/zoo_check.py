@@ -37,6 +37,8 @@ GRADIENTS = 10
 ZERO = 1e-5  # a gradient this much smaller than others is rounding: of the bias of keys, say
 NEARLY_ZERO = 1e-2  # as layer scales start with
 TOLERANCE = 1e-4  # of outputs and gradients in float32; above it float64 decides
+NUDGES = 8
+EXACT = 1e-8  # of both in float64; above it the original's own rounding decides
 
 Images = Tensor | list[Tensor]
 
@@ -245,6 +247,11 @@ def check_convert(name: str, report_to: Callable[[dict[str, Any]], None]) -> Non
         # Once more without the rounding that a network amplifies.
         exact = compare(in_double(model, images), in_double(full, images))
         report_to({f"settled_{key}_float64": value for key, value in exact.items()})
+        if not max(exact.values()) <= EXACT:
+            original, nudged = in_double(model, images), _nudged(_double(images))
+            own = [compare(original, outputs_and_gradients(model, x)) for x in nudged]
+            worst = {key: max(found[key] for found in own) for key in own[0]}
+            report_to({f"own_{key}_float64": value for key, value in worst.items()})
         model.float()
     del full
 
@@ -318,6 +325,18 @@ def in_double(model: nn.Module, images: Images) -> tuple[list[Tensor], dict[str,
 
 def _double(images: Images) -> Images:
     return [x.double() for x in images] if isinstance(images, list) else images.double()
+
+
+def _nudged(images: Images) -> Iterator[Images]:
+    """The images with some values one rounding away, up or down, several times."""
+    generator = torch.Generator().manual_seed(3)
+
+    def nudge(x: Tensor) -> Tensor:
+        steps = torch.randint(-1, 2, x.shape, generator=generator)
+        return x * (1 + steps.to(x) * torch.finfo(x.dtype).eps)
+
+    for _ in range(NUDGES):
+        yield [nudge(x) for x in images] if isinstance(images, list) else nudge(images)
 
 
 def _relative(expected: Tensor, got: Tensor) -> float:
