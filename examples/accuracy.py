@@ -125,6 +125,7 @@ def ours_distilled(
         Shifted(x[:-HELD_OUT]),
         2,
         held_out=x[-HELD_OUT:].split(250),
+        learning_rate=2e-3,
         layer_weight=8.0,
         frozen_norm_epochs=2,
         checkpoint=file.with_suffix(".distilled.pt"),

@@ -198,6 +198,8 @@ ACTIVATIONS: dict[str, Activation] = {
 # At NaN their slope is one in the framework's scalar loops, zero and NaN in its vectorised ones,
 # which share the elements of a single tensor between them.
 _NO_SLOPE_AT_NAN = ("relu6", "hardswish")
+# Zero times infinity, in the framework too.
+_NO_SLOPE_AT_INFINITY = ("silu", "gelu")
 
 
 def activated(z: Bounded, name: str | None, arithmetic: Arithmetic) -> Bounded:
@@ -246,6 +248,10 @@ def through_activation(
     doubtful = z.error.isinf() | dy.error.isinf()
     if name in _NO_SLOPE_AT_NAN:
         doubtful = doubtful | z.value.isnan()
+    if name in _NO_SLOPE_AT_INFINITY:
+        # too large for the dtype, z may have been stored as an infinity
+        largest = torch.finfo(arithmetic.dtype).max
+        doubtful = doubtful | (z.value.isfinite() & (z.value.abs() + z.error > largest))
     return Bounded(value, torch.where(doubtful, math.inf, error))
 
 

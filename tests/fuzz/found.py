@@ -135,4 +135,20 @@ FOUND = [
         layout_dy=Layout(order=(3, 1, 2, 0), step=3, offset=13, expanded=(3,)),
         tiles=Tiles(nq=4, c=8, k=8, rows=0, programs=1, packed=False),
     ),
+    # What goes into silu is stored, here as an infinity, where its slope is zero times that.
+    Case(
+        "separable",
+        "backward",
+        "float16",
+        C=5,
+        H=2,
+        W=5,
+        R=3,
+        S=3,
+        padding=(0, 1, 0, 0),
+        activation="silu",
+        values="huge",
+        seed=16,
+        tiles=Tiles(nq=8, c=8, k=8, rows=0, programs=1, packed=False),
+    ),
 ]
