@@ -345,8 +345,8 @@ def _draw(cells: dict[str, Any], setting: str, options: argparse.Namespace) -> N
         panel.set_title(f"ResNet-{depth}, dense {dense:.1f} %")
         panel.set_xlabel("share of the multiply-adds")
         panel.set_ylabel("test accuracy, %")
-    panels[0][-1].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=8)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(options.plot, dpi=90)
 
 
