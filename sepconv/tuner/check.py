@@ -39,4 +39,4 @@ def is_right(
     """Whether a choice gives exactly `expected`, from integers, in memory full of NaN."""
     with torch.no_grad(), PoisonedMemory():
         results = run_choice(problem, operands, choice)
-    return all(map(torch.equal, results, expected))
+    return all(torch.equal(y, right) for y, right in zip(results, expected, strict=True))
