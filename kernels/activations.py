@@ -6,8 +6,8 @@ Computed in the type of `z` (float32 or float64); NaN and the infinities come ou
 import triton
 import triton.language as tl
 
-_INV_SQRT_2 = tl.constexpr(0.7071067811865476)
-_INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
+# Constants stand where they are used: before triton-lang/triton#10494 a global one is part of a
+# kernel's key in the disk cache or not, depending on which kernel a process compiles first.
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def apply_activation(z, ACTIVATION: tl.constexpr):
         y = z * _clamp_to_6(z + 3.0) / 6.0
     else:
         tl.static_assert(ACTIVATION == "gelu", "unknown activation")
-        y = 0.5 * z * (1.0 + tl.erf(z * _INV_SQRT_2))
+        y = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     return y
 
 
@@ -53,6 +53,6 @@ def activation_gradient(dy, z, ACTIVATION: tl.constexpr):
         dz = tl.where(z <= -3.0, 0.0, dz)
     else:
         tl.static_assert(ACTIVATION == "gelu", "unknown activation")
-        area = 0.5 * (1.0 + tl.erf(z * _INV_SQRT_2))
-        dz = dy * (area + z * tl.exp(-0.5 * z * z) * _INV_SQRT_2_PI)
+        area = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        dz = dy * (area + z * tl.exp(-0.5 * z * z) * 0.3989422804014327)
     return dz

@@ -11,8 +11,14 @@ DEPTHWISE_OPS = ("depthwise_fwd", "depthwise_bwd_input", "depthwise_bwd_weight")
 CHANNELWISE_OPS = ("activation_bwd",)
 GEMM_OPS = ("pointwise_fwd", "separable_fwd")
 
+# The rolling kernel keeps its weights in registers, eight channels of every tap in each thread.
+ROLLING_MOST_TAPS = 9
+
 # Enough programs to keep a large GPU busy.
 _FILLING_PROGRAMS = 1024
+# Sums of one thread. Without matrix instructions for a type the compiler spells out every
+# multiply-add of a product: beyond the lower figure it takes a minute for code that spills.
+_MOST_SUMS, _MOST_SUMS_SPELT_OUT = 128, 64
 
 
 class ConvShape(NamedTuple):
@@ -97,7 +103,11 @@ def default(op: str, dtype: torch.dtype, shape: ConvShape) -> Config:
 
 
 def candidates(
-    op: str, dtype: torch.dtype, shape: ConvShape, shared_limit: int = 99 * 1024
+    op: str,
+    dtype: torch.dtype,
+    shape: ConvShape,
+    shared_limit: int = 99 * 1024,
+    tf32: bool = False,
 ) -> list[Config]:
     """The configurations worth timing, the default first.
 
@@ -106,13 +116,15 @@ def candidates(
         dtype: The tensors' type.
         shape: Sizes of the call.
         shared_limit: Bytes of shared memory that one program may use on the device.
+        tf32: Whether float32 products use TF32.
     """
     if op in CHANNELWISE_OPS:
         tried = _channelwise_candidates(shape)
     elif op in DEPTHWISE_OPS:
         tried = _depthwise_candidates(op, shape)
     else:
-        tried = _gemm_candidates(op, shape)
+        spelt_out = dtype == torch.float64 or (dtype == torch.float32 and not tf32)
+        tried = _gemm_candidates(op, shape, _MOST_SUMS_SPELT_OUT if spelt_out else _MOST_SUMS)
     fitting = [c for c in tried if shared_bytes(op, dtype, c) <= shared_limit]
     return list(dict.fromkeys([default(op, dtype, shape), *fitting]))
 
@@ -170,7 +182,7 @@ def _depthwise_candidates(op: str, shape: ConvShape) -> Iterator[Config]:
     widest = _power_of_2(shape.N * width, 8, 1024)
     blocks_c = (32, 64, 128) if shape.channels_last else (1,)
     # (rows, num_stages); the general kernel has no loop to pipeline.
-    strips = ((0, 1),) if op == "depthwise_bwd_weight" else ((0, 1), (4, 3), (16, 1), (16, 3))
+    strips = ((0, 1), (4, 3), (16, 1), (16, 3)) if _may_roll(op, shape) else ((0, 1),)
     # Sixteen-byte loads bring eight channels: each thread has one or two pixels of them.
     for block_c, per_thread, num_warps, (rows, num_stages) in itertools.product(
         blocks_c, (8, 16), (4, 8), strips
@@ -180,6 +192,16 @@ def _depthwise_candidates(op: str, shape: ConvShape) -> Iterator[Config]:
             yield DepthwiseConfig(block_nq, block_c, rows, num_warps, num_stages)
 
 
+def _may_roll(op: str, shape: ConvShape) -> bool:
+    """Whether strips run another kernel than no strips: see depthwise_rolling.py.
+
+    The stride is told by the sizes: 1 loses at most R - 1 rows, 2 half of them.
+    """
+    by_1 = 2 * shape.P > shape.H + shape.R
+    fits = shape.R > 1 and shape.R * shape.S <= ROLLING_MOST_TAPS and by_1
+    return fits and (op == "depthwise_fwd" or (op == "depthwise_bwd_input" and shape.M == 1))
+
+
 def _channelwise_candidates(shape: ConvShape) -> Iterator[Config]:
     blocks_c = (32, 64, 128) if shape.channels_last else (1,)
     for block_c, per_thread, num_warps in itertools.product(blocks_c, (8, 16, 32), (4, 8)):
@@ -187,9 +209,11 @@ def _channelwise_candidates(shape: ConvShape) -> Iterator[Config]:
             yield DepthwiseConfig(per_thread * 32 * num_warps // block_c, block_c, 0, num_warps)
 
 
-def _gemm_candidates(op: str, shape: ConvShape) -> Iterator[Config]:
+def _gemm_candidates(op: str, shape: ConvShape, most_sums: int) -> Iterator[Config]:
     fused = op == "separable_fwd"
-    tiles = ((32, 64), (32, 128), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256))
+    tiles = ((32, 64), (32, 128), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128))
+    if fused:
+        tiles = (*tiles, (128, 256))
     # The fused loop is not pipelined; the plain product has no rows.
     stages = (2,) if fused else (2, 3, 4)
     strips = (1, 2, 4) if fused else (1,)
@@ -200,5 +224,5 @@ def _gemm_candidates(op: str, shape: ConvShape) -> Iterator[Config]:
         num_warps = 8 if sums > 8192 else 4
         mids = rows * block_nq * block_c if fused else 0
         useful = block_k < 2 * max(shape.K, 64) and rows <= shape.P
-        if useful and sums >= 4096 and sums <= 128 * 32 * num_warps and mids <= 8192:
+        if useful and 4096 <= sums <= most_sums * 32 * num_warps and mids <= 8192:
             yield GemmConfig(block_nq, block_c, block_k, rows, num_warps, num_stages)

@@ -13,13 +13,10 @@ import triton
 import triton.language as tl
 
 from sepconv.kernels.activations import apply_activation
-from sepconv.kernels.configs import DepthwiseConfig
+from sepconv.kernels.configs import ROLLING_MOST_TAPS, DepthwiseConfig
 from sepconv.kernels.launch import Packed, accumulator, ceil_div, launch
 from sepconv.kernels.statistics import Partial, collected_by, store_statistics
 from sepconv.kernels.tiles import split_nq
-
-# The weights stay in registers, eight channels of every tap in each thread.
-MAX_TAPS = 9
 
 
 @triton.jit
@@ -137,7 +134,7 @@ def _depthwise_rolling_kernel(
 def fits_rolling(filter_size: tuple[int, int], stride_h: int, dilation_h: int) -> bool:
     """Whether the rolling kernel can run this convolution."""
     R, S = filter_size
-    return stride_h == 1 and dilation_h == 1 and R > 1 and R * S <= MAX_TAPS
+    return stride_h == 1 and dilation_h == 1 and R > 1 and R * S <= ROLLING_MOST_TAPS
 
 
 def depthwise_rolling(

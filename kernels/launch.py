@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 
 # Offsets inside one axis are 32 bits wide; whole tensors may be larger.
@@ -152,7 +153,20 @@ def dot_dtype(x: torch.Tensor) -> torch.dtype:
 
 @cache
 def _before_ampere(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
+    if torch.version.hip is not None:
+        return False
+    if device.type == "meta":
+        return active_target().arch < 80
+    return torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def active_target() -> Any:
+    """Triton's name of what it compiles for: backend, architecture, threads of a warp.
+
+    Raises:
+        RuntimeError: There is no GPU.
+    """
+    return triton.runtime.driver.active.get_current_target()
 
 
 def launch(
@@ -167,7 +181,8 @@ def launch(
 ) -> None:
     """Run `programs` instances of `kernel` on the device that holds the tensors.
 
-    Neither synchronises nor reads device memory, so it can be captured in a CUDA graph.
+    Neither synchronises nor reads device memory, so it can be captured in a CUDA graph. For meta
+    tensors the kernel is compiled, for the target that Triton's active driver names, and not run.
 
     Raises:
         ValueError: The tensors lie on different devices.
@@ -176,6 +191,10 @@ def launch(
     for tensor in tensors:
         if tensor is not None and tensor.device != device:
             raise ValueError(f"expected every tensor on {device}, got one on {tensor.device}")
+    if device.type == "meta":
+        options = {"num_warps": num_warps, "num_stages": num_stages, "grid": (programs,)}
+        kernel.warmup(*tensors, *scalars, **constants, **options)
+        return
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[(programs,)](

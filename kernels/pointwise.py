@@ -122,7 +122,6 @@ def pointwise_fwd(
     allow_tf32: bool,
     channels_last: bool,
     config: GemmConfig | None = None,
-    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Pointwise convolution, bias, residual and activation in one kernel.
 
@@ -135,12 +134,11 @@ def pointwise_fwd(
         allow_tf32: Whether float32 products may use TF32.
         channels_last: Memory format of the result.
         config: Block sizes; None takes the default.
-        out: Where to write the result, [N, K, H, W], any strides; None makes a new tensor.
 
     Returns:
         y [N, K, H, W].
     """
-    y = _empty_result(x, weight_pw, channels_last) if out is None else out
+    y = _empty_result(x, weight_pw, channels_last)
     _pointwise(x, weight_pw, bias, activation, residual, y, allow_tf32, channels_last, config)
     return y
 

@@ -3,7 +3,8 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 from sepconv.ops import tuning, tuning_files
 from sepconv.ops.backend import backend, can_run_kernels
 from sepconv.tuner import Tuned, tune
+from sepconv.tuner.candidates import MAX_CANDIDATES
+from sepconv.tuner.search import OUT_OF_TIME
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -54,6 +57,13 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     add("--backward", action="store_true", help="tune the backward pass too")
     add("--seconds", type=float, help="time limit for all of it")
     add("--retune", action="store_true", help="measure again what is in the cache")
+    add(
+        "--candidates",
+        type=int,
+        default=MAX_CANDIDATES,
+        metavar="N",
+        help="how many to try for each kind of call (default %(default)s)",
+    )
     add("--export", type=Path, metavar="FOLDER", help="write all of this GPU's choices as a table")
     add("--export-arch", action="store_true", help="name the table by the architecture")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
@@ -86,8 +96,11 @@ def _tune(args: argparse.Namespace) -> None:
                 backward=args.backward,
                 seconds=seconds,
                 retune=args.retune,
+                max_candidates=args.candidates,
             )
     console.print(_table(found))
+    for line in _losses(found):
+        console.print(line, markup=False, soft_wrap=True)
     if args.export:
         console.print(f"wrote {_export(args)}")
 
@@ -122,6 +135,21 @@ def _table(found: Sequence[Tuned]) -> Table:
             f"{tuned.tried}/{tuned.candidates}",
         )
     return table
+
+
+def _losses(found: Sequence[Tuned]) -> Iterator[str]:
+    """What has no time, and what to do about it."""
+    unfinished = sum(not tuned.finished for tuned in found)
+    if unfinished:
+        yield f"{unfinished} kinds of calls ran out of time: the same command goes on with them"
+    reasons = Counter(
+        (tuned.key.split("_float")[0].split("_bfloat")[0], lost.reason)
+        for tuned in found
+        for lost in tuned.lost
+        if lost.reason != OUT_OF_TIME
+    )
+    for (op, reason), count in sorted(reasons.items()):
+        yield f"{op}: {count} candidates left out: {reason}"
 
 
 def _export(args: argparse.Namespace) -> Path:

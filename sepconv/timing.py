@@ -12,19 +12,30 @@ Call = Callable[[], Any]
 Timer = Callable[[Sequence[Call], float], float]
 
 
+class CaptureError(RuntimeError):
+    """Work could not be captured into a CUDA graph, and this process is fit for nothing more.
+
+    In torch 2.11 a capture that raises leaves its stream entered: whatever this process launches
+    afterwards runs there, unordered with what it launched before.
+    """
+
+
 def device_seconds(calls: Sequence[Call], duration: float = 0.05, *, capture: bool = True) -> float:
-    """Median seconds of one call on the GPU, without the host's share if it can be captured.
+    """Median seconds of one call on the GPU, without the host's share if it is captured.
 
     The calls, the same work on different tensors, are captured into one CUDA graph that is
-    replayed; what cannot be captured is launched call by call. Results stay alive within a replay,
-    so that neither inputs nor outputs are found in the cache if together they exceed it.
+    replayed, or launched call by call. Results stay alive within a replay, so that neither inputs
+    nor outputs are found in the cache if together they exceed it.
 
     Args:
         calls: What to time, one after the other.
         duration: Seconds to measure for, after half as many replays to warm up.
-        capture: Whether to capture; a training step that is captured halfway leaves ruins.
+        capture: Whether to capture. Not for what waits for the GPU, as a training step may.
+
+    Raises:
+        CaptureError: The calls cannot be captured; measure on in another process.
     """
-    replay = (_captured(calls) if capture else None) or (lambda: [call() for call in calls])
+    replay = _captured(calls) if capture else (lambda: [call() for call in calls])
     replay()
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -60,20 +71,25 @@ def host_seconds(calls: Sequence[Call], duration: float = 0.05) -> float:
     return statistics.median(times) / len(calls)
 
 
-def _captured(calls: Sequence[Call]) -> Call | None:
-    """The calls as one graph launch; None where they cannot be captured."""
+def _captured(calls: Sequence[Call]) -> Call:
+    """The calls as one graph launch.
+
+    Raises:
+        CaptureError: They cannot be captured.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         # Compilation and library handles must be ready before the capture.
         calls[0]()
     torch.cuda.current_stream().wait_stream(stream)
+    # The graph has a pool of its own, which finds no room in what torch keeps for others.
+    torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
             alive = [call() for call in calls]
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
+    except Exception as error:
+        raise CaptureError(f"{type(error).__name__}: {error}") from error
     del alive
     return graph.replay

@@ -5,7 +5,6 @@ which compares them; without it the choice is looked up.
 """
 
 from collections.abc import Sequence
-from math import prod
 from typing import Literal
 
 import torch
@@ -14,9 +13,9 @@ from torch import Tensor
 from sepconv import reference
 from sepconv.layout import is_channels_last, memory_format, to_layout
 from sepconv.ops.kernel_modules import kernel_module
-from sepconv.ops.tuning import images_at_a_time, lookup
+from sepconv.ops.tuning import lookup
 from sepconv.ops.tuning_files import Choice
-from sepconv.reference import Pair, Sides, output_size
+from sepconv.reference import Pair, Sides
 
 Geometry = tuple[Pair, Sides, Pair]
 
@@ -62,15 +61,17 @@ def pointwise(
     residual: Tensor | None,
     channels_last: bool,
     choice: Choice = ASK,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """`pointwise_fwd`; the result may go into a tensor that is there."""
+    """`pointwise_fwd`."""
     if choice == ASK:
         epilogue = bias is not None or activation is not None or residual is not None
-        choice = _pointwise_choice(x, x.shape, weight_pw, channels_last, epilogue)
+        choice = _pointwise_choice(x, weight_pw, channels_last, epilogue)
+    if choice == "linear":
+        y = _linear(x, weight_pw, bias, activation, residual)
+        return to_layout(y, channels_last)
     if choice == "library":
         y = reference.pointwise_conv2d(x, weight_pw, bias, activation, residual)
-        return to_layout(y, channels_last) if out is None else out.copy_(y)
+        return to_layout(y, channels_last)
     return kernel_module("pointwise").pointwise_fwd(
         x,
         weight_pw,
@@ -80,8 +81,29 @@ def pointwise(
         allow_tf32=_allows_tf32_for(x),
         channels_last=channels_last,
         config=choice,
-        out=out,
     )
+
+
+def _linear(
+    x: Tensor,
+    weight_pw: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """A pointwise convolution as the library's matrix product, channels_last.
+
+    On a GPU that is cuBLASLt, which adds a bias and applies a ReLU before it writes.
+    """
+    N, C, P, Q = x.shape
+    pixels = x.permute(0, 2, 3, 1).reshape(-1, C)
+    weight = weight_pw.flatten(1).t()
+    if bias is not None and activation == "relu" and residual is None:
+        y, activation = torch._addmm_activation(bias, pixels, weight), None
+    else:
+        y = torch.mm(pixels, weight) if bias is None else torch.addmm(bias, pixels, weight)
+    y = y.view(N, P, Q, -1).permute(0, 3, 1, 2)
+    return reference.activate(y if residual is None else y + residual, activation)
 
 
 def _depthwise_choice(
@@ -92,17 +114,11 @@ def _depthwise_choice(
     return lookup("depthwise_fwd", x, *sizes, *geometry, channels_last, False, epilogue)
 
 
-def _pointwise_choice(
-    like: Tensor,
-    x_shape: Sequence[int],
-    weight_pw: Tensor,
-    channels_last: bool,
-    epilogue: bool,
-) -> Choice:
+def _pointwise_choice(x: Tensor, weight_pw: Tensor, channels_last: bool, epilogue: bool) -> Choice:
     K, C = weight_pw.shape[:2]
-    sizes = (x_shape, (C, 1, 1), K)
-    tf32 = _allows_tf32_for(like)
-    return lookup("pointwise_fwd", like, *sizes, *_PLAIN, channels_last, tf32, epilogue)
+    sizes = (x.shape, (C, 1, 1), K)
+    tf32 = _allows_tf32_for(x)
+    return lookup("pointwise_fwd", x, *sizes, *_PLAIN, channels_last, tf32, epilogue)
 
 
 def _allows_tf32_for(x: Tensor) -> bool:
@@ -132,8 +148,8 @@ def pointwise_statistics(
     x: Tensor, weight_pw: Tensor, bias: Tensor | None, channels_last: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`pointwise_fwd_statistics`, by the choice for `pointwise_fwd`."""
-    choice = _pointwise_choice(x, x.shape, weight_pw, channels_last, bias is not None)
-    if choice == "library":
+    choice = _pointwise_choice(x, weight_pw, channels_last, bias is not None)
+    if choice in ("library", "linear"):
         return with_statistics(pointwise(x, weight_pw, bias, None, None, channels_last))
     return kernel_module("pointwise").pointwise_fwd_statistics(
         x,
@@ -167,7 +183,7 @@ def separable(
     channels_last: bool,
     choice: Choice = ASK,
 ) -> Tensor:
-    """`separable_fwd`, or the two convolutions one after the other, in chunks or at once."""
+    """`separable_fwd`, or the two convolutions one after the other."""
     geometry = (stride, padding, dilation)
     tf32 = _allows_tf32_for(x)
     if choice == ASK:
@@ -179,63 +195,20 @@ def separable(
     if choice == "unfused":
         middle = depthwise(x, weight_dw, bias_dw, *geometry, activation_mid, channels_last)
         return pointwise(middle, weight_pw, bias_pw, activation, residual, channels_last)
-    weights = (weight_dw, weight_pw, bias_dw, bias_pw)
-    activations = (activation_mid, activation)
-    if choice == "chunked":
-        return _in_chunks(x, *weights, geometry, *activations, residual, channels_last)
-    if choice == "library":
-        y = reference.separable_conv2d(x, *weights, *geometry, *activations, residual)
-        return to_layout(y, channels_last)
     return kernel_module("separable").separable_fwd(
         x,
-        *weights,
+        weight_dw,
+        weight_pw,
+        bias_dw,
+        bias_pw,
         *geometry,
-        *activations,
+        activation_mid,
+        activation,
         residual,
         allow_tf32=tf32,
         channels_last=channels_last,
         config=choice,
     )
-
-
-def _in_chunks(
-    x: Tensor,
-    weight_dw: Tensor,
-    weight_pw: Tensor,
-    bias_dw: Tensor | None,
-    bias_pw: Tensor | None,
-    geometry: Geometry,
-    activation_mid: str | None,
-    activation: str | None,
-    residual: Tensor | None,
-    channels_last: bool,
-) -> Tensor:
-    """The two convolutions for a few images at a time, so that the cache keeps what is between.
-
-    Block sizes are those of the whole batch.
-    """
-    P, Q = output_size(x.shape, weight_dw.shape, *geometry)
-    middle_shape = (len(x), weight_dw.shape[0], P, Q)
-    mid = bias_dw is not None or activation_mid is not None
-    dw_choice = _depthwise_choice(x, weight_dw, geometry, channels_last, mid)
-    end = bias_pw is not None or activation is not None or residual is not None
-    pw_choice = _pointwise_choice(x, middle_shape, weight_pw, channels_last, end)
-    layout = memory_format(channels_last)
-    y = torch.empty(
-        (len(x), len(weight_pw), P, Q), dtype=x.dtype, device=x.device, memory_format=layout
-    )
-    step = images_at_a_time(x.get_device(), prod(middle_shape[1:]) * x.element_size())
-    for first in range(0, len(x), step):
-        part = slice(first, first + step)
-        middle = depthwise(
-            x[part], weight_dw, bias_dw, *geometry, activation_mid, channels_last, dw_choice
-        )
-        also = None if residual is None else residual[part]
-        pointwise(
-            middle, weight_pw, bias_pw, activation, also, channels_last, pw_choice, out=y[part]
-        )
-        del middle  # the next one is to lie in the same memory
-    return y
 
 
 def activation_bwd(

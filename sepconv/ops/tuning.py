@@ -31,9 +31,6 @@ from sepconv.roofline import find_gpu, predicted_seconds
 
 # Calls of different sizes are remembered one by one; a process that sees more starts again.
 _MOST_CALLS = 4096
-# Of the last cache level, what the tensor between two kernels may fill: its reader's input and
-# output pass through the cache beside it.
-_CACHE_SHARE = 0.25
 # Two kernels run in place of the fused one, unmeasured, if predicted to take less than this of it.
 _SURELY_FASTER = 0.8
 
@@ -44,6 +41,13 @@ class Target(NamedTuple):
     gpu: str
     arch: str
     triton: str  # major.minor
+
+
+class Known(NamedTuple):
+    """What tuning has found for a key, and whether every candidate was tried."""
+
+    choice: Choice
+    finished: bool
 
 
 class Problem(NamedTuple):
@@ -123,7 +127,7 @@ class Problem(NamedTuple):
 
 
 _answers: dict[tuple[Any, ...], Choice] = {}
-_tuned: dict[tuple[Target, str], Choice] = {}
+_tuned: dict[tuple[Target, str], Known] = {}
 _seen: dict[tuple[Any, ...], None] | None = None
 _lock = threading.RLock()
 
@@ -206,19 +210,19 @@ def recording() -> Iterator[dict[tuple[Any, ...], None]]:
         _seen = None
 
 
-def tuned(problem: Problem) -> tuple[Choice] | None:
+def tuned(problem: Problem) -> Known | None:
     """What this process or this user has found for a problem's key; None if nobody has tuned it."""
     where, key = target(problem.device), problem.key
     if (where, key) in _tuned:
-        return (_tuned[where, key],)
+        return _tuned[where, key]
     entry = tuning_files.read(where.gpu, where.triton, key)
-    return None if entry is None else (entry.choice,)
+    return None if entry is None else Known(entry.choice, entry.finished)
 
 
-def install(target: Target, key: str, choice: Choice) -> None:
+def install(target: Target, key: str, choice: Choice, finished: bool = True) -> None:
     """Use a choice from now on in this process."""
     with _lock:
-        _tuned[target, key] = choice
+        _tuned[target, key] = Known(choice, finished)
         _answers.clear()
 
 
@@ -253,11 +257,6 @@ def cache_bytes(device: int) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if device >= 0 else 0
 
 
-def images_at_a_time(device: int, image_bytes: int) -> int:
-    """How many images of a tensor between two kernels stay in the cache; at least one."""
-    return max(int(_CACHE_SHARE * cache_bytes(device)) // max(image_bytes, 1), 1)
-
-
 def _answer(call: tuple[Any, ...]) -> Choice:
     with _lock:
         if call not in _answers:
@@ -272,7 +271,7 @@ def _find(problem: Problem) -> Choice:
     if not problem.deterministic:
         mine = tuned(problem)
         if mine is not None:
-            return mine[0]
+            return mine.choice
     for name in (where.gpu, where.arch):
         table = tuning_files.shipped(name, where.triton)
         if key in table:

@@ -17,14 +17,15 @@ from typing import Any, NamedTuple
 from sepconv.files import write_atomically
 from sepconv.ops.kernel_modules import kernel_module
 
-FORMAT = 1
-# Beside the kernels: torch's own operators, and for the separable op one kernel after the other,
-# for the whole batch or for as many images at a time as leave what is between them in the cache.
-OTHERS = ("library", "unfused", "chunked")
+FORMAT = 2
+# Beside the kernels: torch's own convolutions, its matrix product for a pointwise one, and for the
+# separable op one kernel after the other.
+OTHERS = ("library", "linear", "unfused")
 # Block sizes, `None` for the default ones, or one of `OTHERS`.
 Choice = tuple[int, ...] | str | None
 
 _LARGEST_FILE = 1 << 20  # bytes
+_MOST_LOST, _LONGEST_REASON = 1000, 300
 _DEPTHWISE = ("block_nq", "block_c", "rows", "num_warps", "num_stages")
 _GEMM = ("block_nq", "block_c", "block_k", "rows", "num_warps", "num_stages")
 # More sums than this in one thread cannot stay in registers (255 at most, of 32 bits).
@@ -33,14 +34,27 @@ _MOST_SUMS_PER_THREAD = 256
 _warned = False
 
 
+class Lost(NamedTuple):
+    """A candidate that has no time, and why."""
+
+    choice: Choice
+    reason: str
+
+
 class Entry(NamedTuple):
-    """One tuned key: what won, and its measured time beside the default's, in seconds."""
+    """One tuned key: what won, and its measured time beside the default's, in seconds.
+
+    Zero seconds say that nothing could be timed. `finished` is false where time ran out before
+    every candidate had its turn: those left are among the `lost`.
+    """
 
     choice: Choice
     seconds: float
     default_seconds: float
     tried: int
     candidates: int
+    finished: bool = True
+    lost: tuple[Lost, ...] = ()
 
 
 def cache_dir() -> Path | None:
@@ -113,7 +127,7 @@ def read_table(path: Path, name: str, triton: str) -> dict[str, Choice]:
         entries = found.get("entries")
         if not isinstance(entries, dict):
             raise ValueError("entries: expected an object")
-        return {key: _choice(key, value) for key, value in entries.items()}
+        return {key: choice_of(key, value) for key, value in entries.items()}
     except (OSError, ValueError, RecursionError) as error:
         _warn_once(path, error)
         return {}
@@ -141,7 +155,11 @@ def write_table(folder: Path, name: str, triton: str, entries: Mapping[str, Choi
 
 def entry_json(key: str, entry: Entry) -> dict[str, Any]:
     """An entry as it stands in files."""
-    return entry._asdict() | {"choice": choice_json(key, entry.choice)}
+    lost = [
+        {"choice": choice_json(key, choice), "reason": reason[:_LONGEST_REASON]}
+        for choice, reason in entry.lost[:_MOST_LOST]
+    ]
+    return entry._asdict() | {"choice": choice_json(key, entry.choice), "lost": lost}
 
 
 def choice_json(key: str, choice: Choice) -> Any:
@@ -165,17 +183,36 @@ def entry_of(key: str, found: Mapping[str, Any]) -> Entry:
     for count in (tried, candidates):
         if type(count) is not int or count < 0:
             raise ValueError(f"expected a count, got {count!r}")
-    return Entry(_choice(key, found.get("choice")), seconds, default_seconds, tried, candidates)  # type: ignore[arg-type]
+    finished = found.get("finished")
+    if type(finished) is not bool:
+        raise ValueError(f"finished: expected true or false, got {finished!r}")
+    choice, lost = choice_of(key, found.get("choice")), _lost_of(key, found.get("lost"))
+    return Entry(choice, seconds, default_seconds, tried, candidates, finished, lost)  # type: ignore[arg-type]
+
+
+def _lost_of(key: str, found: Any) -> tuple[Lost, ...]:
+    if not isinstance(found, list) or len(found) > _MOST_LOST:
+        raise ValueError(f"lost: expected a list of at most {_MOST_LOST}")
+    lost = []
+    for item in found:
+        reason = item.get("reason") if isinstance(item, dict) else None
+        if not isinstance(reason, str) or len(reason) > _LONGEST_REASON:
+            raise ValueError(f"lost: expected a choice and a reason, got {item!r}")
+        lost.append(Lost(choice_of(key, item.get("choice")), reason))
+    return tuple(lost)
 
 
 def others(key: str) -> tuple[str, ...]:
     """What can run a key's calls beside the kernel.
 
-    The library's weight gradient may differ from call to call, ours does not.
+    The library's weight gradient may differ from call to call, ours does not. The halves of a
+    separable convolution have choices of their own, the library's operators among them.
     """
     if key.startswith("depthwise_bwd_weight"):
         return ()
-    return OTHERS if key.startswith("separable") else OTHERS[:1]
+    if key.startswith("separable"):
+        return ("unfused",)
+    return ("library", "linear") if key.startswith("pointwise") else ("library",)
 
 
 def forget() -> None:
@@ -199,7 +236,12 @@ def _load(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _choice(key: str, value: Any) -> Choice:
+def choice_of(key: str, value: Any) -> Choice:
+    """The choice that stands in a file as `value`.
+
+    Raises:
+        ValueError: It is none, or no program could be that large.
+    """
     if value == "default":
         return None
     if isinstance(value, str):

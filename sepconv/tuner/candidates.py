@@ -1,50 +1,85 @@
 """What is worth compiling for a problem, most promising first."""
 
-from math import prod
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from sepconv.ops.kernel_modules import kernel_module
-from sepconv.ops.tuning import Problem, images_at_a_time, target
+from sepconv.ops.tuning import Problem, target
 from sepconv.ops.tuning_files import Choice, others
 from sepconv.roofline import Gpu, find_gpu, predicted_seconds
 
+MAX_CANDIDATES = 8
 _SAFE_SHARED = 48 * 1024  # bytes that any GPU has
 # Candidates predicted to be this many times slower than the best are not compiled.
 _HOPELESS = 3.0
 
 
-def candidates(problem: Problem) -> list[Choice]:
-    """The default first, then what is no kernel, then block sizes by predicted time.
+def candidates(problem: Problem, most: int = MAX_CANDIDATES) -> list[Choice]:
+    """The default first, then what is no kernel of ours, then block sizes: at most `most`.
 
     Left out, before anything is compiled: block sizes whose estimated shared memory exceeds the
     device's or whose sums exceed the registers (`sepconv.kernels.configs`), and those that the
-    cost model gives no chance.
+    cost model gives no chance. Of the others the best predicted of every kind is taken before a
+    second one of any kind, since the model is a guess and kinds differ in what it leaves out.
     """
-    shape = problem.conv_shape
-    sizes = kernel_module("configs").candidates(
-        problem.op, problem.dtype, shape, shared_limit(problem.device)
+    ways: list[Choice] = [None, *(way for way in others(problem.op) if _offered(problem, way))]
+    sizes = _sizes_by_promise(problem)
+    return [*ways, *diverse(sizes, most - len(ways))]
+
+
+def diverse(sizes: Sequence[Any], count: int) -> list[Any]:
+    """So many of `sizes`, in order: the first of each kind, coarse kinds first, then the rest."""
+    kinds: tuple[Callable[[Any], Any], ...] = (
+        lambda config: config.rows,
+        lambda config: (config.block_nq, getattr(config, "block_k", config.block_c)),
+        lambda config: config,
+    )
+    chosen: dict[Any, None] = {}
+    for kind in kinds:
+        seen = {kind(config) for config in chosen}
+        for config in sizes:
+            if len(chosen) < count and kind(config) not in seen:
+                seen.add(kind(config))
+                chosen[config] = None
+    return list(chosen)
+
+
+def _offered(problem: Problem, way: str) -> bool:
+    """The matrix product obeys another switch for TF32 than convolutions do."""
+    return way != "linear" or problem.dtype.itemsize == 2 or problem.tf32
+
+
+def _sizes_by_promise(problem: Problem) -> list[Any]:
+    """Block sizes but the default ones, by predicted time where the GPU is known."""
+    shape, limit = problem.conv_shape, shared_limit(problem.device)
+    default, *sizes = kernel_module("configs").candidates(
+        problem.op, problem.dtype, shape, limit, problem.tf32
     )
     gpu = known_gpu(problem.device)
-    if gpu is not None:
-        predicted = {
-            config: predicted_seconds(
-                problem.op, shape, problem.dtype, gpu, config=config, tf32=problem.tf32
-            )
-            for config in sizes
-        }
-        best = min(predicted.values())
-        sizes = sorted(sizes, key=predicted.__getitem__)
-        sizes = [config for config in sizes if predicted[config] <= _HOPELESS * best]
-    ways = [way for way in others(problem.op) if way != "chunked" or _has_chunks(problem)]
-    return list(dict.fromkeys([None, *ways, *sizes]))
+    if gpu is None:
+        return sizes
+    predicted = {
+        config: predicted_seconds(
+            problem.op, shape, problem.dtype, gpu, config=config, tf32=problem.tf32
+        )
+        for config in (default, *sizes)
+    }
+    best = min(predicted.values())
+    sizes = [config for config in sizes if predicted[config] <= _HOPELESS * best]
+    return sorted(sizes, key=lambda config: (predicted[config], *_demerits(config)))
 
 
-def _has_chunks(problem: Problem) -> bool:
-    """Whether the batch is too large for what lies between two kernels to stay in the cache."""
-    n, c, *size = problem.halves[1].x_shape
-    image_bytes = c * prod(size) * problem.dtype.itemsize
-    return images_at_a_time(problem.device, image_bytes) < n
+def _demerits(config: Any) -> tuple[float, ...]:
+    """What orders those that the cost model takes for equal, the least first.
+
+    A product that reads its operands again, takes short steps, or has not three of them under way.
+    """
+    if not hasattr(config, "block_k"):
+        return ()
+    rereading = 1 / config.block_nq + 1 / config.block_k
+    return rereading, -config.block_c, abs(config.num_stages - 3)
 
 
 def known_gpu(device: int) -> Gpu | None:

@@ -1,5 +1,6 @@
 """The call of one problem on made-up tensors, and its right answer."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from sepconv.ops.tuning_files import Choice
 # Tensors in turn are to exceed the last cache level; beyond this many sets a model's own
 # activations would be found in the cache as well.
 _MOST_SETS = 16
+# Elements that the right answer is worked out for at a time: in float64, with what lies between.
+_CHUNK = 1 << 27
 
 
 class Operands(NamedTuple):
@@ -38,15 +41,26 @@ def make_operands(problem: Problem, integers: bool, seed: int = 0) -> Operands:
     """
     device = torch.device("cpu" if problem.device < 0 else f"cuda:{problem.device}")
     generator = torch.Generator(device).manual_seed(seed)
+
+    def fill(empty: Tensor) -> Tensor:
+        if integers:
+            return empty.random_(-1, 2, generator=generator)
+        return empty.normal_(generator=generator)
+
+    return _operands(problem, device, fill)
+
+
+def meta_operands(problem: Problem) -> Operands:
+    """Operands without data: a launcher that is given them compiles its kernel, see `launch`."""
+    return _operands(problem, torch.device("meta"), lambda empty: empty)
+
+
+def _operands(problem: Problem, device: torch.device, fill: Callable[[Tensor], Tensor]) -> Operands:
     layout = memory_format(problem.channels_last)
 
     def tensor(*shape: int) -> Tensor:
-        made = torch.empty(shape, dtype=problem.dtype, device=device)
-        if len(shape) == 4:
-            made = made.contiguous(memory_format=layout)
-        if integers:
-            return made.random_(-1, 2, generator=generator)
-        return made.normal_(generator=generator)
+        empty = torch.empty(shape, dtype=problem.dtype, device=device)
+        return fill(empty.contiguous(memory_format=layout) if len(shape) == 4 else empty)
 
     n, c, h, w = problem.x_shape
     G, R, S = problem.filter_shape
@@ -104,16 +118,49 @@ def run_convolution(problem: Problem, operands: Operands, choice: Choice) -> Ten
 
 
 def right_answer(problem: Problem, operands: Operands) -> tuple[Tensor, ...]:
-    """What the call must return for integers: computed by torch in float64, then rounded."""
-    x, dy, weight_dw, weight_pw = (t.double() for t in operands[:4])
-    bias_dw, bias_pw = (None if t is None else t.double() for t in operands[4:])
+    """What the call must return: computed by torch in float64, some images at a time, then rounded.
+
+    For integers it is exact, whatever the order of summation.
+    """
+    n, g = problem.x_shape[0], problem.filter_shape[0]
+    (h, w), (p, q) = problem.x_shape[2:], problem.output_size
+    image = max(h * w * g // max(problem.M, 1), p * q * max(g, problem.K), 1)
+    step = max(_CHUNK // image, 1)
+    chunks = [
+        _right_answer(problem, _some_images(operands, first, step))
+        for first in range(0, max(n, 1), step)
+    ]
+    return tuple(
+        torch.cat(parts)
+        if parts[0].dim() == 4 and problem.op != "depthwise_bwd_weight"
+        # A gradient that is summed over the images.
+        else torch.stack(parts).sum(0).to(problem.dtype)
+        for parts in zip(*chunks, strict=True)
+    )
+
+
+def _some_images(operands: Operands, first: int, count: int) -> Operands:
+    """The operands of so many images, in float64 and NCHW.
+
+    On a GPU torch has kernels of its own for depthwise convolutions in that form; in another they
+    go to cuDNN, which is slow in float64.
+    """
+    x, dy = (t[first : first + count] if t.dim() == 4 else t for t in operands[:2])
+    return Operands(
+        *(None if t is None else t.double().contiguous() for t in (x, dy, *operands[2:]))  # type: ignore[arg-type]
+    )
+
+
+def _right_answer(problem: Problem, operands: Operands) -> tuple[Tensor, ...]:
+    """For some images: what is one result per image rounded, what is summed over them not."""
+    x, dy, weight_dw, weight_pw, bias_dw, bias_pw = operands
+    geometry = (problem.stride, problem.padding, problem.dilation)
     relu = "relu" if problem.epilogue else None
     relu_mid = "relu" if problem.epilogue_mid else None
-    geometry = (problem.stride, problem.padding, problem.dilation)
     if problem.op == "activation_bwd":
         dz = reference.activation_backward(dy, x, "relu")
-        results = (dz, dz.sum((0, 2, 3))) if problem.epilogue else (dz,)
-        return tuple(result.to(problem.dtype) for result in results)
+        rounded = dz.to(problem.dtype)
+        return (rounded, dz.sum((0, 2, 3))) if problem.epilogue else (rounded,)
     if problem.op == "depthwise_fwd":
         y = reference.depthwise_conv2d(x, weight_dw, bias_dw, *geometry, relu)
     elif problem.op == "pointwise_fwd":
@@ -121,10 +168,11 @@ def right_answer(problem: Problem, operands: Operands) -> tuple[Tensor, ...]:
     elif problem.op == "separable_fwd":
         weights = (weight_dw, weight_pw, bias_dw, bias_pw)
         y = reference.separable_conv2d(x, *weights, *geometry, relu_mid, relu, None)
-    elif problem.op == "depthwise_bwd_input":
-        y = reference.depthwise_conv2d_backward_input(
-            dy, weight_dw, problem.x_shape, *geometry, problem.channels_last
-        )
     else:
-        y = reference.depthwise_conv2d_backward_weight(dy, x, weight_dw.shape, *geometry)
+        x, weight_dw = (t.detach().requires_grad_() for t in (x, weight_dw))
+        with torch.enable_grad():
+            y = reference.depthwise_conv2d(x, weight_dw, None, *geometry, None)
+        if problem.op == "depthwise_bwd_weight":
+            return torch.autograd.grad(y, weight_dw, dy)
+        (y,) = torch.autograd.grad(y, x, dy)
     return (y.to(problem.dtype),)

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,11 +15,17 @@ from torch.utils._pytree import tree_leaves
 from sepconv.graph import split_inputs
 from sepconv.ops import tuning, tuning_files
 from sepconv.ops.tuning import Problem, Target
-from sepconv.ops.tuning_files import Choice, Entry
+from sepconv.ops.tuning_files import Choice, Entry, Lost
 from sepconv.progress import track
 from sepconv.timing import Timer, device_seconds, host_seconds
-from sepconv.tuner.search import search
+from sepconv.tuner.candidates import MAX_CANDIDATES, candidates
+from sepconv.tuner.compiling import compile_all
+from sepconv.tuner.search import OUT_OF_TIME, Race, confirm_unfused
 
+# Of the time there is, what compiling ahead may take.
+_COMPILING_SHARE = 0.5
+
+# One search at a time in a process, or they would measure each other.
 _one_at_a_time = threading.Lock()
 
 
@@ -28,13 +34,15 @@ class Tuned(NamedTuple):
 
     Attributes:
         key: Names the kind: op, type, sizes.
-        choice: Block sizes, `None` for the default ones, `"library"` for torch's own operators,
-            `"unfused"` for the depthwise and the pointwise kernel one after the other, or
-            `"chunked"` for the same with a few images at a time.
-        seconds: Time of the choice.
+        choice: Block sizes, `None` for the default ones, `"library"` for torch's convolution,
+            `"linear"` for its matrix product, or `"unfused"` for the depthwise and the pointwise
+            kernel one after the other.
+        seconds: Time of the choice; 0 where nothing could be timed.
         default_seconds: Time of the default block sizes.
         tried: Candidates that were timed.
         candidates: Candidates that there were.
+        finished: Whether each had its turn; if not, the next `tune` takes the rest up again.
+        lost: Candidates without a time, and why.
     """
 
     key: str
@@ -43,6 +51,8 @@ class Tuned(NamedTuple):
     default_seconds: float
     tried: int
     candidates: int
+    finished: bool = True
+    lost: tuple[Lost, ...] = ()
 
 
 def tune(
@@ -52,13 +62,16 @@ def tune(
     backward: bool = False,
     seconds: float | None = None,
     retune: bool = False,
+    max_candidates: int = MAX_CANDIDATES,
     timer: Timer | None = None,
 ) -> list[Tuned]:
     """Find the fastest way to run each call of sepconv's ops that `model(x)` makes on its GPU.
 
+    The candidates are compiled first, by a process per core; then each is checked and timed alone.
     Each winner is written to the user's cache (`SEPCONV_CACHE_DIR`, else the XDG cache directory)
-    as soon as it is known: after an interruption, the next call goes on where this one ended.
-    Candidates whose results differ from float64's on integers are left out, with a warning.
+    as soon as it is known: after an interruption, or where the time ran out, the next call goes on
+    where this one ended. Candidates whose results differ from float64's on integers are left out,
+    with a warning.
 
     In a `torch.distributed` job every rank must call this; rank 0 measures, and all use what it
     found. Without `tune` nothing is ever measured: calls run with shipped or default block sizes.
@@ -69,14 +82,17 @@ def tune(
         backward: Whether to tune the backward pass too.
         seconds: Time limit, shared among the kinds of calls.
         retune: Whether to measure again what is in the cache.
+        max_candidates: How many to try for each kind of call, the most promising.
         timer: Measures instead of `sepconv.timing.device_seconds`.
 
     Returns:
         What was found in this call; what the cache held already is not in it.
 
     Raises:
-        ValueError: The model makes no call that could be tuned.
+        ValueError: The model makes no call that could be tuned, or `max_candidates` is below 1.
         RuntimeError: A CUDA graph is being captured.
+        sepconv.timing.CaptureError: A candidate could not be captured in one, which leaves this
+            process unfit for more; in a new one, the same call goes on with the next candidate.
 
     Example:
         >>> import sepconv
@@ -93,7 +109,9 @@ def tune(
             "model: expected one that runs sepconv's kernels, which this one does not on "
             f"{', '.join(sorted(devices))}"
         )
-    return tune_problems(problems, seconds=seconds, retune=retune, timer=timer)
+    return tune_problems(
+        problems, seconds=seconds, retune=retune, max_candidates=max_candidates, timer=timer
+    )
 
 
 def record(
@@ -106,7 +124,7 @@ def record(
             y = model(*args, **kwargs)
         if backward:
             _run_backward(model, y)
-    return _kinds(Problem(*call)._replace(deterministic=False) for call in calls)
+    return list(dict.fromkeys(Problem(*call)._replace(deterministic=False) for call in calls))
 
 
 def tune_problems(
@@ -114,55 +132,128 @@ def tune_problems(
     *,
     seconds: float | None = None,
     retune: bool = False,
+    max_candidates: int = MAX_CANDIDATES,
     timer: Timer | None = None,
+    done: Callable[[Tuned], object] | None = None,
 ) -> list[Tuned]:
-    """`tune` for calls that are known already."""
+    """`tune` for calls that are known already; `done` is called with each result as it comes."""
     _refuse_capture()
+    if max_candidates < 1:
+        raise ValueError(f"max_candidates: expected at least 1, got {max_candidates}")
     end = time.monotonic() + (float("inf") if seconds is None else seconds)
     found: list[tuple[Target, Tuned]] = []
     if not _distributed() or dist.get_rank() == 0:
-        # The separable op runs as two kernels too, so their block sizes come first.
-        ordered = sorted(problems, key=lambda problem: problem.op == "separable_fwd")
-        for i, problem in enumerate(track(ordered, "tuning")):
-            now = time.monotonic()
-            if now >= end:
-                break
-            # Twice a fair share: the first problems compile what later ones use again.
-            deadline = now + 2 * (end - now) / (len(ordered) - i + 1)
-            tuned = _tune_one(problem, deadline, retune, timer)
-            if tuned is not None:
-                found.append((tuning.target(problem.device), tuned))
+        with _one_at_a_time:
+            found = _Search(retune, max_candidates, timer, done).run(_kinds(problems), end)
     if _distributed():
         found = _agreed(found)
     for where, tuned in found:
-        tuning.install(where, tuned.key, tuned.choice)
+        tuning.install(where, tuned.key, tuned.choice, tuned.finished)
     return [tuned for _, tuned in found]
 
 
-def _tune_one(problem: Problem, deadline: float, retune: bool, timer: Timer | None) -> Tuned | None:
-    """Search and keep the winner; None where there is nothing to do or nothing was found."""
-    if timer is None:
-        timer = host_seconds if problem.device < 0 else device_seconds
-    # One search at a time on a device, or they would measure each other.
-    with _one_at_a_time:
-        if not retune and tuning.tuned(problem) is not None:
-            return None
-        entry = search(problem, timer, deadline)
-        if entry is None:
-            return None
+class _Search:
+    """The races of several problems, with what they share."""
+
+    def __init__(
+        self,
+        retune: bool,
+        max_candidates: int,
+        timer: Timer | None,
+        done: Callable[[Tuned], object] | None,
+    ) -> None:
+        self._retune, self._most, self._timer, self._done = retune, max_candidates, timer, done
+        self._found: dict[Problem, Entry] = {}
+
+    def run(self, problems: Sequence[Problem], end: float) -> list[tuple[Target, Tuned]]:
+        """Race every problem that is not settled, until `end` of `time.monotonic()`."""
+        choices = {p: candidates(p, self._most) for p in problems if self._is_open(p)}
+        uncompiled = _compile_ahead(choices, end) if choices else frozenset()
+        for i, problem in enumerate(track(list(choices), "tuning")):
+            now = time.monotonic()
+            if now >= end:
+                break
+            # Twice a fair share: what one does not need is left to the others.
+            deadline = now + 2 * (end - now) / (len(choices) - i + 1)
+            lost = {c: OUT_OF_TIME for c in choices[problem] if (problem, c) in uncompiled}
+            self._race(problem, choices[problem], lost, deadline)
+        for problem, entry in list(self._found.items()):
+            if self._has_news_of_halves(problem) and time.monotonic() < end:
+                self._keep(problem, confirm_unfused(problem, entry, self._timer_for(problem)))
+        return [
+            (tuning.target(problem.device), Tuned(problem.key, *entry))
+            for problem, entry in self._found.items()
+        ]
+
+    def _is_open(self, problem: Problem) -> bool:
+        known = None if self._retune else tuning.tuned(problem)
+        return known is None or not known.finished
+
+    def _race(
+        self,
+        problem: Problem,
+        choices: Sequence[Choice],
+        lost: dict[Choice, str],
+        deadline: float,
+    ) -> None:
+        """Race one problem, and keep what is known of it even where that is broken off."""
         where = tuning.target(problem.device)
+        before = tuning_files.read(where.gpu, where.triton, problem.key)
+        if before is not None and not self._retune:
+            # What crashed or did not compile does so again; what had no turn has it now.
+            lost = lost | {c: why for c, why in before.lost if why != OUT_OF_TIME}
+        race = Race(problem, choices, self._timer_for(problem), lost)
+        try:
+            race.run(deadline)
+        finally:
+            self._keep(problem, race.entry)
+        if self._done is not None:
+            self._done(Tuned(problem.key, *self._found[problem]))
+
+    def _keep(self, problem: Problem, entry: Entry) -> None:
+        where = tuning.target(problem.device)
+        self._found[problem] = entry
         tuning_files.write(where.gpu, where.triton, problem.key, entry)
-        tuning.install(where, problem.key, entry.choice)
-    return Tuned(problem.key, *entry)
+        tuning.install(where, problem.key, entry.choice, entry.finished)
+
+    def _has_news_of_halves(self, problem: Problem) -> bool:
+        """Whether a half was tuned here to anything but its default block sizes."""
+        if problem.op != "separable_fwd":
+            return False
+        kinds = {_kind(p): entry for p, entry in self._found.items()}
+        halves = (kinds.get(_kind(half)) for half in problem.halves)
+        return any(entry is not None and entry.choice is not None for entry in halves)
+
+    def _timer_for(self, problem: Problem) -> Timer:
+        return self._timer or (host_seconds if problem.device < 0 else device_seconds)
+
+
+def _compile_ahead(
+    choices: Mapping[Problem, Sequence[Choice]], end: float
+) -> frozenset[tuple[Problem, Choice]]:
+    """Compile all candidates; return those that time ran out for, but no default.
+
+    The interpreter compiles nothing.
+    """
+    jobs = [(p, choice) for p in choices if p.device >= 0 for choice in choices[p]]
+    if not jobs:
+        return frozenset()
+    left = (end - time.monotonic()) * _COMPILING_SHARE
+    unfinished = compile_all(jobs, seconds=None if left == float("inf") else left).unfinished
+    return frozenset(job for job in unfinished if job[1] is not None)
+
+
+def _kind(problem: Problem) -> tuple[int, str]:
+    return problem.device, problem.key
 
 
 def _kinds(problems: Iterable[Problem]) -> list[Problem]:
-    """One problem per key, with the two halves of every separable convolution."""
+    """One problem per key, the fused ones first, with the two halves of each."""
+    fused = [problem for problem in problems if problem.op == "separable_fwd"]
+    halves = [half for problem in fused for half in problem.halves]
     kinds: dict[tuple[int, str], Problem] = {}
-    for problem in problems:
-        halves = problem.halves if problem.op == "separable_fwd" else ()
-        for part in (*halves, problem):
-            kinds.setdefault((part.device, part.key), part)
+    for problem in (*fused, *halves, *problems):
+        kinds.setdefault(_kind(problem), problem)
     return list(kinds.values())
 
 

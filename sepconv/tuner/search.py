@@ -1,10 +1,8 @@
-"""The race for one problem: compile and check all candidates side by side, then time each alone."""
+"""The race for one problem: each candidate is checked, then timed, one after the other."""
 
-import os
 import time
 import warnings
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -13,9 +11,8 @@ import torch
 from torch import Tensor
 
 from sepconv.ops.tuning import Problem, cache_bytes
-from sepconv.ops.tuning_files import Choice, Entry
-from sepconv.timing import Call, Timer
-from sepconv.tuner.candidates import candidates
+from sepconv.ops.tuning_files import Choice, Entry, Lost
+from sepconv.timing import Call, CaptureError, Timer
 from sepconv.tuner.check import is_right
 from sepconv.tuner.inputs import (
     Operands,
@@ -25,98 +22,138 @@ from sepconv.tuner.inputs import (
     run_choice,
 )
 
-# Compiling leaves Python's lock to others most of the time; the interpreter's language is patched
-# in place and serves one thread.
-_MOST_WORKERS = 8
+OUT_OF_TIME = "out of time"
 _QUICK, _CAREFUL = 0.02, 0.1  # seconds a candidate is timed for, and one of the finalists
 _FINALISTS = 3
 # A gain below this is noise, and the default is the same on every machine.
-_LEAST_GAIN = 0.02
+LEAST_GAIN = 0.02
 
 
-def search(problem: Problem, timer: Timer, deadline: float) -> Entry | None:
-    """Find the fastest choice that computes the right thing.
+class Race:
+    """Finds the fastest of one problem's candidates that computes the right thing.
 
     Args:
         problem: The call.
+        choices: The candidates, in the order in which they have their turn.
         timer: Measures; see `sepconv.timing`.
-        deadline: Of `time.monotonic()`; what has not been tried by then is left out.
-
-    Returns:
-        The winner beside the default; None where the deadline has passed before anything was
-        timed, or where nothing is right, which warns.
+        lost: Candidates that are not to be tried, and why.
     """
-    choices = candidates(problem)
-    right = _right(problem, choices, deadline)
-    if not right:
-        return None
+
+    def __init__(
+        self,
+        problem: Problem,
+        choices: Sequence[Choice],
+        timer: Timer,
+        lost: Mapping[Choice, str] | None = None,
+    ) -> None:
+        self._problem, self._choices, self._timer = problem, choices, timer
+        self._times: dict[Choice, float] = {}
+        self._lost = dict(lost or {})
+
+    def run(self, deadline: float) -> None:
+        """Give every candidate its turn, and the best of them a second, longer one.
+
+        Args:
+            deadline: Of `time.monotonic()`; only the first candidate has its turn after it.
+
+        Raises:
+            CaptureError: A CUDA graph could not be captured: this process is not fit for more.
+            RuntimeError: The device was lost.
+        """
+        with torch.no_grad(), _on(self._problem.device):
+            try:
+                checked = make_operands(self._problem, integers=True)
+                expected = right_answer(self._problem, checked)
+                sets = operands_in_turn(self._problem, cache_bytes(self._problem.device))
+            except torch.cuda.OutOfMemoryError as error:
+                self._lost |= dict.fromkeys(self._choices, _reason(error))
+                return
+            for choice in self._choices:
+                if choice in self._lost:
+                    continue
+                if self._times and time.monotonic() > deadline:
+                    break
+                if self._is_right(choice, checked, expected):
+                    self._time(choice, sets, _QUICK)
+            finalists = sorted(self._times, key=self._times.__getitem__)[:_FINALISTS]
+            for choice in dict.fromkeys([*finalists, *(c for c in self._times if c is None)]):
+                if time.monotonic() <= deadline:
+                    self._time(choice, sets, _CAREFUL)
+
+    @property
+    def entry(self) -> Entry:
+        """What stands when the race is over, or where it was broken off."""
+        times = self._times
+        gone = {c: self._lost.get(c, OUT_OF_TIME) for c in self._choices if c not in times}
+        lost = tuple(Lost(*item) for item in gone.items())
+        counts = (len(times), len(self._choices), OUT_OF_TIME not in gone.values(), lost)
+        if not times:
+            return Entry(None, 0.0, 0.0, *counts)
+        best = min(times, key=times.__getitem__)
+        default_seconds = times.get(None, times[best])
+        if None in times and times[best] > (1 - LEAST_GAIN) * default_seconds:
+            best = None
+        return Entry(best, times[best], default_seconds, *counts)
+
+    def _is_right(self, choice: Choice, operands: Operands, expected: tuple[Tensor, ...]) -> bool:
+        try:
+            right = is_right(self._problem, operands, choice, expected)
+        except Exception as error:
+            self._lose(choice, error)
+            return False
+        if not right:
+            self._lost[choice] = "wrong result"
+            if not isinstance(choice, str):
+                warnings.warn(
+                    f"{self._problem.key}: wrong result by {choice}; it is left out. Please "
+                    "report this with the GPU and the versions of torch and Triton",
+                    stacklevel=2,
+                )
+        return right
+
+    def _time(self, choice: Choice, sets: Sequence[Operands], duration: float) -> None:
+        calls: list[Call] = [partial(run_choice, self._problem, s, choice) for s in sets]
+        try:
+            self._times[choice] = self._timer(calls, duration)
+        except Exception as error:
+            self._times.pop(choice, None)
+            self._lose(choice, error)
+
+    def _lose(self, choice: Choice, error: Exception) -> None:
+        """Note why a candidate is out; raise where no other one could run either."""
+        self._lost[choice] = _reason(error)
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        # Triton's errors for what does not fit or compile have no common class.
+        elif isinstance(error, CaptureError) or _is_of_the_device(error):
+            raise error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def confirm_unfused(problem: Problem, entry: Entry, timer: Timer) -> Entry:
+    """A fused call's entry once more, now that the kernels of its two halves are tuned.
+
+    Before, its race saw both halves with their default block sizes.
+    """
+    if entry.choice == "unfused" or any(lost.choice == "unfused" for lost in entry.lost):
+        return entry
     with torch.no_grad(), _on(problem.device):
         sets = operands_in_turn(problem, cache_bytes(problem.device))
-        times: dict[Choice, float] = {}
-        for choice in right:
-            if times and time.monotonic() > deadline:
-                break
-            times[choice] = timer(_calls(problem, choice, sets), _QUICK)
-        finalists = sorted(times, key=times.__getitem__)[:_FINALISTS]
-        for choice in dict.fromkeys([*finalists, *(c for c in times if c is None)]):
-            if time.monotonic() <= deadline:
-                times[choice] = timer(_calls(problem, choice, sets), _CAREFUL)
-    best = min(times, key=times.__getitem__)
-    default_seconds = times.get(None, times[best])
-    if None in times and times[best] > (1 - _LEAST_GAIN) * default_seconds:
-        best = None
-    return Entry(best, times[best], default_seconds, len(times), len(choices))
-
-
-def _calls(problem: Problem, choice: Choice, sets: Sequence[Operands]) -> list[Call]:
-    return [partial(run_choice, problem, operands, choice) for operands in sets]
-
-
-def _right(problem: Problem, choices: Sequence[Choice], deadline: float) -> list[Choice]:
-    """The choices that compile, run and give the right answer, in their order."""
-    operands = make_operands(problem, integers=True)
-    with torch.no_grad():
-        expected = right_answer(problem, operands)
-    # The first one alone: it prepares what Triton and torch prepare once per process.
-    verdicts = {choices[0]: _verdict(problem, operands, choices[0], expected, deadline)}
-    workers = 1 if problem.device < 0 else min(_MOST_WORKERS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
-        futures = {
-            choice: pool.submit(_verdict, problem, operands, choice, expected, deadline)
-            for choice in choices[1:]
-        }
-        verdicts |= {choice: future.result() for choice, future in futures.items()}
-    wrong = [choice for choice, verdict in verdicts.items() if verdict is False]
-    if wrong:
-        warnings.warn(
-            f"{problem.key}: wrong results by {wrong}; they are left out. "
-            "Please report this with the GPU and the versions of torch and Triton",
-            stacklevel=2,
+        fused, unfused = (
+            timer([partial(run_choice, problem, s, choice) for s in sets], _CAREFUL)
+            for choice in (entry.choice, "unfused")
         )
-    return [choice for choice, verdict in verdicts.items() if verdict]
+    if unfused > (1 - LEAST_GAIN) * fused:
+        return entry
+    default_seconds = fused if entry.choice is None else entry.default_seconds
+    return entry._replace(choice="unfused", seconds=unfused, default_seconds=default_seconds)
 
 
-def _verdict(
-    problem: Problem,
-    operands: Operands,
-    choice: Choice,
-    expected: tuple[Tensor, ...],
-    deadline: float,
-) -> bool | None:
-    """Whether a choice is right; None where it was not tried: out of time, or it does not fit."""
-    if choice is not None and time.monotonic() > deadline:
-        return None
-    try:
-        with _on(problem.device):
-            return is_right(problem, operands, choice, expected)
-    except torch.cuda.OutOfMemoryError:
-        return None
-    except Exception as error:
-        # Triton's errors for what does not fit or compile have no common class. Only an error of
-        # the device itself ends the search: every later launch would fail.
-        if "CUDA error" in str(error) or "HIP error" in str(error):
-            raise
-        return None
+def _is_of_the_device(error: Exception) -> bool:
+    return "CUDA error" in str(error) or "HIP error" in str(error)
 
 
 def _on(device: int) -> AbstractContextManager[Any]:

@@ -47,7 +47,7 @@ def preferring(wanted: Choice) -> Callable[[Sequence[Callable], float], float]:
     return timer
 
 
-def few_candidates(problem: Problem) -> list[Choice]:
+def few_candidates(problem: Problem, most: int = 8) -> list[Choice]:
     """Two candidates beside those that are no kernel: the interpreter is slow."""
     sizes = FEW_GEMM if problem.op in ("pointwise_fwd", "separable_fwd") else FEW
     return [None, *tuning_files.others(problem.op), *sizes]

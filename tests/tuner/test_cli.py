@@ -9,7 +9,7 @@ import sepconv
 from sepconv import cli
 from sepconv.kernels.configs import DepthwiseConfig
 from sepconv.ops import tuning, tuning_files
-from sepconv.ops.tuning_files import Entry
+from sepconv.ops.tuning_files import Entry, Lost
 from sepconv.tuner import Tuned
 
 CHOICE = DepthwiseConfig(16, 64, 4)
@@ -33,7 +33,8 @@ def test_tune_and_export(
 
     def fake_search(model, x, **options):
         asked.append((tuple(x.shape), x.dtype, options))
-        entry = Entry(CHOICE, 1e-5, 2e-5, 3, 4)
+        lost = (Lost(None, "OutOfMemoryError: 80 GiB"), Lost("library", "out of time"))
+        entry = Entry(CHOICE, 1e-5, 2e-5, 2, 4, False, lost)
         tuning_files.write(where.gpu, where.triton, problem.key, entry)
         return [Tuned(problem.key, *entry)]
 
@@ -44,8 +45,13 @@ def test_tune_and_export(
     cli.main([*command, "--seconds", "10", "--export", str(tmp_path)])
     assert [shape for shape, _, _ in asked] == [(1, 3, 8, 8), (2, 3, 8, 8)]
     assert {dtype for _, dtype, _ in asked} == {torch.float16}
-    assert asked[0][2] == {"backward": False, "seconds": 5.0, "retune": False}
-    assert "2.00x" in capsys.readouterr().out
+    assert asked[0][2] == {
+        "backward": False, "seconds": 5.0, "retune": False, "max_candidates": 8,
+    }  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "2.00x" in shown
+    assert "2 kinds of calls ran out of time: the same command goes on with them" in shown
+    assert "depthwise_fwd: 2 candidates left out: OutOfMemoryError: 80 GiB" in shown
     (table,) = tmp_path.glob("*.json")
     found = tuning_files.read_table(table, where.gpu, where.triton)
     assert found == {problem.key: CHOICE}
@@ -66,6 +72,14 @@ def test_bad_models(arguments: list[str], message: str, monkeypatch: pytest.Monk
     with pytest.raises(SystemExit) as stopped:
         cli.main(["tune", *arguments, "--input", "1x3x8x8", "--dtype", "float32"])
     assert message in str(stopped.value)
+
+
+def test_bad_candidates(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command = ["tune", "test_cli:make_model", "--input", "1x3x8x8", "--dtype", "float32"]
+    with pytest.raises(SystemExit, match="max_candidates: expected at least 1, got 0"):
+        cli.main([*command, "--candidates", "0", "--device", "cpu"])
 
 
 def test_bad_shape(capsys: pytest.CaptureFixture[str]):

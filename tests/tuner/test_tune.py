@@ -13,6 +13,7 @@ from tuner import children
 from tuner.problems import (
     DEVICE,
     FEW,
+    FEW_GEMM,
     activation_gradient,
     depthwise,
     entry,
@@ -25,16 +26,19 @@ from tuner.problems import (
 import sepconv
 from sepconv.kernels import depthwise as depthwise_kernels
 from sepconv.ops import tuning
+from sepconv.timing import CaptureError
 from sepconv.tuner import candidates as tuner_candidates
+from sepconv.tuner import model as tuner_model
 from sepconv.tuner import search as tuner_search
 from sepconv.tuner import tune, tune_problems
 from sepconv.tuner.check import PoisonedMemory, is_right
+from sepconv.tuner.compiling import compile_all
 from sepconv.tuner.inputs import make_operands, operands_in_turn, right_answer
 
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tuner_search, "candidates", few_candidates)
+    monkeypatch.setattr(tuner_model, "candidates", few_candidates)
 
 
 def far() -> float:
@@ -107,8 +111,8 @@ def test_a_model_is_tuned_and_left_as_it_was():
         "activation_bwd", "depthwise_bwd_input", "depthwise_bwd_weight", "depthwise_fwd",
         "pointwise_fwd", "separable_fwd",
     ]  # fmt: skip
-    order = [tuned.key.startswith("separable") for tuned in found]
-    assert order == sorted(order), "the separable op's halves are tuned first"
+    order = [not tuned.key.startswith("separable") for tuned in found]
+    assert order == sorted(order), "fused calls come first"
     assert again == [], "what is tuned is not tuned again"
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(random, torch.get_rng_state())
@@ -158,14 +162,15 @@ def test_a_wrong_candidate_never_wins(fault, monkeypatch: pytest.MonkeyPatch):
         return fault(y) if config == FEW[0] else y
 
     monkeypatch.setattr(depthwise_kernels, "depthwise_fwd", faulty)
-    with pytest.warns(UserWarning, match="wrong results by"):
+    with pytest.warns(UserWarning, match="wrong result by"):
         (found,) = tune_problems([depthwise()], timer=preferring(FEW[0]))
     assert found.choice is None
     assert (found.tried, found.candidates) == (3, 4)
+    assert found.lost == ((FEW[0], "wrong result"),)
 
 
 @pytest.mark.usefixtures("few")
-def test_a_candidate_that_cannot_run_is_passed_over(monkeypatch: pytest.MonkeyPatch):
+def test_a_candidate_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch):
     launcher = depthwise_kernels.depthwise_fwd
 
     def too_large(*args, config, **kwargs):
@@ -176,17 +181,84 @@ def test_a_candidate_that_cannot_run_is_passed_over(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(depthwise_kernels, "depthwise_fwd", too_large)
     (found,) = tune_problems([depthwise()], timer=preferring(FEW[1]))
     assert found.choice == FEW[1]
-    assert found.tried == 3
+    assert (found.tried, found.candidates, found.finished) == (3, 4, True)
+    assert found.lost == ((FEW[0], "RuntimeError: out of resource: shared memory"),)
+    kept = entry(depthwise())
+    assert kept is not None
+    assert kept.lost == found.lost
 
 
 @pytest.mark.usefixtures("few")
-def test_an_error_of_the_device_ends_the_search(monkeypatch: pytest.MonkeyPatch):
-    def broken(*args, **kwargs):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_out_of_memory_is_named(monkeypatch: pytest.MonkeyPatch):
+    def timer(calls, duration):
+        if calls[0].args[-1] == "library":
+            raise torch.cuda.OutOfMemoryError("tried to allocate 80 GiB")
+        return 1.0
 
-    monkeypatch.setattr(depthwise_kernels, "depthwise_fwd", broken)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        tune_problems([depthwise()], timer=preferring(None))
+    (found,) = tune_problems([depthwise()], timer=timer)
+    assert found.lost == (("library", "OutOfMemoryError: tried to allocate 80 GiB"),)
+    assert (found.tried, found.finished) == (3, True)
+
+
+@pytest.mark.usefixtures("few")
+def test_operands_that_do_not_fit_lose_every_candidate(monkeypatch: pytest.MonkeyPatch):
+    def too_large(*_):
+        raise torch.cuda.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(tuner_search, "right_answer", too_large)
+    found = tune_problems([depthwise(), pointwise()], timer=preferring(None))
+    assert [(tuned.choice, tuned.tried) for tuned in found] == [(None, 0), (None, 0)]
+    assert {reason for tuned in found for _, reason in tuned.lost} == {
+        "OutOfMemoryError: tried to allocate 80 GiB"
+    }
+
+
+BROKEN = [
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    CaptureError("operation not permitted when stream is capturing"),
+]
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("error", BROKEN, ids=["device", "capture"])
+def test_what_breaks_the_process_ends_the_search_and_is_not_tried_again(error: Exception):
+    def timer(calls, duration):
+        if calls[0].args[-1] == FEW[0]:
+            raise error
+        return 1.0
+
+    with pytest.raises(type(error), match=str(error)):
+        tune_problems([depthwise()], timer=timer)
+    kept = entry(depthwise())
+    assert kept is not None
+    assert not kept.finished
+    assert kept.choice is None
+    assert (FEW[0], f"{type(error).__name__}: {error}") in kept.lost
+
+    tuning.forget()  # as a new process
+    (found,) = tune_problems([depthwise()], timer=timer)
+    assert (found.tried, found.finished) == (3, True)
+    assert found.lost == ((FEW[0], f"{type(error).__name__}: {error}"),)
+
+
+@pytest.mark.usefixtures("few")
+def test_halves_tuned_after_the_fused_call_are_taken_into_account():
+    """Fused, unfused: 2 s against 3 s with default halves, and 1 s once they are tuned."""
+
+    def timer(calls, duration):
+        problem, _, choice = calls[0].args
+        if problem.op != "separable_fwd":
+            return 1.0 if choice in (*FEW, *FEW_GEMM) else 2.0
+        tuned_halves = all(tuning.tuned(half) is not None for half in problem.halves)
+        return (1.0 if tuned_halves else 3.0) if choice == "unfused" else 2.0
+
+    found = tune_problems([separable()], timer=timer)
+    assert [tuned.key for tuned in found] == [separable().key, *(h.key for h in separable().halves)]
+    assert found[0].choice == "unfused"
+    assert found[0].seconds == 1.0
+    kept = entry(separable())
+    assert kept is not None
+    assert kept.choice == "unfused"
 
 
 def test_poison_reaches_everything_that_is_not_written():
@@ -215,6 +287,41 @@ def test_time_is_shared_among_what_is_left(monkeypatch: pytest.MonkeyPatch):
     first, second = tune_problems([depthwise(), depthwise(C=8)], seconds=4.0, timer=slow)
     assert (first.tried, first.candidates) == (3, 4)
     assert second.tried == 2
+    assert not first.finished
+    assert [reason for _, reason in (*first.lost, *second.lost)] == ["out of time"] * 3
+
+
+@pytest.mark.usefixtures("few")
+def test_an_unfinished_race_is_taken_up_again(monkeypatch: pytest.MonkeyPatch):
+    """Its choice serves meanwhile, in this process and in another."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def slow(calls, duration):
+        clock[0] += 1.0
+        return preferring(FEW[1])(calls, duration)
+
+    (first,) = tune_problems([depthwise()], seconds=1.0, timer=slow)
+    assert (first.tried, first.finished) == (2, False)
+    for _ in range(2):
+        assert tuning.tuned(depthwise()) == (first.choice, False)
+        tuning.forget()
+    (second,) = tune_problems([depthwise()], timer=slow)
+    assert (second.choice, second.tried, second.finished) == (FEW[1], 4, True)
+    assert second.lost == ()
+    assert tune_problems([depthwise()], timer=slow) == []
+
+
+def test_fewer_candidates_than_one_are_refused():
+    with pytest.raises(ValueError, match="max_candidates: expected at least 1, got 0"):
+        tune_problems([depthwise()], max_candidates=0)
+
+
+@pytest.mark.usefixtures("few")
+def test_results_are_handed_on_as_they_come():
+    came = []
+    found = tune_problems([depthwise(), pointwise()], timer=preferring(None), done=came.append)
+    assert came == found
 
 
 @pytest.mark.usefixtures("few")
@@ -254,7 +361,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
     with pytest.warns(UserWarning, match="cannot be used"):
         (found,) = tune_problems([problem], timer=preferring(FEW[1]))
     assert found.choice == FEW[1]
-    assert tuning.tuned(problem) == (FEW[1],), "this process remembers"
+    assert tuning.tuned(problem) == (FEW[1], True), "this process remembers"
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
@@ -321,7 +428,9 @@ def test_every_candidate_is_right_and_repeatable(op: str, dtype: torch.dtype):
     problem = depthwise(C=64, op=op)._replace(x_shape=BIG, dtype=dtype, K=64)
     operands = make_operands(problem, integers=True)
     expected = right_answer(problem, operands)
-    for choice in tuner_candidates.candidates(problem):
+    choices = tuner_candidates.candidates(problem)
+    compile_all([(problem, choice) for choice in choices], workers=4)
+    for choice in choices:
         for _ in range(50):
             assert is_right(problem, operands, choice, expected), choice
 
@@ -332,7 +441,8 @@ def test_tuning_on_a_gpu():
     x = torch.randn(BIG, device="cuda", dtype=torch.half)
     found = tune(model, x, seconds=60)
     assert len(found) == 3
-    assert all(0 < tuned.seconds <= tuned.default_seconds for tuned in found)
+    assert all(tuned.seconds > 0 and tuned.finished for tuned in found)
+    assert not [lost for tuned in found for lost in tuned.lost if lost.reason == "wrong result"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(x)

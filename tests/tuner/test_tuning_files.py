@@ -13,12 +13,13 @@ from tuner.problems import depthwise, pointwise, separable
 
 from sepconv.kernels.configs import DepthwiseConfig, GemmConfig
 from sepconv.ops import tuning_files
-from sepconv.ops.tuning_files import Entry
+from sepconv.ops.tuning_files import Entry, Lost
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU, TRITON = "NVIDIA H200", "3.6"
 KEY = depthwise().key
-ENTRY = Entry(DepthwiseConfig(16, 64, 4), 1.5e-5, 2.0e-5, 7, 9)
+LOST = (Lost(DepthwiseConfig(8, 64), "out of time"), Lost("library", "OutOfMemoryError: 80 GiB"))
+ENTRY = Entry(DepthwiseConfig(16, 64, 4), 1.5e-5, 2.0e-5, 7, 9, False, LOST)
 
 
 def path() -> Path:
@@ -41,10 +42,11 @@ def plant(content: bytes | str) -> None:
         (separable().key, "unfused"),
         (separable().key, GemmConfig(64, 32, 128, 4, 8, 2)),
         (pointwise().key, GemmConfig(64, 32, 128)),
+        (pointwise().key, "linear"),
     ],
 )
 def test_round_trip(key: str, choice):
-    entry = ENTRY._replace(choice=choice)
+    entry = ENTRY._replace(choice=choice, lost=(Lost(choice, "out of time"),))
     assert tuning_files.read(GPU, TRITON, key) is None
     assert tuning_files.write(GPU, TRITON, key, entry)
     assert tuning_files.read(GPU, TRITON, key) == entry
@@ -55,7 +57,7 @@ def test_round_trip(key: str, choice):
 
 def sound() -> dict:
     return {
-        "format": 1, "gpu": GPU, "triton": TRITON, "key": KEY,
+        "format": tuning_files.FORMAT, "gpu": GPU, "triton": TRITON, "key": KEY,
         **tuning_files.entry_json(KEY, ENTRY),
     }  # fmt: skip
 
@@ -68,7 +70,7 @@ DAMAGED = {
     "a list": "[]",
     "another key": json.dumps(sound() | {"key": pointwise().key}),
     "another GPU": json.dumps(sound() | {"gpu": "NVIDIA H100"}),
-    "a later format": json.dumps(sound() | {"format": 2}),
+    "a later format": json.dumps(sound() | {"format": tuning_files.FORMAT + 1}),
     "deep": "[" * 100_000,
     "huge": " " * (2 << 20),
     "code": json.dumps(sound() | {"choice": "__import__('os').abort()"}),

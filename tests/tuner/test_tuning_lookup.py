@@ -8,10 +8,9 @@ from tuner.problems import depthwise, pointwise, separable
 
 import sepconv
 from sepconv.kernels.configs import DepthwiseConfig
-from sepconv.ops import run, tuning, tuning_files
+from sepconv.ops import tuning, tuning_files
 from sepconv.ops.tuning import Problem, Target
 from sepconv.ops.tuning_files import Choice, Entry
-from sepconv.tuner.candidates import candidates
 
 A, B, C, D = (DepthwiseConfig(8, 8 << i) for i in range(4))
 PROBLEM = depthwise()
@@ -94,9 +93,8 @@ def test_keys_join_close_sizes_and_part_different_ones():
         assert key.replace("_", "").isalnum(), "keys are file names"
 
 
-@pytest.mark.parametrize("choice", ["unfused", "chunked"])
 @pytest.mark.parametrize("biases", [(True, False), (False, True), (True, True), (False, False)])
-def test_the_halves_are_what_the_unfused_call_asks_for(biases: tuple[bool, bool], choice: Choice):
+def test_the_halves_are_what_the_unfused_call_asks_for(biases: tuple[bool, bool]):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, weight_dw, weight_pw = (
         torch.ones(shape, device=device) for shape in ((1, 4, 5, 5), (4, 1, 3, 3), (6, 4, 1, 1))
@@ -107,7 +105,7 @@ def test_the_halves_are_what_the_unfused_call_asks_for(biases: tuple[bool, bool]
     with sepconv.backend("triton"), tuning.recording() as calls:
         sepconv.ops.separable_conv2d(*arguments)
     (problem,) = (Problem(*call) for call in calls)
-    tuning.install(tuning.target(problem.device), problem.key, choice)
+    tuning.install(tuning.target(problem.device), problem.key, "unfused")
     with sepconv.backend("triton"), tuning.recording() as calls:
         sepconv.ops.separable_conv2d(*arguments)
     assert [Problem(*call).key for call in calls] == [
@@ -163,46 +161,6 @@ def test_untuned_wide_layers_run_unfused_and_narrow_ones_fused(monkeypatch: pyte
     assert choice(2048, 7, "unknown", "unknown") is None
 
 
-@pytest.mark.parametrize("half", [None, "library"])
-@pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize("step", [1, 2, 5, 7])
-def test_a_batch_in_chunks_is_the_whole_batch(
-    step: int, channels_last: bool, half: Choice, monkeypatch: pytest.MonkeyPatch
-):
-    """Chunks that divide the batch, leave a remainder, and exceed it."""
-    monkeypatch.setattr(run, "images_at_a_time", lambda *_: step)
-    monkeypatch.setattr(run, "lookup", lambda op, *_: "chunked" if "separable" in op else half)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    x, weight_dw, weight_pw, bias, residual = (
-        torch.randint(-2, 3, shape).float().to(device)
-        for shape in ((5, 4, 5, 6), (8, 1, 3, 3), (6, 8, 1, 1), (6,), (6, 5, 3, 3))
-    )
-    # Not dense: every other image of something larger, as an argument and as a residual.
-    x = torch.cat([x, x], 1).view(10, 4, 5, 6)[::2]
-    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-    call = (x, weight_dw, weight_pw, None, bias, 2, 1, 1, "relu6", "relu", residual.transpose(0, 1))
-    with sepconv.backend("triton"), poisoned_allocations():
-        y = sepconv.ops.separable_conv2d(*call)
-    with sepconv.backend("reference"):
-        expected = sepconv.ops.separable_conv2d(*call)
-    assert torch.equal(y, expected)
-    assert y.stride() == expected.stride()
-
-
-def test_chunks_are_offered_where_the_cache_is_smaller_than_the_batch(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    monkeypatch.setattr(tuning, "cache_bytes", lambda _: 50 * 2**20)
-    wide = separable(512, 512)._replace(dtype=torch.bfloat16)
-    for n, offered in ((256, True), (63, False), (1, False)):
-        problem = wide._replace(x_shape=(n, 512, 14, 14))
-        assert ("chunked" in candidates(problem)) == offered
-    # A quarter of the cache holds 65 images of 0.2 MB.
-    assert tuning.images_at_a_time(0, 2 * 512 * 14 * 14) == 65
-    assert "chunked" not in candidates(depthwise(N=256))
-
-
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tuning, "_MOST_CALLS", 10)
     for n in range(1, 40):
@@ -211,28 +169,53 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    "choice", ["library", "unfused", "chunked", DepthwiseConfig(4, 4, 0, 1, 1)]
+    ("op", "choice"),
+    [
+        ("depthwise_fwd", "library"),
+        ("depthwise_fwd", DepthwiseConfig(4, 4, 0, 1, 1)),
+        ("pointwise_fwd", "library"),
+        ("pointwise_fwd", "linear"),
+        ("separable_fwd", "unfused"),
+    ],
 )
-def test_every_choice_computes_the_same(choice: Choice):
-    problem = depthwise() if isinstance(choice, tuple) else separable()
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("epilogue", ["none", "bias", "relu", "all"])
+def test_every_choice_computes_the_same(
+    op: str, choice: Choice, channels_last: bool, epilogue: str
+):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.randint(-2, 3, (1, 4, 5, 5), device=device).float()
-    weight_dw = torch.randint(-2, 3, (4, 1, 3, 3), device=device).float()
-    weight_pw = torch.randint(-2, 3, (6, 4, 1, 1), device=device).float()
-    weight_pw = weight_pw.to(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    x, weight_dw, weight_pw, bias_dw, bias_pw, residual = (
+        torch.randint(-2, 3, shape).float().to(device)
+        for shape in ((2, 4, 5, 6), (4, 1, 3, 3), (6, 4, 1, 1), (4,), (6,), (2, 6, 5, 6))
+    )
+    # Not dense: every other image of something larger.
+    x = torch.cat([x, x], 1).view(4, 4, 5, 6)[::2]
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    biases = (bias_dw, bias_pw) if epilogue in ("bias", "all") else (None, None)
+    also = {
+        "activation": "relu" if epilogue in ("relu", "all") else None,
+        "residual": residual if epilogue == "all" and op != "depthwise_fwd" else None,
+    }
 
     def run():
-        if problem.op == "depthwise_fwd":
-            x_last = x.to(memory_format=torch.channels_last)
-            return sepconv.ops.depthwise_conv2d(x_last, weight_dw, padding=1)
-        return sepconv.ops.separable_conv2d(x, weight_dw, weight_pw, padding=1, activation="relu")
+        if op == "depthwise_fwd":
+            also.pop("residual", None)
+            return sepconv.ops.depthwise_conv2d(x, weight_dw, biases[0], padding=1, **also)
+        if op == "pointwise_fwd":
+            return sepconv.ops.pointwise_conv2d(x, weight_pw, biases[1], **also)
+        return sepconv.ops.separable_conv2d(x, weight_dw, weight_pw, *biases, padding=1, **also)
 
-    with sepconv.backend("triton"), tuning.recording() as calls:
+    with sepconv.backend("reference"):
         expected = run()
+    with sepconv.backend("triton"), tuning.recording() as calls:
+        run()
     (call,) = calls
-    tuning.install(tuning.target(problem.device), Problem(*call).key, choice)
+    problem = Problem(*call)
+    assert problem.op == op
+    tuning.install(tuning.target(problem.device), problem.key, choice)
     assert tuning.lookup(call[0], x, *call[3:-1]) == choice
-    with sepconv.backend("triton"):
+    with sepconv.backend("triton"), poisoned_allocations():
         y = run()
     assert torch.equal(y, expected)
     assert y.stride() == expected.stride()
