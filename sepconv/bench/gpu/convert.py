@@ -1,9 +1,11 @@
 """Converted networks against the dense originals under their best baseline, bfloat16."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import sepconv
 from sepconv.bench.cpu import build
@@ -20,35 +22,32 @@ _FORMS: tuple[dict[str, Any], ...] = (
 )
 
 
+@torch.no_grad()
 def run(bench: Bench) -> None:
     """Every network in every form; all forms of one network are one case."""
-    with torch.inference_mode():
-        for name in _MODELS[-1:] if bench.dry else _MODELS:
-            batch = networks.dry_or(bench, 1, 128)
-            x = networks.images(bench, batch)
-            forms = _FORMS[:1] if bench.dry else _FORMS
-            contenders = [_converted(name, options, x) for options in forms]
-            contenders += networks.baselines(bench, build(name), x)
-            case = bench.measure("convert", name, contenders, batch=batch)
-            dense = case.best(ours=False)
-            if dense:
-                case.facts["gain"] = {
-                    form: case.times[dense] / case.times[form]
-                    for form in case.ours
-                    if form in case.times
-                }
+    for name in _MODELS[-1:] if bench.dry else _MODELS:
+        batch = networks.dry_or(bench, 1, 128)
+        x = networks.images(bench, batch)
+        dense = networks.for_inference(build(name)).to(x.device)
+        forms = _FORMS[:1] if bench.dry else _FORMS
+        contenders = [_converted(dense, options, x) for options in forms]
+        contenders += networks.baselines(bench, dense, x)
+        case = bench.measure("convert", name, contenders, batch=batch)
+        best = case.best(ours=False)
+        if best:
+            case.facts["gain"] = {
+                form: case.times[best] / case.times[form]
+                for form in case.ours
+                if form in case.times
+            }
 
 
-def _converted(name: str, options: dict[str, Any], x: torch.Tensor) -> Contender:
+def _converted(dense: nn.Module, options: dict[str, Any], x: Tensor) -> Contender:
     def make() -> Sequence[Call]:
-        # Inference tensors cannot be parameters of a model that is converted.
-        with torch.inference_mode(False), torch.no_grad():
-            dense = build(name).to(x.device, x.dtype)
-            example = x.clone()
-            model = sepconv.convert(dense, example, **options)
-            model = model.to(memory_format=torch.channels_last)
-            lowered = sepconv.fuse(model.eval(), example)
-        return networks.in_turn(lowered, x.contiguous(memory_format=torch.channels_last))
+        own = copy.deepcopy(dense).to(x.dtype)
+        model = networks.in_layout(sepconv.convert(own, x, **options), torch.channels_last)
+        last = x.contiguous(memory_format=torch.channels_last)
+        return networks.in_turn(sepconv.fuse(model.eval(), x), last)
 
     ((key, value),) = options.items()
     label = f"sepconv {key} {value}" if key == "rank" else "sepconv Budget(latency=0.5)"

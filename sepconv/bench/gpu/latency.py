@@ -7,22 +7,31 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from sepconv.bench.gpu import networks
-from sepconv.bench.gpu.measure import Bench
+from sepconv.bench.gpu.measure import Bench, Case, Contender
 
 
+@torch.no_grad()
 def run(bench: Bench) -> None:
-    """MobileNetV1 with one image; every contender is replayed from a graph where it can be."""
-    with torch.inference_mode():
-        x = networks.images(bench, 1)
-        mine = networks.own_mobilenet(bench)
-        contenders = networks.ours(mine, x)
-        contenders += networks.baselines(bench, networks.timm_model("mobilenetv1_100"), x)
-        case = bench.measure("latency", "MobileNetV1, one image", contenders, batch=1)
-        case.facts["launches"] = {}
-        for contender in contenders[:4]:
-            if contender.name in case.times:
-                (call,) = contender.make()
-                case.facts["launches"][contender.name] = launches(call, bench)
+    """MobileNetV1 with one image; every contender is replayed from a graph."""
+    x = networks.images(bench, 1)
+    contenders = networks.ours(networks.own_mobilenet(bench), x)
+    contenders += networks.baselines(bench, networks.timm_model("mobilenetv1_100"), x)
+    case = bench.measure("latency", "MobileNetV1, one image", contenders, batch=1)
+    for contender in contenders:
+        # What is compiled would be compiled once more for its launches.
+        if contender.name in case.times and not contender.needs:
+            _count_launches(bench, case, contender)
+
+
+def _count_launches(bench: Bench, case: Case, contender: Contender) -> None:
+    try:
+        (call,) = contender.make()
+        count = launches(call, bench)
+    except Exception as error:
+        # The times are still worth having.
+        bench.failed(case, f"launches of {contender.name}", error)
+    else:
+        case.facts.setdefault("launches", {})[contender.name] = count
 
 
 def launches(call: Callable[[], Any], bench: Bench) -> int | None:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from sepconv.mobilenet.config import paper_config
 from sepconv.ops.tuning import Problem
 
 
@@ -78,3 +79,47 @@ def problems(layer: Layer, batch: int, dtype: torch.dtype, device: int) -> Itera
             padding=(0, 0, 0, 0),
             tf32=tf32,
         )
+
+
+def mobilenet_problems(
+    batch: int,
+    dtype: torch.dtype,
+    device: int,
+    resolution: int = 224,
+    width_mult: float = 1.0,
+) -> list[Problem]:
+    """The calls of the separable op that MobileNetV1 makes in eval mode, each kind once.
+
+    Its five equal blocks of 512 channels are one kind. BatchNorms are folded, so that there is a
+    bias and a ReLU behind both convolutions.
+
+    Args:
+        batch: Images.
+        dtype: Of images and parameters.
+        device: Index of the GPU, -1 for the CPU.
+        resolution: Height and width of the images, a multiple of 32.
+        width_mult: Of the network.
+    """
+    size = resolution // 2  # behind the stem
+    problems = []
+    for block in paper_config(width_mult, resolution).blocks:
+        problems.append(
+            Problem(
+                "separable_fwd",
+                dtype,
+                device,
+                (batch, block.in_channels, size, size),
+                (block.in_channels, 3, 3),
+                block.out_channels,
+                (block.stride, block.stride),
+                (1, 1, 1, 1),
+                (1, 1),
+                channels_last=True,
+                tf32=dtype == torch.float32,
+                epilogue=True,
+                epilogue_mid=True,
+                deterministic=False,
+            )
+        )
+        size //= block.stride
+    return list(dict.fromkeys(problems))

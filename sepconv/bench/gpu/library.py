@@ -14,30 +14,44 @@ from sepconv.timing import Call
 from sepconv.tuner.inputs import Operands
 
 
-def baselines(problem: Problem, sets: Sequence[Operands], compiled: bool) -> list[Contender]:
-    """Both memory formats, the matrix product for 1 x 1, and what the compiler makes of it."""
+def baselines(
+    problem: Problem, sets: Callable[[], Sequence[Operands]], compiler: str, omitted: str = ""
+) -> list[Contender]:
+    """Both memory formats, the matrix product for 1 x 1, and what the compiler makes of it.
+
+    Args:
+        problem: The launcher's call.
+        sets: Makes the operands, or has them.
+        compiler: The backend that torch compiles with.
+        omitted: Why the compiler's form is not run; empty where it is.
+    """
     work = partial(_WORK[problem.op], problem)
 
     def in_format(memory_format: torch.memory_format) -> list[Call]:
-        return [partial(work, _converted(operands, memory_format)) for operands in sets]
+        return [partial(work, _converted(operands, memory_format)) for operands in sets()]
 
     def by_compiler() -> list[Call]:
         torch._dynamo.reset()
-        function: Callable[..., Tensor] = torch.compile(work)
-        return [partial(function, operands) for operands in sets]
+        function: Callable[..., Tensor] = torch.compile(work, backend=compiler)
+        return [partial(function, operands) for operands in sets()]
 
+    # A depthwise convolution alone leaves the compiler nothing to fuse: it calls the library.
+    fusible = problem.op in ("pointwise_fwd", "separable_fwd")
     contenders = [
-        Contender("channels_last", lambda: in_format(torch.channels_last)),
-        Contender("NCHW", lambda: in_format(torch.contiguous_format)),
+        Contender("channels_last", lambda: in_format(torch.channels_last), strongest=not fusible),
+        Contender("NCHW", lambda: in_format(torch.contiguous_format), strongest=not fusible),
     ]
     if problem.op == "pointwise_fwd":
-        linear = [partial(_linear, operands) for operands in sets]
-        contenders.append(Contender("linear", lambda: linear))
+        contenders.append(Contender("linear", lambda: [partial(_linear, o) for o in sets()]))
     if problem.op == "separable_fwd":
-        pair = [partial(_convolution_and_linear, problem, operands) for operands in sets]
-        contenders.append(Contender("channels_last + linear", lambda: pair))
-    if compiled:
-        contenders.append(Contender("compile", by_compiler, needs=20.0))
+        pair = partial(_convolution_and_linear, problem)
+        contenders.append(
+            Contender("channels_last + linear", lambda: [partial(pair, o) for o in sets()])
+        )
+    if fusible:
+        contenders.append(
+            Contender("compile", by_compiler, needs=20.0, strongest=True, omitted=omitted)
+        )
     return contenders
 
 

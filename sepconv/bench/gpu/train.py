@@ -23,16 +23,19 @@ def run(bench: Bench) -> None:
     theirs, mine = networks.timm_model("mobilenetv1_100"), networks.own_mobilenet(bench)
     last, first = torch.channels_last, torch.contiguous_format
     make = partial(_step_calls, bench, x=x)
+    one_by_one = partial(Contender, capture=False)
+    compiled = partial(one_by_one, needs=_COMPILE)
     contenders = [
-        Contender(name, partial(make, model, memory_format, settings), ours, needs, capture=False)
-        for name, model, memory_format, settings, ours, needs in (
-            ("sepconv", mine, last, None, True, 0.0),
-            ("eager channels_last", theirs, last, None, False, 0.0),
-            ("eager NCHW", theirs, first, None, False, 0.0),
-            ("compile channels_last", theirs, last, {}, False, _COMPILE),
-            ("compile NCHW, forced layout", theirs, first, networks.FORCED_LAYOUT, False, _COMPILE),
-            ("sepconv compiled", mine, last, {}, True, _COMPILE),
-        )
+        one_by_one("sepconv", partial(make, mine, last), ours=True),
+        one_by_one("eager channels_last", partial(make, theirs, last)),
+        one_by_one("eager NCHW", partial(make, theirs, first)),
+        compiled("compile channels_last", partial(make, theirs, last, {}), strongest=True),
+        compiled(
+            "compile NCHW, forced layout",
+            partial(make, theirs, first, networks.FORCED_LAYOUT),
+            strongest=True,
+        ),
+        compiled("sepconv compiled", partial(make, mine, last, {}), ours=True),
     ]
     if bench.dry:
         contenders = [contenders[0], contenders[1], contenders[3]]
@@ -52,10 +55,10 @@ def _step_calls(
     """A step of an own copy of the model; compiled where settings of the compiler are given."""
     own = networks.in_layout(copy.deepcopy(model).to(x.device), memory_format).train()
     x = x.contiguous(memory_format=memory_format)
-    run_model: Callable[[Tensor], Tensor] = own
-    if settings is not None:
-        (call,) = networks.compile_calls(bench, own, x, settings=settings)
-        run_model = call.func  # type: ignore[attr-defined]
+    compiled = settings is not None
+    run_model: Callable[[Tensor], Tensor] = (
+        networks.compiled_function(bench, own) if compiled else own
+    )
     optimizer = torch.optim.SGD(own.parameters(), lr=1e-3, momentum=0.9)
     labels = torch.randint(0, 1000, (len(x),), device=x.device)
 
@@ -67,4 +70,7 @@ def _step_calls(
         optimizer.step()
         return loss.detach()
 
+    if compiled:
+        # A whole step: the form that is trained, with autocast, and its backward pass.
+        networks.first_call(step, settings)
     return [step]

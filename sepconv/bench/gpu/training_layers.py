@@ -41,7 +41,9 @@ def run(bench: Bench) -> None:
         ]
         if not bench.dry:
             compiled = partial(_compiled, bench, sizes)
-            contenders.insert(1, Contender("compile channels_last", compiled, needs=_COMPILE))
+            contenders.insert(
+                1, Contender("compile channels_last", compiled, needs=_COMPILE, strongest=True)
+            )
         bench.measure(
             "train",
             f"{name}, BatchNorm, ReLU {channels}x{size}x{size}",
