@@ -45,9 +45,9 @@ zoo: $(VENV)/installed ## convert every architecture of torchvision and timm; ta
 	$(BIN)/python examples/zoo.py $(ARGS)
 
 # On the machine's own Python: a GPU machine has its own torch, and need not be on line.
-gpu: ## fuzz against cuDNN, tune, measure everything; under ten minutes, results in OUT
-	PYTHONPATH=. $(PYTHON) -m pytest --hypothesis tests/fuzz --fuzz-seconds 10
-	PYTHONPATH=. $(PYTHON) -m sepconv.bench gpu --part all --out $(OUT)
+# STEPS="compile fuzz" chooses steps, DRY=1 runs everything in small on a CPU.
+gpu: ## every check and measurement on a GPU, in SECONDS; results in OUT
+	$(PYTHON) examples/benchmarks/gpu.py --out $(OUT) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(STEPS),--steps $(STEPS)) $(if $(DRY),--dry-run)
 
 lint: $(VENV)/dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
-"""Set-up shared by all tests: where kernels run, the fuzz's options and its report, real data."""
+"""Set-up shared by all tests: where kernels run, options, the fuzz's report, real data."""
 
+import argparse
 import contextlib
 import importlib.metadata
 import os
@@ -17,7 +18,8 @@ if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 import torchvision_shim  # noqa: E402 (it imports triton too)
-from fuzz.session import REPLAY, FuzzSession, Tally  # noqa: E402 (after the line above)
+from fuzz.log import REPLAY, FuzzLog  # noqa: E402 (after the line above)
+from fuzz.session import FuzzSession, Tally  # noqa: E402 (the same)
 
 EXAMPLES_DEFAULT = 20
 EXAMPLES_FULL = 1000
@@ -42,16 +44,39 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--fuzz-seconds", type=float, metavar="S", help="time limit per op and direction"
     )
+    group.addoption(
+        "--fuzz-log",
+        type=Path,
+        metavar="FILE",
+        help="append a line of JSON for each case as soon as it has run",
+    )
+    group.addoption(
+        "--share",
+        type=_share,
+        metavar="I/N",
+        help="run the I-th of N shares of the tests, which together are all of them",
+    )
+
+
+def _share(text: str) -> tuple[int, int]:
+    index, _, shares = text.partition("/")
+    if not (index.isdecimal() and shares.isdecimal() and 1 <= int(index) <= int(shares)):
+        raise argparse.ArgumentTypeError(f"expected I/N, such as 2/4, got {text!r}")
+    return int(index), int(shares)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     full = config.getoption("--hypothesis")
+    for option in ("--fuzz-examples", "--fuzz-seconds", "--fuzz-log"):
+        if config.getoption(option) is not None and not full:
+            raise pytest.UsageError(f"{option} needs --hypothesis")
     for option in ("--fuzz-examples", "--fuzz-seconds"):
         value = config.getoption(option)
-        if value is not None and not full:
-            raise pytest.UsageError(f"{option} needs --hypothesis")
         if value is not None and value <= 0:
             raise pytest.UsageError(f"{option} must be positive, got {value}")
+    log = config.getoption("--fuzz-log")
+    if log is not None and not log.parent.is_dir():
+        raise pytest.UsageError(f"--fuzz-log: no folder {log.parent}")
     seed = config.getoption("--hypothesis-seed")
     worker = getattr(config, "workerinput", {"fuzz_seed": None})
     cache = ROOT / ".hypothesis"
@@ -63,6 +88,7 @@ def pytest_configure(config: pytest.Config) -> None:
         seconds=config.getoption("--fuzz-seconds"),
         seed=int(seed or worker["fuzz_seed"] or random.randrange(2**32)),
         in_flight=cache / f"in-flight-{os.getpid()}",
+        log=FuzzLog(log, aloud=full),
     )
 
 
@@ -119,7 +145,13 @@ def _versions() -> str:
     return f"torch {torch.__version__}, triton {triton}, CUDA {torch.version.cuda}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)  # of the tests that -m, -k and --deselect leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if share := config.getoption("--share"):
+        index, shares = share
+        others = [item for i, item in enumerate(items) if i % shares != index - 1]
+        items[:] = items[index - 1 :: shares]
+        config.hook.pytest_deselected(items=others)
     if not ON_GPU:
         skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is false")
         for item in items:

@@ -63,9 +63,9 @@ def run(args: argparse.Namespace) -> None:
 def measure(device: str = "cpu", batches: int = 500) -> list[Overhead]:
     """Time every op without gradients, with them recorded, and with the backward pass."""
     rows = []
-    for op, contenders in _contenders(device).items():
+    for op, calls_of in contenders(device).items():
         for mode in ("no_grad", "forward with grad", "forward + backward"):
-            calls = [_in_mode(call, mode, device) for call in contenders]
+            calls = [_in_mode(call, mode, device) for call in calls_of]
             rows.append(Overhead(op, mode, *_fastest(calls, batches, f"{op}, {mode}")))
     return rows
 
@@ -73,7 +73,7 @@ def measure(device: str = "cpu", batches: int = 500) -> list[Overhead]:
 Call = Callable[[], Tensor]
 
 
-def _contenders(device: str) -> dict[str, tuple[Call, Call, Call]]:
+def contenders(device: str) -> dict[str, tuple[Call, Call, Call]]:
     """Per op: the `F.conv2d` calls, ours, and the registered operator."""
     c = 8
     channels_last = torch.channels_last

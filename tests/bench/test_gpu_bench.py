@@ -13,7 +13,17 @@ import pytest
 import torch
 
 from sepconv import backend, mobilenet
-from sepconv.bench.gpu import compiling, kernelbench, latency, layers, library, ops, results, tuning
+from sepconv.bench.gpu import (
+    compiling,
+    environment,
+    kernelbench,
+    latency,
+    layers,
+    library,
+    ops,
+    results,
+    tuning,
+)
 from sepconv.bench.gpu.measure import (
     LEFT_OUT,
     OUT_OF_TIME,
@@ -422,7 +432,7 @@ def test_dry_run_of_every_part(tmp_path: Path):
     """Everything runs, nothing fails, and the user's cache stays as it was."""
     pytest.importorskip("timm", reason="the models part compares with timm: sepconv[zoo]")
     cache = tmp_path / "cache"
-    environment = {
+    variables = {
         **os.environ,
         "TRITON_INTERPRET": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -431,7 +441,7 @@ def test_dry_run_of_every_part(tmp_path: Path):
         "SEPCONV_CACHE_DIR": str(cache),
     }
     command = [sys.executable, "-m", "sepconv.bench", "gpu", "--dry-run", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not cache.exists()
     (file,) = tmp_path.glob("dry-run-*.json")
@@ -486,3 +496,10 @@ def test_work_that_cannot_be_captured_is_timed_launch_by_launch_only():
     command = [sys.executable, "-c", _CAPTURES]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith("failed: "), done.stderr
+
+
+def test_a_copy_without_git_is_told_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))
+    assert environment.commit() == "unknown"
+    monkeypatch.setenv("SEPCONV_COMMIT", "0123456789ab")
+    assert environment.commit() == "0123456789ab"

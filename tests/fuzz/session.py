@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 from fuzz.case import Case
+from fuzz.log import REPLAY, FuzzLog
 from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
-REPLAY = "python tests/fuzz/replay.py"
 _ROUND = 250  # examples between two looks at the clock and a fresh seed
 _LOST = ("CUDA error", "HIP error", "illegal memory access", "misaligned address", "launch failure")
 
@@ -47,6 +47,7 @@ class FuzzSession:
         seconds: time limit per op and direction, or None.
         seed: of the full fuzz.
         in_flight: file that holds the case being run.
+        log: told of each case as soon as it has run.
         tallies: by (op, direction, dtype).
         context_lost: whether a crash has made this process unable to launch anything more.
     """
@@ -56,6 +57,7 @@ class FuzzSession:
     seconds: float | None
     seed: int
     in_flight: Path
+    log: FuzzLog = field(default_factory=FuzzLog)
     tallies: dict[tuple[str, str, str], Tally] = field(default_factory=dict)
     context_lost: bool = False
 
@@ -75,10 +77,19 @@ class FuzzSession:
             examples: cases that are always run first.
         """
         deadline = time.monotonic() + (self.seconds or float("inf"))
+        failed: dict[str, Exception] = {}
 
         def one(case: Case) -> None:
-            if time.monotonic() < deadline:
+            if time.monotonic() >= deadline:
+                # Shrinking ends here: what failed must still fail, or it would count as flaky.
+                if error := failed.get(repr(case)):
+                    raise error
+                return
+            try:
                 self._one(case, check)
+            except Exception as error:
+                failed[repr(case)] = error
+                raise
 
         one.__name__ = name
         done = 0
@@ -112,7 +123,10 @@ class FuzzSession:
             if any(sign in str(error) for sign in _LOST):
                 self.context_lost = True  # nothing can be launched in this process any more
             error.add_note(f"to run it again: {REPLAY} '{case!r}'")
+            if isinstance(error, Exception):
+                self.log.failed(case, error)
             raise
+        self.log.passed(case, worst)
         key = (case.op, case.direction, case.dtype)
         self.tallies.setdefault(key, Tally()).add(Tally(1, worst, repr(case)))
 

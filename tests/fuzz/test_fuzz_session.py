@@ -1,15 +1,20 @@
 """The fuzz itself: it must find a bug, shrink it, say how to run it again, and survive a crash."""
 
 import dataclasses
+import itertools
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fuzz.case import Case, Plant, parse
+from fuzz.log import FuzzLog
 from fuzz.session import FuzzSession
 from fuzz.strategies import cases
 from hypothesis import given, settings
@@ -33,7 +38,7 @@ def failure(session, check):
 
 def test_a_failure_shrinks_and_says_how_to_run_it_again(session):
     def check(case):
-        assert not (case.C > 4 and case.dtype == "float16"), "planted"
+        assert not (case.C > 4 and case.dtype != "float32"), "planted"
         return 0.5
 
     error = failure(session, check)
@@ -76,6 +81,69 @@ def test_time_limit(session):
     session.seconds, session.examples = 0.2, 10**9
     session.run("limited", cases("depthwise", "forward"), lambda case: 0.0)
     assert session.tallies
+
+
+def test_a_failure_outlives_the_time_limit(session, monkeypatch):
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
+    monkeypatch.setattr("fuzz.session.time", clock)
+    session.seconds, failed = 60.0, []
+
+    def check(case):
+        if case.C > 4:
+            failed.append(case)
+            clock.now = 61.0
+        assert case.C <= 4, "planted"
+        return 0.0
+
+    assert "planted" in str(failure(session, check))
+    assert len(failed) == 1, "nothing runs after the limit"
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_each_case_is_in_the_log_at_once(session, tmp_path):
+    session.log, seen = FuzzLog(tmp_path / "log"), []
+
+    def check(case):
+        assert len(lines(session.log.path)) == len(seen) if seen else True
+        seen.append(case)
+        return case.K / 100
+
+    session.run("logged", cases("separable", "forward"), check)
+    written = lines(session.log.path)
+    assert [line["worst"] for line in written] == [case.K / 100 for case in seen]
+    assert [line["dtype"] for line in written] == [case.dtype for case in seen]
+    assert {(line["op"], line["direction"]) for line in written} == {("separable", "forward")}
+
+
+def test_a_failure_is_in_the_log_whole(session, tmp_path):
+    session.log = FuzzLog(tmp_path / "log")
+
+    def check(case):
+        if case.C > 4:
+            raise ValueError("planted\nand more")
+        return 0.0
+
+    with pytest.raises(ValueError, match="planted"):
+        session.run("logged", cases("depthwise", "backward"), check)
+    failed = [line for line in lines(session.log.path) if "error" in line]
+    assert {line["error"] for line in failed} == {"ValueError: planted"}
+    assert min(parse(line["case"]).C for line in failed) == 5, "shrinking is in it too"
+    assert all("worst" in line for line in lines(session.log.path) if line not in failed)
+
+
+def test_only_simpler_failures_are_printed(tmp_path, monkeypatch):
+    with (tmp_path / "stderr").open("w+") as stderr:
+        monkeypatch.setattr(sys, "__stderr__", stderr)
+        log = FuzzLog(aloud=True)
+        for C in (100, 200, 5, 5):
+            log.failed(Case("depthwise", C=C), AssertionError(f"planted {C}"))
+        stderr.seek(0)
+        printed = stderr.read()
+    assert re.findall(r"planted (\d+)", printed) == ["100", "5"]
+    assert """python tests/fuzz/replay.py 'Case(op="depthwise", C=5)'""" in printed
 
 
 def test_a_lost_context_does_not_hide_the_case(session, monkeypatch):
@@ -128,11 +196,54 @@ def test_expanded_and_strided_layouts_reach_the_op():
     assert torch.equal(x[0], x[1])
 
 
-def pytest_run(*arguments):
+def pytest_run(*arguments, **environment):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}
-    )
+    environment = os.environ | {"COLUMNS": "200"} | environment
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def planted(folder, check):
+    """The environment of a run of pytest in which `check` takes the place of the fuzz's."""
+    source = f"""
+import os, signal
+import pytest
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection():
+    import fuzz.check
+    fuzz.check.check_case_and_framework = check
+
+def check(case):
+    {check}
+    return 0.5
+"""
+    (folder / "planted.py").write_text(source)
+    return {"PYTHONPATH": str(folder), "PYTEST_ADDOPTS": "-p planted"}
+
+
+def test_a_failing_run_prints_and_logs_the_case_at_once(tmp_path):
+    log = tmp_path / "log"
+    asked = ["--hypothesis", "--hypothesis-seed=0", "--fuzz-examples=50", "--capture=sys"]
+    asked.append(f"--fuzz-log={log}")
+    environment = planted(tmp_path, 'assert case.C < 5, "planted"')
+    test = "tests/fuzz/test_fuzz_ops.py::test_op[pointwise-forward]"
+    done = pytest_run(*asked, test, **environment)
+    assert done.returncode == 1
+    printed = re.findall(r"^  python tests/fuzz/replay.py '(.*)'$", done.stderr, re.MULTILINE)
+    assert parse(printed[-1]).C >= 5
+    assert printed[-1] in [line.get("case") for line in lines(log)]
+
+
+def test_a_killed_run_leaves_its_results_and_the_case_it_was_in(tmp_path):
+    log, killer = tmp_path / "log", "os.kill(os.getpid(), signal.SIGKILL)"
+    environment = planted(tmp_path, f"case.K == 1 or not os.path.exists({str(log)!r}) or {killer}")
+    test = "tests/fuzz/test_fuzz_ops.py::test_op[pointwise-forward]"
+    done = pytest_run("--hypothesis", f"--fuzz-log={log}", test, **environment)
+    assert done.returncode == -signal.SIGKILL
+    assert {line["worst"] for line in lines(log)} == {0.5}
+    header = pytest_run("--collect-only", "tests/test_torchvision_shim.py").stdout
+    (case,) = re.findall(r"^a run died in this case: \S+ \S+ '(.*)'$", header, re.MULTILINE)
+    assert parse(case).K > 1
 
 
 def test_the_full_fuzz_says_what_ran_against_what():
@@ -156,8 +267,33 @@ def test_a_full_fuzz_that_runs_nothing_fails():
     assert "no fuzz case was run" in done.stdout
 
 
-@pytest.mark.parametrize("option", ["--fuzz-examples=0", "--fuzz-seconds=-1"])
-def test_nonsense_is_refused(option):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--fuzz-examples=0", "must be positive"),
+        ("--fuzz-seconds=-1", "must be positive"),
+        ("--fuzz-log=no/such/folder/log", "--fuzz-log: no folder no/such/folder"),
+        ("--share=5/4", "expected I/N, such as 2/4, got '5/4'"),
+    ],
+)
+def test_nonsense_is_refused(option, message):
     done = pytest_run("--hypothesis", option, "tests/test_torchvision_shim.py")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "must be positive" in done.stderr
+    assert message in done.stderr
+
+
+def test_a_log_belongs_to_a_full_fuzz():
+    done = pytest_run("--fuzz-log=log", "tests/test_torchvision_shim.py")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--fuzz-log needs --hypothesis" in done.stderr
+
+
+def test_shares_are_disjoint_and_together_everything():
+    def collected(*arguments):
+        chosen = ["--collect-only", "-q", "-m", "gpu", "tests/test_faults_kernels.py", *arguments]
+        return re.findall(r"^tests/\S+::.*$", pytest_run(*chosen).stdout, re.MULTILINE)
+
+    everything = collected()
+    shares = [collected(f"--share={i}/3") for i in (1, 2, 3)]
+    assert sorted(itertools.chain(*shares)) == sorted(everything)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -439,7 +439,7 @@ def test_every_candidate_is_right_and_repeatable(op: str, dtype: torch.dtype):
 def test_tuning_on_a_gpu():
     model = sepconv.nn.SeparableConv2d(64, 64, 3, padding=1).cuda().half()
     x = torch.randn(BIG, device="cuda", dtype=torch.half)
-    found = tune(model, x, seconds=60)
+    found = tune(model, x, seconds=30)
     assert len(found) == 3
     assert all(tuned.seconds > 0 and tuned.finished for tuned in found)
     assert not [lost for tuned in found for lost in tuned.lost if lost.reason == "wrong result"]

@@ -1,5 +1,6 @@
 """What a result depends on beside the code: recorded with every part."""
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -35,11 +36,14 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, marked where files differ from it."""
+    """The checkout's commit, marked where files differ from it.
+
+    A copy without git's own files is told by the variable SEPCONV_COMMIT what it is a copy of.
+    """
     folder = str(Path(__file__).parent)
     found = _output("git", "-C", folder, "rev-parse", "--short=12", "HEAD")
     if found == "unknown":
-        return found
+        return os.environ.get("SEPCONV_COMMIT", found)
     changed = _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
     return found if changed == "" else f"{found} with changes"
 

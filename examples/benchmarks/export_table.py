@@ -1,0 +1,35 @@
+"""Write this GPU's tuned choices as a table of the kind that the package ships. Tunes nothing.
+
+    python examples/benchmarks/export_table.py FOLDER [--dry-run]
+
+`--dry-run` tunes one tiny call on the CPU first, with TRITON_INTERPRET=1.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+import sepconv
+from sepconv.ops import tuning, tuning_files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dry-run", action="store_true")
+    args = parser.parse_args()
+    if args.dry_run:
+        with sepconv.backend("triton"):
+            sepconv.tune(sepconv.nn.SeparableConv2d(3, 4, 3), torch.ones(1, 3, 6, 6), seconds=1.0)
+    where = tuning.target(-1 if args.dry_run else 0)
+    choices = tuning_files.all_choices(where.gpu, where.triton)
+    if not choices:
+        sys.exit(f"nothing is tuned for {where.gpu}, Triton {where.triton}")
+    path = tuning_files.write_table(args.folder, where.gpu, where.triton, choices)
+    print(f"wrote {len(choices)} choices to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What `examples/benchmarks/gpu.py` is made of. It imports no torch: the steps' processes do."""
