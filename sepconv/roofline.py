@@ -167,9 +167,18 @@ def predicted_seconds(
     floor = moved_bytes(op, shape, dtype) / (known.bandwidth * _MEMORY_SHARE)
     matrix = 2 * _matrix_macs(op, shape) / known.matrix_rate(dtype, tf32)
     matrix /= _LIBRARY_SHARE if op == "conv2d" else _MATRIX_SHARE
-    issue = _issue_slots(op, shape, config) / known.issue_rate
-    busy = _share_of_busy_units(op, shape, config, known)
-    return max(floor, matrix / busy, issue / busy) + _START_SECONDS
+    matrix /= _share_of_busy_units(op, shape, config, known)
+    return max(floor, matrix, issue_seconds(op, shape, known, config)) + _START_SECONDS
+
+
+def issue_seconds(op: str, shape: Any, gpu: Gpu, config: Any) -> float:
+    """Time in which one call's instructions are issued, each scheduler one a cycle.
+
+    Where memory is slower than that, it still tells how far: kernels do not issue all the time.
+    Arguments as of `predicted_seconds`.
+    """
+    busy = _share_of_busy_units(op, shape, config, gpu)
+    return _issue_slots(op, shape, config) / gpu.issue_rate / busy
 
 
 def moved_bytes(op: str, shape: Any, dtype: torch.dtype) -> int:

@@ -8,12 +8,15 @@ import torch
 from sepconv.ops.kernel_modules import kernel_module
 from sepconv.ops.tuning import Problem, target
 from sepconv.ops.tuning_files import Choice, others
-from sepconv.roofline import Gpu, find_gpu, predicted_seconds
+from sepconv.roofline import Gpu, find_gpu, issue_seconds, predicted_seconds
 
 MAX_CANDIDATES = 8
 _SAFE_SHARED = 48 * 1024  # bytes that any GPU has
 # Candidates predicted to be this many times slower than the best are not compiled.
 _HOPELESS = 3.0
+# Sums and depthwise results of one thread that leave its registers to sixteen warps on a
+# multiprocessor of 64 K registers: 128 for everything.
+_ROOMY = 96
 
 
 def candidates(problem: Problem, most: int = MAX_CANDIDATES) -> list[Choice]:
@@ -68,18 +71,20 @@ def _sizes_by_promise(problem: Problem) -> list[Any]:
     }
     best = min(predicted.values())
     sizes = [config for config in sizes if predicted[config] <= _HOPELESS * best]
-    return sorted(sizes, key=lambda config: (predicted[config], *_demerits(config)))
+    return sorted(sizes, key=lambda c: (predicted[c], *_demerits(problem, c, gpu)))
 
 
-def _demerits(config: Any) -> tuple[float, ...]:
-    """What orders those that the cost model takes for equal, the least first.
-
-    A product that reads its operands again, takes short steps, or has not three of them under way.
-    """
+def _demerits(problem: Problem, config: Any, gpu: Gpu) -> tuple[float, ...]:
+    """What orders those that the cost model takes for equal, the least first."""
+    issue = issue_seconds(problem.op, problem.conv_shape, gpu, config)
     if not hasattr(config, "block_k"):
-        return ()
-    rereading = 1 / config.block_nq + 1 / config.block_k
-    return rereading, -config.block_c, abs(config.num_stages - 3)
+        return (issue,)
+    rereading = 1 / config.block_nq + 1 / config.block_k  # of the product's operands
+    if problem.op == "pointwise_fwd":
+        return rereading, -config.block_c, abs(config.num_stages - 3)
+    tile = config.rows * config.block_nq * (config.block_k + config.block_c)
+    crowded = tile > _ROOMY * 32 * config.num_warps
+    return crowded, issue, rereading, config.block_c
 
 
 def known_gpu(device: int) -> Gpu | None:

@@ -46,6 +46,25 @@ def test_a_fused_call_is_offered_every_kind(sizes: tuple[int, int, int]):
     assert all(shared_bytes("separable_fwd", torch.bfloat16, c) <= LIMIT for c in found[2:])
 
 
+def test_of_equals_the_one_that_leaves_registers_to_others_comes_first():
+    """Memory bounds them all; the first of each number of rows has room for sixteen warps."""
+    by_rows: dict[int, GemmConfig] = {}
+    for config in tuner_candidates.candidates(at(separable(), 64, 128, 56))[2:]:
+        assert isinstance(config, GemmConfig)
+        by_rows.setdefault(config.rows, config)
+    assert list(by_rows) == [4, 2, 1], "fewer instructions first"
+    for config in by_rows.values():
+        tile = config.rows * config.block_nq * (config.block_k + config.block_c)
+        assert tile <= 96 * 32 * config.num_warps, config
+
+
+def test_the_stated_separable_problem_is_offered_what_memory_bounds():
+    """Problem 86 in TF32: 42 instructions an element in the machine code, 92 by default."""
+    stated = at(separable(), 64, 128, 512, batch=16)
+    problem = stated._replace(dtype=torch.float32, tf32=True, epilogue=False, epilogue_mid=False)
+    assert GemmConfig(64, 32, 128, 2, 8) in tuner_candidates.candidates(problem)
+
+
 def test_a_pointwise_call_is_offered_the_library_and_the_healthy_tile():
     found = tuner_candidates.candidates(at(pointwise(), 512, 512, 14))
     assert found[:3] == [None, "library", "linear"]
