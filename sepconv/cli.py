@@ -141,7 +141,7 @@ def _losses(found: Sequence[Tuned]) -> Iterator[str]:
     """What has no time, and what to do about it."""
     unfinished = sum(not tuned.finished for tuned in found)
     if unfinished:
-        yield f"{unfinished} kinds of calls ran out of time: the same command goes on with them"
+        yield f"ran out of time: {unfinished} of {len(found)}; the same command goes on with them"
     reasons = Counter(
         (tuned.key.split("_float")[0].split("_bfloat")[0], lost.reason)
         for tuned in found

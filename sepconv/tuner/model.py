@@ -101,7 +101,7 @@ def tune(
         ...
         ValueError: model: expected one that runs sepconv's kernels, which this one does not on cpu
     """
-    _refuse_capture()
+    _check(max_candidates)
     problems = record(model, x, backward)
     if not problems:
         devices = {str(t.device) for t in (*model.parameters(), *_tensors(x))}
@@ -137,9 +137,7 @@ def tune_problems(
     done: Callable[[Tuned], object] | None = None,
 ) -> list[Tuned]:
     """`tune` for calls that are known already; `done` is called with each result as it comes."""
-    _refuse_capture()
-    if max_candidates < 1:
-        raise ValueError(f"max_candidates: expected at least 1, got {max_candidates}")
+    _check(max_candidates)
     end = time.monotonic() + (float("inf") if seconds is None else seconds)
     found: list[tuple[Target, Tuned]] = []
     if not _distributed() or dist.get_rank() == 0:
@@ -257,7 +255,9 @@ def _kinds(problems: Iterable[Problem]) -> list[Problem]:
     return list(kinds.values())
 
 
-def _refuse_capture() -> None:
+def _check(max_candidates: int) -> None:
+    if max_candidates < 1:
+        raise ValueError(f"max_candidates: expected at least 1, got {max_candidates}")
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a CUDA graph is being captured: call sepconv.tune before the capture")
 
