@@ -43,6 +43,8 @@ def processes() -> Iterator[Processes]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Processes(rank, world_size, device)
+        if world_size > 1:
+            dist.barrier()  # threads of gloo abort a process that leaves while another still works
     finally:
         if world_size > 1:
             dist.destroy_process_group()
