@@ -182,7 +182,7 @@ def _depthwise_candidates(op: str, shape: ConvShape) -> Iterator[Config]:
     widest = _power_of_2(shape.N * width, 8, 1024)
     blocks_c = (32, 64, 128) if shape.channels_last else (1,)
     # (rows, num_stages); the general kernel has no loop to pipeline.
-    strips = ((0, 1), (4, 3), (16, 1), (16, 3)) if _may_roll(op, shape) else ((0, 1),)
+    strips = ((0, 1), (4, 3), (16, 1), (16, 3)) if may_roll(op, shape) else ((0, 1),)
     # Sixteen-byte loads bring eight channels: each thread has one or two pixels of them.
     for block_c, per_thread, num_warps, (rows, num_stages) in itertools.product(
         blocks_c, (8, 16), (4, 8), strips
@@ -192,7 +192,7 @@ def _depthwise_candidates(op: str, shape: ConvShape) -> Iterator[Config]:
             yield DepthwiseConfig(block_nq, block_c, rows, num_warps, num_stages)
 
 
-def _may_roll(op: str, shape: ConvShape) -> bool:
+def may_roll(op: str, shape: ConvShape) -> bool:
     """Whether strips run another kernel than no strips: see depthwise_rolling.py.
 
     The stride is told by the sizes: 1 loses at most R - 1 rows, 2 half of them.

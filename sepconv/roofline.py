@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from sepconv.kernels.configs import may_roll
+
 # Shares of the data sheet's rates that large copies and matrix products reach; a convolution of the
 # library reaches less of the latter.
 _MEMORY_SHARE = 0.9
@@ -28,7 +30,6 @@ _ROLLING_SLOTS = (2.5, 4.0)
 _BWD_WEIGHT_SLOTS = (6.0, 5.0)
 _FUSED_SLOTS, _FUSED_SHARED_SLOTS = (2.5, 3.0), 3.0
 _FUSED_ROWS, _FUSED_BLOCK_K = 2, 256  # of a large layer
-_ROLLING_MOST_TAPS = 9
 _WARP, _SCHEDULERS = 32, 4
 
 
@@ -227,17 +228,12 @@ def _issue_slots(op: str, shape: Any, config: Any) -> float:
         repeats = ceil(shape.K / (config.block_k if config else _FUSED_BLOCK_K))
         per_tap, per_element = _FUSED_SLOTS
         per_tap += _FUSED_SHARED_SLOTS / (config.rows if config else _FUSED_ROWS)
-    elif taps <= _ROLLING_MOST_TAPS and _strides_by_1(shape) and (config is None or config.rows):
+    elif may_roll(op, shape) and (config is None or config.rows):
         per_tap, per_element = _ROLLING_SLOTS
         if config:  # rows above and below each strip are computed for nothing
             repeats = 1 + (shape.R - 1) / config.rows
     slots = (per_tap * taps + per_element) * repeats
     return slots * prod((shape.N, shape.C, shape.M, shape.P, shape.Q))
-
-
-def _strides_by_1(shape: Any) -> bool:
-    """Vertically, judged by the sizes: stride 1 loses at most R - 1 rows, stride 2 half of them."""
-    return 2 * shape.P > shape.H + shape.R
 
 
 def _share_of_busy_units(op: str, shape: Any, config: Any, gpu: Gpu) -> float:

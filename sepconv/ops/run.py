@@ -195,12 +195,10 @@ def separable(
     if choice == "unfused":
         middle = depthwise(x, weight_dw, bias_dw, *geometry, activation_mid, channels_last)
         return pointwise(middle, weight_pw, bias_pw, activation, residual, channels_last)
+    weights = (weight_dw, weight_pw, bias_dw, bias_pw)
     return kernel_module("separable").separable_fwd(
         x,
-        weight_dw,
-        weight_pw,
-        bias_dw,
-        bias_pw,
+        *weights,
         *geometry,
         activation_mid,
         activation,

@@ -25,13 +25,11 @@ from sepconv.progress import track
 
 # Processes at most: each imports torch, some 0.4 GB.
 _MOST_WORKERS = 32
-# What a job asks for that is compiled with other jobs, or by the library.
-_NO_KERNEL = ("library", "linear", "unfused")
 
 Job = tuple[Problem, Choice]
 
 
-class Target(NamedTuple):
+class CompileTarget(NamedTuple):
     """What kernels are compiled for: the fields of Triton's `GPUTarget`."""
 
     backend: str
@@ -73,7 +71,7 @@ def compile_all(
     *,
     seconds: float | None = None,
     workers: int | None = None,
-    target: Target | None = None,
+    target: CompileTarget | None = None,
 ) -> Compiled:
     """Fill Triton's cache with the kernels of some calls, those of the first jobs first.
 
@@ -92,7 +90,8 @@ def compile_all(
     """
     start = time.monotonic()
     jobs = list(dict.fromkeys(jobs))
-    groups = _groups([job for job in jobs if job[1] not in _NO_KERNEL])
+    # What has a name is the library's, or two kernels that have jobs of their own.
+    groups = _groups([job for job in jobs if not isinstance(job[1], str)])
     failed: dict[Job, str] = {}
     left = {job for group in groups for job in group.jobs}
     kernels = cached = 0
@@ -119,7 +118,7 @@ def compile_all(
 class _Pool:
     """Worker processes, each fed by a thread of this one."""
 
-    def __init__(self, groups: Sequence[_Group], count: int, target: Target) -> None:
+    def __init__(self, groups: Sequence[_Group], count: int, target: CompileTarget) -> None:
         self._groups = deque(groups)
         self._answers: queue.Queue[tuple[_Group, list[dict[str, Any]]]] = queue.Queue()
         self._workers = [_Worker(target) for _ in range(count)]
@@ -154,7 +153,7 @@ class _Pool:
 class _Worker:
     """A process that compiles what it is told: a line of JSON each way."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: CompileTarget) -> None:
         self._target = target
         self._process: subprocess.Popen[str] | None = None
         self._stopped = False
@@ -240,7 +239,7 @@ def _default_config(problem: Problem) -> Any:
     return configs.default(problem.op, problem.dtype, problem.conv_shape)
 
 
-def _target_of_this_gpu() -> Target:
+def _target_of_this_gpu() -> CompileTarget:
     # Triton is imported where there are kernels to run.
     target = kernel_module("launch").active_target()
-    return Target(target.backend, target.arch, target.warp_size)
+    return CompileTarget(target.backend, target.arch, target.warp_size)

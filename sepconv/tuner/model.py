@@ -117,7 +117,7 @@ def tune(
 def record(
     model: nn.Module, x: Tensor | Sequence[Any] | Mapping[str, Any], backward: bool
 ) -> list[Problem]:
-    """The problems that one run of the model poses, each kind once."""
+    """The problems that one run of the model poses, each once."""
     args, kwargs = split_inputs(x)
     with _kept_buffers(model), torch.random.fork_rng(), tuning.recording() as calls:
         with torch.set_grad_enabled(backward):
@@ -145,8 +145,8 @@ def tune_problems(
             found = _Search(retune, max_candidates, timer, done).run(_kinds(problems), end)
     if _distributed():
         found = _agreed(found)
-    for where, tuned in found:
-        tuning.install(where, tuned.key, tuned.choice, tuned.finished)
+        for where, tuned in found:
+            tuning.install(where, tuned.key, tuned.choice, tuned.finished)
     return [tuned for _, tuned in found]
 
 

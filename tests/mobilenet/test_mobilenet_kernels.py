@@ -151,11 +151,11 @@ def logits(model: nn.Module, backend: str, dtype: torch.dtype) -> list[Tensor]:
 def assert_logits(model: nn.Module) -> None:
     (truth,) = logits(model, "reference", torch.float64)
     (exact,) = errors(logits(model, "triton", torch.float64), [truth])
+    # 27 layers of sums of at most 1024 products: 27 * 1026 * 2.2e-16 at worst.
     assert exact < 1e-11
     (kernels,) = errors(logits(model, "triton", torch.float32), [truth])
     (torch_itself,) = errors(logits(model, "reference", torch.float32), [truth])
-    # Two correct networks differ by a third; sums in one piece and in many, by more.
-    assert kernels <= 4 * torch_itself + NOISE
+    assert kernels <= 2 * torch_itself + NOISE
 
 
 @pytest.mark.gpu

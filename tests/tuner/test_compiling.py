@@ -11,9 +11,9 @@ from tuner.problems import depthwise, pointwise, separable
 
 from sepconv.kernels.configs import DepthwiseConfig, GemmConfig
 from sepconv.tuner import compiling
-from sepconv.tuner.compiling import Target, compile_all
+from sepconv.tuner.compiling import CompileTarget, compile_all
 
-SM_90 = Target("cuda", 90, 32)
+SM_90 = CompileTarget("cuda", 90, 32)
 CONFIG = DepthwiseConfig(8, 64, 0, 1)
 
 

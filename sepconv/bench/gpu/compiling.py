@@ -8,11 +8,11 @@ from sepconv.bench.gpu.measure import Bench
 from sepconv.ops.tuning import Problem
 from sepconv.ops.tuning_files import choice_json
 from sepconv.tuner.candidates import candidates
-from sepconv.tuner.compiling import Job, Target, compile_all
+from sepconv.tuner.compiling import CompileTarget, Job, compile_all
 
 _BATCHES = (256, 1024, 32, 1)
 # What a dry run compiles for: any target will do, none is there.
-_DRY_TARGET = Target("cuda", 90, 32)
+_DRY_TARGET = CompileTarget("cuda", 90, 32)
 
 
 def run(bench: Bench) -> None:
