@@ -22,12 +22,12 @@ from rich.table import Table
 from torch import nn
 
 import sepconv
-from sepconv.calibration import Calibration, Curves, Method, Ranks, _Problem
+from sepconv._util.files import write_atomically
+from sepconv.calibration.fit import Calibration, Curves, Method, Ranks, _Problem
+from sepconv.calibration.refine import Fitted
+from sepconv.conversion.plan import counted_costs, ranks_to_choose, ranks_within, weight_only_errors
 from sepconv.factorize.solve import Factors, channel_blocks, refit_mixing, whitened_filters
-from sepconv.files import write_atomically
 from sepconv.graph import Match, capture, match
-from sepconv.plan import counted_costs, ranks_to_choose, ranks_within, weight_only_errors
-from sepconv.refine import Fitted
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "accuracy-ablation.json"

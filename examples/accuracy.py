@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sepconv
+from sepconv._util.files import write_atomically
 from sepconv.factorize import weight_errors
-from sepconv.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "accuracy.json"

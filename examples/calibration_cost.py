@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import sepconv
+from sepconv._util.files import write_atomically
 from sepconv.bench import torchvision_shim
-from sepconv.files import write_atomically
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "accuracy-cost.json"
 # Of a ResNet-50's multiply-adds 0.60 are out of reach: its 1 x 1 convolutions and the first one.

@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 import sepconv
-from sepconv.latency import seconds
+from sepconv.conversion.costs import seconds
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sepconv
-from sepconv.latency import seconds
+from sepconv.conversion.costs import seconds
 
 EPOCHS = 12
 

@@ -5,18 +5,18 @@
 """
 
 from sepconv import nn, ops
-from sepconv.budget import Budget
-from sepconv.convert import convert
+from sepconv._util.version import __version__
+from sepconv.conversion.budget import Budget
+from sepconv.conversion.convert import convert
+from sepconv.conversion.search import search
 from sepconv.cost import cost
 from sepconv.distill import distill
-from sepconv.fuse import fuse
+from sepconv.fusion.fuse import fuse
 from sepconv.ops import backend
-from sepconv.recipe import apply_recipe
-from sepconv.report import report
-from sepconv.saving import load, read_recipe, save
-from sepconv.search import search
-from sepconv.tuner import tune
-from sepconv.version import __version__
+from sepconv.reports.conversion import report
+from sepconv.saving.files import load, read_recipe, save
+from sepconv.saving.recipe import apply_recipe
+from sepconv.tuning import tune
 
 __all__ = [
     "Budget",

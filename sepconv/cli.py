@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from sepconv.ops import tuning, tuning_files
+from sepconv.ops import choice as tuning
+from sepconv.ops import choice_files as tuning_files
 from sepconv.ops.backend import backend, can_run_kernels
-from sepconv.tuner import Tuned, tune
-from sepconv.tuner.candidates import MAX_CANDIDATES
-from sepconv.tuner.search import OUT_OF_TIME
+from sepconv.tuning import Tuned, tune
+from sepconv.tuning.candidates import MAX_CANDIDATES
+from sepconv.tuning.race import OUT_OF_TIME
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepconv.files import write_atomically
+from sepconv._util.files import write_atomically
+from sepconv._util.progress import track_batches
 from sepconv.nn import SeparableConv2d
-from sepconv.progress import track_batches
 
 _COLUMNS = ("epoch", "loss", "held_out", "learning_rate", "seconds")
 

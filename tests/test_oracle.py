@@ -24,7 +24,7 @@ from oracle import (
     through_activation,
 )
 
-from sepconv import reference
+from sepconv.ops import reference
 
 INPUTS = ("x", "weight_dw", "weight_pw", "bias_dw", "bias_pw", "residual")
 SHAPES = {

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 import sepconv
-from sepconv.ops import tuning, tuning_files
+from sepconv.ops import choice as tuning
+from sepconv.ops import choice_files as tuning_files
 
 
 def main() -> None:

@@ -23,9 +23,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import sepconv
+from sepconv._util.files import write_atomically
+from sepconv._util.progress import track
 from sepconv.bench import torchvision_shim
-from sepconv.files import write_atomically
-from sepconv.progress import track
 
 MODELS = ("vgg16_bn", "resnet50", "resnet18")
 CONVERSIONS = (("resnet50", 1), ("vgg16_bn", 4))

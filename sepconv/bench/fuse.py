@@ -16,11 +16,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import sepconv
+from sepconv._util.files import write_atomically
+from sepconv._util.progress import track
 from sepconv.bench import torchvision_shim
 from sepconv.bench.cpu import machine
-from sepconv.files import write_atomically
-from sepconv.latency import take_turns
-from sepconv.progress import track
+from sepconv.conversion.costs import take_turns
 
 MODELS = (
     "torchvision/mobilenet_v2",

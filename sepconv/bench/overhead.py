@@ -18,8 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 from sepconv import ops
-from sepconv.files import write_atomically
-from sepconv.progress import track
+from sepconv._util.files import write_atomically
+from sepconv._util.progress import track
 
 _CALLS = 10  # in one batch
 

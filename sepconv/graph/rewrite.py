@@ -16,8 +16,8 @@ from sepconv.factorize import SeparableFactors
 from sepconv.graph.functional import forward_graph, replace_forward
 from sepconv.graph.match import Match
 from sepconv.graph.state import copied, without_history
-from sepconv.memory import keep_freed_memory
 from sepconv.nn import SeparableConv1d, SeparableConv2d
+from sepconv.ops.memory import keep_freed_memory
 
 
 def separable_module(

@@ -9,8 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sepconv import onednn
 from sepconv.mobilenet.layers import CONVOLUTIONS, MobileNetConv
+from sepconv.ops import onednn
 from sepconv.ops.backend import chosen_backend
 
 

@@ -5,10 +5,10 @@ from typing import TypeGuard
 
 from torch import Tensor, nn
 
-from sepconv import onednn
 from sepconv.mobilenet.blocks import BLOCKS
 from sepconv.mobilenet.folding import FoldCache, FoldedConv, Pair, has_hooks
 from sepconv.mobilenet.padding import Sides, padding_sides
+from sepconv.ops import onednn
 from sepconv.ops.backend import chosen_backend
 
 

@@ -14,7 +14,7 @@ from sepconv.mobilenet.config import MobileNetV1Config
 from sepconv.mobilenet.folding import FoldCache, Pair, foldable
 from sepconv.mobilenet.inference import ChainCache, may_chain, stage_pairs
 from sepconv.mobilenet.layers import PointwiseConv2d, StandardConv2d
-from sepconv.onednn import PackedChain
+from sepconv.ops.onednn import PackedChain
 
 
 class FeatureInfo(NamedTuple):

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepconv import onednn, ops, reference
+from sepconv import ops
 from sepconv.nn.promise import LARGEST_VALUE, Promise
+from sepconv.ops import onednn, reference
 from sepconv.ops.autocast import is_autocasting
 from sepconv.ops.backend import chosen_backend
 

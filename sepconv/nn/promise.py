@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from sepconv import onednn
+from sepconv.ops import onednn
 from sepconv.ops.backend import chosen_backend
 
 LARGEST_INPUT = 2.0**16

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sepconv import ops
-from sepconv.layout import is_channels_last
 from sepconv.ops.arguments import pair
+from sepconv.ops.layout import is_channels_last
 
 IntPair = int | tuple[int, int]
 Padding = IntPair | Literal["same", "valid"]

@@ -6,8 +6,7 @@
 import torch
 from torch import Tensor
 
-from sepconv import reference
-from sepconv.ops import autograd, batching, flops  # noqa: F401  (registrations)
+from sepconv.ops import autograd, batching, flops, reference  # noqa: F401  (registrations)
 from sepconv.ops.arguments import (
     IntPair,
     Padding,

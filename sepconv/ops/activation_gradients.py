@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sepconv import reference
-from sepconv.layout import memory_format, suggests_channels_last
-from sepconv.ops import run
+from sepconv.ops import reference, run
 from sepconv.ops.backend import can_run_kernels
 from sepconv.ops.kernel_modules import kernel_module
+from sepconv.ops.layout import memory_format, suggests_channels_last
 from sepconv.ops.library import LIBRARY, TAGS, fake, real
 
 _AXES = (0, 2, 3)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
-from sepconv.reference import ACTIVATIONS, Pair, Sides, output_size
+from sepconv.ops.reference import ACTIVATIONS, Pair, Sides, output_size
 
 IntPair: TypeAlias = int | Sequence[int]
 Padding: TypeAlias = int | str | Sequence[int] | Sequence[Sequence[int]]

@@ -20,11 +20,11 @@ from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
 )
 from torch.autograd import forward_ad
 
-from sepconv.layout import suggests_channels_last
 from sepconv.ops.activation_gradients import before_activation
 from sepconv.ops.autocast import is_autocasting
+from sepconv.ops.layout import suggests_channels_last
 from sepconv.ops.library import LIBRARY
-from sepconv.reference import activate
+from sepconv.ops.reference import activate
 
 Gradient = Tensor | None
 # Of an operator: the gradients of its arguments from those of its outputs.

@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepconv import reference
-from sepconv.layout import suggests_channels_last, to_layout
-from sepconv.ops import run
+from sepconv.ops import reference, run
 from sepconv.ops.activation_gradients import composite_where_differentiated
 from sepconv.ops.arguments import (
     IntPair,
@@ -35,6 +33,7 @@ from sepconv.ops.autograd import Gradient, depthwise_gradients, differentiable, 
 from sepconv.ops.backend import can_run_kernels, chooses_kernels
 from sepconv.ops.batching import one_by_one
 from sepconv.ops.kernel_modules import kernel_module
+from sepconv.ops.layout import suggests_channels_last, to_layout
 from sepconv.ops.library import (
     GEOMETRY_SCHEMA,
     LIBRARY,

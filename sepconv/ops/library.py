@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sepconv import reference
-from sepconv.layout import is_channels_last, memory_format, suggests_channels_last
-from sepconv.ops import run
+from sepconv.ops import reference, run
 from sepconv.ops.arguments import check_depthwise, check_pointwise, check_separable, pair
 from sepconv.ops.backend import can_run_kernels
-from sepconv.reference import Pair, Sides
+from sepconv.ops.layout import is_channels_last, memory_format, suggests_channels_last
+from sepconv.ops.reference import Pair, Sides
 
 LIBRARY = torch.library.Library("sepconv", "DEF")
 

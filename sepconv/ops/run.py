@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sepconv import reference
-from sepconv.layout import is_channels_last, memory_format, to_layout
+from sepconv.ops import reference
+from sepconv.ops.choice import lookup
+from sepconv.ops.choice_files import Choice
 from sepconv.ops.kernel_modules import kernel_module
-from sepconv.ops.tuning import lookup
-from sepconv.ops.tuning_files import Choice
-from sepconv.reference import Pair, Sides
+from sepconv.ops.layout import is_channels_last, memory_format, to_layout
+from sepconv.ops.reference import Pair, Sides
 
 Geometry = tuple[Pair, Sides, Pair]
 

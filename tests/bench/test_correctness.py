@@ -11,7 +11,7 @@ from sepconv.bench.gpu.measure import OUT_OF_TIME, Bench, Case, ProcessSpentErro
 from sepconv.kernels import separable as separable_kernels
 from sepconv.ops.backend import can_run_kernels
 from sepconv.timing import CaptureError
-from sepconv.tuner.inputs import make_operands, run_convolution
+from sepconv.tuning.inputs import make_operands, run_convolution
 
 pytestmark = pytest.mark.skipif(
     not can_run_kernels(torch.empty(0)) or torch.cuda.is_available(),

@@ -35,12 +35,12 @@ from sepconv.bench.gpu.measure import (
 )
 from sepconv.kernels.configs import ConvShape
 from sepconv.ops.backend import can_run_kernels
-from sepconv.ops.tuning_files import Lost
+from sepconv.ops.choice_files import Lost
 from sepconv.timing import CaptureError, device_seconds, host_seconds
-from sepconv.tuner import Tuned
-from sepconv.tuner.candidates import candidates
-from sepconv.tuner.inputs import make_operands, right_answer
-from sepconv.tuner.model import record
+from sepconv.tuning import Tuned
+from sepconv.tuning.candidates import candidates
+from sepconv.tuning.inputs import make_operands, right_answer
+from sepconv.tuning.tune import record
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = (

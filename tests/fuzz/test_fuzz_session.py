@@ -290,7 +290,8 @@ def test_a_log_belongs_to_a_full_fuzz():
 
 def test_shares_are_disjoint_and_together_everything():
     def collected(*arguments):
-        chosen = ["--collect-only", "-q", "-m", "gpu", "tests/test_faults_kernels.py", *arguments]
+        file = "tests/kernels/test_faults_kernels.py"
+        chosen = ["--collect-only", "-q", "-m", "gpu", file, *arguments]
         return re.findall(r"^tests/\S+::.*$", pytest_run(*chosen).stdout, re.MULTILINE)
 
     everything = collected()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from convert.compare import assert_same_function, untouched
+from conversion.compare import assert_same_function, untouched
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 

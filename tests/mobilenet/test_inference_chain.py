@@ -8,8 +8,9 @@ from mobilenet.randomised import difference, images, randomise_norms
 from mobilenet.test_folding import unfused
 from torch import nn
 
-from sepconv import mobilenet, onednn
-from sepconv.onednn import Layer, PackedChain, PackedConv2d
+from sepconv import mobilenet
+from sepconv.ops import onednn
+from sepconv.ops.onednn import Layer, PackedChain, PackedConv2d
 
 pytestmark = pytest.mark.skipif(
     onednn._OPERATORS is None, reason="needs a torch with oneDNN's operators"

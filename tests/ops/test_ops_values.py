@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from ops.calls import ACTIVATIONS, OPS, arguments, expected, public, tensors_of
 from torch.autograd import gradcheck, gradgradcheck
 
-from sepconv import ops, reference
-from sepconv.layout import is_channels_last
+from sepconv import ops
+from sepconv.ops import reference
+from sepconv.ops.layout import is_channels_last
 
 CL, NCHW = torch.channels_last, torch.contiguous_format
 

@@ -16,7 +16,7 @@ _ALONE_FILE = "tests/bench/test_gpu_bench.py"
 # The step `sanitizer` runs it.
 _SANITIZER = "test_19"
 # What a dry run runs in their place.
-_DRY_FILE = "tests/test_faults_kernels.py"
+_DRY_FILE = "tests/kernels/test_faults_kernels.py"
 _DRY, _DRY_SLOW = "test_13 or test_14 or test_22", "test_26"
 _NO_TESTS = 5  # pytest's exit status
 

@@ -39,7 +39,7 @@ from sepconv.bench.gpu.environment import describe
 from sepconv.bench.gpu.measure import Bench, ProcessSpentError
 from sepconv.bench.gpu.results import ResultFile
 from sepconv.ops.backend import can_run_kernels
-from sepconv.ops.tuning import forget
+from sepconv.ops.choice import forget
 
 
 class _Part(NamedTuple):

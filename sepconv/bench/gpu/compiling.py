@@ -5,10 +5,10 @@ import torch
 from sepconv.bench.gpu import kernelbench
 from sepconv.bench.gpu.layers import DRY_LAYERS, mobilenet_problems, problems
 from sepconv.bench.gpu.measure import Bench
-from sepconv.ops.tuning import Problem
-from sepconv.ops.tuning_files import choice_json
-from sepconv.tuner.candidates import candidates
-from sepconv.tuner.compiling import CompileTarget, Job, compile_all
+from sepconv.ops.choice import Problem
+from sepconv.ops.choice_files import choice_json
+from sepconv.tuning.candidates import candidates
+from sepconv.tuning.compiling import CompileTarget, Job, compile_all
 
 _BATCHES = (256, 1024, 32, 1)
 # What a dry run compiles for: any target will do, none is there.

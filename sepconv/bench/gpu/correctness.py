@@ -9,10 +9,10 @@ from torch import Tensor
 from sepconv.bench.gpu import kernelbench
 from sepconv.bench.gpu.layers import DRY_LAYERS, mobilenet_problems, problems
 from sepconv.bench.gpu.measure import OUT_OF_TIME, Bench
-from sepconv.ops.tuning import Problem
-from sepconv.ops.tuning_files import Choice
-from sepconv.tuner.check import is_right
-from sepconv.tuner.inputs import Operands, make_operands, right_answer, run_convolution
+from sepconv.ops.choice import Problem
+from sepconv.ops.choice_files import Choice
+from sepconv.tuning.check import is_right
+from sepconv.tuning.inputs import Operands, make_operands, right_answer, run_convolution
 
 _STATED = (82, 84, 86)
 # Elements of the largest tensor that the distance is worked out for at a time, in float64.

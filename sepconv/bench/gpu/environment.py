@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import sepconv
-from sepconv.ops.tuning import target
+from sepconv.ops.choice import target
 
 
 def describe(device: torch.device) -> dict[str, Any]:

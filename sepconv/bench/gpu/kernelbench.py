@@ -6,7 +6,7 @@ import torch
 
 from sepconv.bench.gpu.measure import Bench
 from sepconv.bench.gpu.ops import measure_problem
-from sepconv.ops.tuning import Problem
+from sepconv.ops.choice import Problem
 
 
 class Stated(NamedTuple):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from sepconv.mobilenet.config import paper_config
-from sepconv.ops.tuning import Problem
+from sepconv.ops.choice import Problem
 
 
 class Layer(NamedTuple):

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sepconv.bench.gpu.measure import Contender
-from sepconv.ops.tuning import Problem
+from sepconv.ops.choice import Problem
 from sepconv.timing import Call
-from sepconv.tuner.inputs import Operands
+from sepconv.tuning.inputs import Operands
 
 
 def baselines(

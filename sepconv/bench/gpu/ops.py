@@ -9,13 +9,13 @@ import torch
 from sepconv.bench.gpu.layers import DRY_LAYERS, LAYERS, problems
 from sepconv.bench.gpu.library import baselines
 from sepconv.bench.gpu.measure import Bench, Contender
+from sepconv.kernels.cost_model import moved_bytes, predicted_seconds
+from sepconv.ops.choice import Problem, cache_bytes
+from sepconv.ops.choice_files import Choice
 from sepconv.ops.run import ASK
-from sepconv.ops.tuning import Problem, cache_bytes
-from sepconv.ops.tuning_files import Choice
-from sepconv.roofline import moved_bytes, predicted_seconds
 from sepconv.timing import Call
-from sepconv.tuner.candidates import known_gpu
-from sepconv.tuner.inputs import Operands, operands_in_turn, run_convolution
+from sepconv.tuning.candidates import known_gpu
+from sepconv.tuning.inputs import Operands, operands_in_turn, run_convolution
 
 # The most telling first: what does not fit into the time is noted as such.
 _SWEEP = (

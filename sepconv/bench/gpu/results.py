@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sepconv._util.files import write_atomically
 from sepconv.bench.gpu.measure import Case
-from sepconv.files import write_atomically
 
 _Cells = Callable[[dict[str, Any]], list[str]]
 

@@ -7,9 +7,9 @@ import torch
 from sepconv.bench.gpu import kernelbench
 from sepconv.bench.gpu.layers import DRY_LAYERS, LAYERS, mobilenet_problems, problems
 from sepconv.bench.gpu.measure import OUT_OF_TIME, Bench
-from sepconv.ops.tuning import Problem
-from sepconv.ops.tuning_files import choice_json
-from sepconv.tuner import Tuned, tune_problems
+from sepconv.ops.choice import Problem
+from sepconv.ops.choice_files import choice_json
+from sepconv.tuning import Tuned, tune_problems
 
 # A stage that has cost so many processes their GPU is given up.
 _MOST_STOPS = 5

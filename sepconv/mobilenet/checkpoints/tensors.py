@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sepconv.errors import closest
+from sepconv._util.errors import closest
 
 
 class Entry(NamedTuple):

@@ -1,0 +1,1 @@
+"""Factors from what a model computes on example batches."""

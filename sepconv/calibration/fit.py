@@ -1,0 +1,278 @@
+"""Factors that keep what a model computes on unlabelled inputs: plan, then fit layer by layer."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sepconv._util.progress import track
+from sepconv.calibration.batches import read_batches
+from sepconv.calibration.observe import Dense
+from sepconv.calibration.refine import STEPS, Fitted, ShapesDifferError, refine
+from sepconv.calibration.responses import Responses, Substitutes
+from sepconv.factorize.moments import Moments
+from sepconv.factorize.solve import SWEEPS, Factors, solve
+from sepconv.factorize.svd import full_rank
+from sepconv.factorize.target import asymmetric_target, damped
+from sepconv.graph import ExampleInputs, Match
+
+Ranks = Mapping[str, int | None]  # None: dense
+Curves = dict[str, dict[int, float]]  # error by rank, for each layer
+
+MIN_SAMPLES, MAX_SAMPLES = 8, 128  # to measure the output's error on
+CURVE_MACS = 1.5e12  # what measuring the error curves may cost before samples are saved
+REFINE_SAMPLES, REFINE_EPOCHS = 32, 16
+REFINE_MACS = 1e12  # of the layers' forwards while refining; a larger network is not refined
+
+
+@dataclass(frozen=True)
+class Method:
+    """The steps of the method, each of which can be left out to see what it is worth.
+
+    Attributes:
+        sequential: fit to the inputs as the layers before have changed them.
+        branch_sum: fit the last convolution of a residual branch to the sum.
+        norm_metric: weigh outputs by the BatchNorm behind them.
+        sweeps: block updates over the channels.
+        correct_bias: give outputs the original's mean.
+        restore_variance: give outputs the original's variance where that lowers the error.
+        refine: follow the closed forms by gradient steps on all layers at once.
+    """
+
+    sequential: bool = True
+    branch_sum: bool = True
+    norm_metric: bool = True
+    sweeps: int = SWEEPS
+    correct_bias: bool = True
+    restore_variance: bool = True
+    refine: bool = True
+
+
+class _Problem(NamedTuple):
+    """What a layer is fitted to: a dense weight, the metric, and its inputs and outputs."""
+
+    target: Tensor  # [K, C*R*S]
+    metric: Tensor  # [C*R*S, C*R*S]
+    mean_x: Tensor  # [C*R*S]
+    mean_y: Tensor  # [K]
+    variance_y: Tensor  # [K]
+
+
+class Calibration:
+    """Fits separable factors to a model's responses to unlabelled batches.
+
+    Memory: the batches, the activations of one forward of one batch, and for each layer the
+    covariance of its input patches, (C*R*S)^2 numbers of 8 bytes.
+
+    Args:
+        model: the original; never changed.
+        matches: the convolutions that may be converted.
+        batches: see `sepconv.calibration.batches.read_batches`.
+        example_inputs: as `convert` is given them; they say which part of a batch is input.
+        seed: of the choice of pixels.
+        method: what to leave out.
+
+    Raises:
+        ValueError: the batches cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        matches: Sequence[Match],
+        batches: Iterable[Any],
+        example_inputs: ExampleInputs | None = None,
+        seed: int = 0,
+        method: Method | None = None,
+    ) -> None:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._method = method or Method()
+        self._seed = seed
+        self._batches = read_batches(batches, example_inputs, device)
+        self._responses = Responses(model, matches, self._batches, seed)
+        self._samples = MAX_SAMPLES
+        self._wanted: list[list[Tensor]] | None = None
+
+    @property
+    def layers(self) -> list[Match]:
+        """The convolutions that the batches reach, in order of execution."""
+        return self._responses.layers
+
+    def error_curves(self, ranks: Mapping[str, Sequence[int]]) -> Curves:
+        """Relative squared change of the output when one layer alone is converted.
+
+        Args:
+            ranks: by layer, those to measure.
+        """
+        layers = [conv for conv in self.layers if ranks.get(conv.name)]
+        self._save_samples(sum(len(ranks[conv.name]) for conv in layers))
+        moments = self._responses.inputs(layers)
+        curves: Curves = {}
+        for conv in track(layers, "measuring what each rank costs"):
+            problem = self._unchanged(conv, moments.pop(conv))
+            curves[conv.name] = {}
+            for rank in ranks[conv.name]:
+                alone = {conv.name: self._fitted(conv, problem, rank, sweeps=1)}
+                curves[conv.name][rank] = self.output_error(alone)
+        return curves
+
+    def fit(self, ranks: Ranks) -> dict[str, Fitted]:
+        """Calibrated factors by name, for every rank below full.
+
+        Args:
+            ranks: by layer; None and layers not named stay dense. A full rank is exact without
+                a fit and is left out.
+        """
+        fitted, spreads = self._closed_forms(ranks)
+        if self._method.refine and fitted:
+            # Without comparable outputs there is nothing to aim at: the closed forms stand.
+            with suppress(ShapesDifferError):
+                fitted = self._better(self._refined(fitted, spreads), fitted)
+        return fitted
+
+    def _closed_forms(self, ranks: Ranks) -> tuple[dict[str, Fitted], dict[str, float]]:
+        """Layer by layer in order of execution; and the spread of each layer's output."""
+        layers = [conv for conv in self.layers if _below_full(conv, ranks.get(conv.name))]
+        fitted: dict[str, Fitted] = {}
+        rescaled: dict[str, Fitted] = {}
+        spreads: dict[str, float] = {}
+        given = {} if self._method.sequential else self._responses.inputs(layers)
+        for conv in track(layers, "calibrating"):
+            if self._method.sequential:
+                problem = self._changed(conv, self._substitutes(fitted))
+            else:
+                problem = self._unchanged(conv, given.pop(conv))
+            rank = ranks[conv.name]
+            assert rank is not None, "_below_full() says so"
+            fitted[conv.name] = self._fitted(conv, problem, rank, self._method.sweeps)
+            factors = _with_variance(fitted[conv.name].factors, problem)
+            rescaled[conv.name] = self._with_bias(conv, problem, factors)
+            spreads[conv.name] = float(problem.variance_y.mean().sqrt())
+        if self._method.restore_variance and fitted:
+            fitted = self._better(rescaled, fitted)
+        return fitted, spreads
+
+    def _better(self, new: dict[str, Fitted], old: dict[str, Fitted]) -> dict[str, Fitted]:
+        """`new` where it changes the model's output less, else `old`."""
+        try:
+            return new if self.output_error(new) < self.output_error(old) else old
+        except ShapesDifferError:
+            return old
+
+    def _refined(
+        self, fitted: Mapping[str, Fitted], spreads: Mapping[str, float]
+    ) -> dict[str, Fitted]:
+        """The layers after gradient steps on all of them at once, if those are affordable."""
+        layers = [conv for conv in self.layers if conv.name in fitted]
+        parts = [part for batch in self._batches for part in batch.parts(REFINE_SAMPLES)]
+        steps = min(STEPS, REFINE_EPOCHS * len(parts))
+        # The original answers for mirrored images too: as good as new ones, and free.
+        parts += [part.mirrored() for part in parts]
+        macs = sum(self._responses.macs(conv) for conv in self.layers) * REFINE_SAMPLES
+        if steps * macs > REFINE_MACS:
+            return dict(fitted)
+
+        def respond(index: int, weights: Mapping[str, Fitted]) -> tuple[list[Tensor], list[Tensor]]:
+            return self._responses.inner(layers, parts[index], self._substitutes(weights))
+
+        with self._responses.quiet():
+            return refine(fitted, spreads, respond, len(parts), self._seed, steps)
+
+    def output_error(self, fitted: Mapping[str, Fitted]) -> float:
+        """Mean squared change of the model's outputs, relative to their variance.
+
+        Raises:
+            ValueError: the outputs' shapes depend on the weights (detections, say).
+        """
+        if self._wanted is None:
+            self._wanted = self._responses.outputs(self._samples, {})
+        outputs = self._responses.outputs(self._samples, self._substitutes(fitted))
+        return _relative_error(outputs, self._wanted)
+
+    def plain_error(self, ranks: Ranks) -> float:
+        """`output_error` of the closed forms alone, which refining only lowers."""
+        return self.output_error(self._closed_forms(ranks)[0])
+
+    def _save_samples(self, forwards: int) -> None:
+        """Measure errors on as many samples as the given number of forwards allows."""
+        macs = forwards * sum(self._responses.macs(conv) for conv in self.layers)
+        affordable = int(CURVE_MACS / max(macs, 1))
+        self._samples = max(MIN_SAMPLES, min(MAX_SAMPLES, affordable))
+        self._wanted = None
+
+    def _unchanged(self, conv: Match, moments: Moments) -> _Problem:
+        """The layer's own weight, on the original's inputs."""
+        weight = conv.weight_2d.detach().flatten(1).double()
+        return _problem(weight, damped(moments.covariance), moments)
+
+    def _changed(self, conv: Match, substitutes: Substitutes) -> _Problem:
+        """The weight that reproduces the wanted outputs from changed inputs."""
+        moments = self._responses.asymmetric(conv, substitutes, self._method.branch_sum)
+        weight = conv.weight_2d.detach().flatten(1).double()
+        target, metric = asymmetric_target(weight, moments.covariance, moments.cross)
+        return _problem(target, metric, moments)
+
+    def _fitted(self, conv: Match, problem: _Problem, rank: int, sweeps: int) -> Fitted:
+        scale = self._responses.scale(conv)
+        if not self._method.norm_metric:
+            scale = torch.ones_like(scale)
+        taps = conv.weight_2d[0, 0].numel()
+        factors = solve(problem.target, problem.metric, rank, taps, scale, sweeps)
+        return self._with_bias(conv, problem, factors)
+
+    def _with_bias(self, conv: Match, problem: _Problem, factors: Factors) -> Fitted:
+        if self._method.correct_bias:
+            # What makes the mean output right is optimal, whatever the factors.
+            return Fitted(factors, problem.mean_y - factors.dense() @ problem.mean_x)
+        own = None if conv.bias is None else conv.bias.detach().double()
+        return Fitted(factors, torch.zeros_like(problem.mean_y) if own is None else own)
+
+    def _substitutes(self, fitted: Mapping[str, Fitted]) -> Substitutes:
+        """The fitted layers as dense weights: the same function, one convolution each."""
+        return {
+            id(conv.weight): Dense(
+                fitted[conv.name].factors.dense().view_as(conv.weight).to(conv.weight.dtype),
+                fitted[conv.name].bias.to(conv.weight.dtype),
+            )
+            for conv in self.layers
+            if conv.name in fitted
+        }
+
+
+def _problem(target: Tensor, metric: Tensor, moments: Moments) -> _Problem:
+    return _Problem(target, metric, moments.mean_x, moments.mean_y, moments.variance_y)
+
+
+def _with_variance(factors: Factors, problem: _Problem) -> Factors:
+    """Factors with outputs of the wanted variance, which least squares always falls short of.
+
+    The same as estimating the statistics of a BatchNorm behind it anew, without touching it.
+    """
+    weight = factors.dense()
+    variance = ((weight @ problem.metric) * weight).sum(1)
+    gain = (problem.variance_y / variance.clamp(min=1e-30)).sqrt().clamp(max=2.0)
+    return Factors(factors.filters, factors.mixing * gain[:, None, None])
+
+
+def _below_full(conv: Match, rank: int | None) -> bool:
+    return rank is not None and rank < full_rank(conv.weight_2d.shape)
+
+
+def _relative_error(outputs: list[list[Tensor]], wanted: list[list[Tensor]]) -> float:
+    """Squared error over variance of each output tensor, averaged over the tensors."""
+    shapes = [[t.shape for t in batch] for batch in (*outputs, *wanted)]
+    if shapes[: len(outputs)] != shapes[len(outputs) :]:
+        raise ShapesDifferError(
+            "calibration: the shapes of the model's outputs depend on its weights, so their error "
+            "cannot be measured; give `rank=` instead of a budget"
+        )
+    errors = []
+    for ours, theirs in zip(zip(*outputs, strict=True), zip(*wanted, strict=True), strict=True):
+        truth = torch.cat([t.double().reshape(-1) for t in theirs])
+        change = torch.cat([t.double().reshape(-1) for t in ours]) - truth
+        spread = (truth - truth.mean()).square().mean()
+        errors.append(change.square().mean() / spread.clamp(min=1e-12))
+    return float(torch.stack(errors).mean()) if errors else 0.0

@@ -1,0 +1,118 @@
+"""Gradient steps on the factors of all layers at once, towards the original's responses.
+
+The closed forms fit each layer for itself, to linear responses and frozen successors. A few
+hundred steps on the same unlabelled batches let the layers share the work and see the
+activations between them. The responses inside the network, not only at its end, are what keeps
+this from overfitting to a few hundred images: they are thousands of numbers per image.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sepconv._util.progress import track
+from sepconv.factorize.solve import Factors
+
+STEPS = 200
+LEARNING_RATE = 0.01  # of normalised parameters; falls to zero as a cosine
+WARM_UP = 10  # steps, while Adam's averages form
+INNER_WEIGHT = 50.0  # of the responses inside the network against those at its end
+
+Responses = tuple[list[Tensor], list[Tensor]]  # inside the network, at its end
+
+
+class ShapesDifferError(ValueError):
+    """Outputs of two forms of a model cannot be compared."""
+
+
+class Fitted(NamedTuple):
+    """A convolution's calibrated form: factors, and the bias [K] that goes with them."""
+
+    factors: Factors
+    bias: Tensor
+
+
+def refine(
+    fitted: Mapping[str, Fitted],
+    spreads: Mapping[str, float],
+    respond: Callable[[int, Mapping[str, Fitted]], Responses],
+    batches: int,
+    seed: int,
+    steps: int = STEPS,
+) -> dict[str, Fitted]:
+    """Improve factors and biases by Adam on relative squared errors of the responses.
+
+    Args:
+        fitted: where to start.
+        spreads: standard deviation of each layer's output, the unit of its bias.
+        respond: responses to a batch, by its index, with these layers (with none: the original's),
+            differentiable in their factors and biases.
+        batches: how many there are.
+        seed: of their order.
+        steps: one batch each.
+    """
+    free = {name: _Free(layer, spreads[name]) for name, layer in fitted.items()}
+    parameters = [p for layer in free.values() for p in layer.parameters]
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99))
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for step in track(range(steps), "refining"):
+        order = order or torch.randperm(batches, generator=generator).tolist()
+        batch = order.pop()
+        rate = LEARNING_RATE * min(1, (step + 1) / WARM_UP)
+        optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+        inner_wanted, end_wanted = respond(batch, {})
+        with torch.enable_grad():
+            inner, end = respond(batch, {name: layer.current() for name, layer in free.items()})
+            loss = INNER_WEIGHT * _error(inner, inner_wanted) + _error(end, end_wanted)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    return {name: layer.result() for name, layer in free.items()}
+
+
+class _Free:
+    """A layer's parameters, divided by their size so that one learning rate fits all."""
+
+    def __init__(self, layer: Fitted, spread: float) -> None:
+        filters, mixing = layer.factors
+        # The same product, with filter and mixing weights of one size.
+        size_d, size_p = filters.norm(dim=2), mixing.norm(dim=0)  # [C, T]
+        balance = (size_p / size_d.clamp(min=1e-300)).sqrt().clamp(min=1e-150)
+        start = (filters * balance[..., None], mixing / balance, layer.bias)
+        root_mean_squares = (start[0].square().mean().sqrt(), start[1].square().mean().sqrt())
+        units = [float(s.clamp(min=1e-30)) for s in root_mean_squares]
+        self._units = [*units, max(spread, 1e-30)]
+        self.parameters = [
+            (value / unit).float().requires_grad_()
+            for value, unit in zip(start, self._units, strict=True)
+        ]
+
+    def _values(self) -> list[Tensor]:
+        return [p * unit for p, unit in zip(self.parameters, self._units, strict=True)]
+
+    def current(self) -> Fitted:
+        """As they are, differentiable."""
+        filters, mixing, bias = self._values()
+        return Fitted(Factors(filters, mixing), bias)
+
+    def result(self) -> Fitted:
+        """As they are, for good."""
+        filters, mixing, bias = (v.detach().double() for v in self._values())
+        return Fitted(Factors(filters, mixing), bias)
+
+
+def _error(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+    """Squared error over variance of each tensor, averaged over the tensors."""
+    errors = []
+    if [t.shape for t in ours] != [t.shape for t in theirs]:
+        raise ShapesDifferError("the shapes of the model's outputs depend on its weights")
+    for a, b in zip(ours, theirs, strict=True):
+        b = b.float()
+        spread = (b - b.mean()).square().mean().clamp(min=1e-12)
+        errors.append((a.float() - b).square().mean() / spread)
+    return torch.stack(errors).mean()

@@ -1,0 +1,281 @@
+"""What a model answers to calibration batches, as it is and with some convolutions replaced."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from sepconv.calibration.batches import Batch
+from sepconv.calibration.observe import Dense, Probe, Seen, Substitution, Surroundings, Survey
+from sepconv.factorize.moments import Moments, full_padding, patches, pixels
+from sepconv.graph import Match
+from sepconv.graph.state import evaluating, untouched
+
+# Patches per layer: more change nothing (docs/accuracy.md).
+MIN_ROWS, ROWS_PER_DIMENSION = 40_000, 40
+
+Substitutes = Mapping[int, Dense]
+
+
+class _Rows(NamedTuple):
+    """Samples of one convolution's pixels: what they read, their values, what is added to them."""
+
+    x: Tensor | None  # [n, C*R*S]
+    y: Tensor  # [n, K]
+    addend: Tensor | None  # [n, K]
+
+
+class Responses:
+    """Runs a model on calibration batches and samples what its convolutions read and write.
+
+    Args:
+        model: never changed.
+        matches: the convolutions of interest.
+        batches: at least one.
+        seed: of the choice of pixels.
+
+    Raises:
+        ValueError: the model fails on a batch, or its output is not finite.
+    """
+
+    def __init__(
+        self, model: nn.Module, matches: Sequence[Match], batches: Sequence[Batch], seed: int
+    ) -> None:
+        self._model, self._batches, self._seed = model, batches, seed
+        self._is_quiet = False
+        survey = Survey(id(conv.weight) for conv in matches)
+        with self.quiet():
+            for index, batch in enumerate(batches):
+                self._try(survey if index == 0 else Substitution({}), batch.part(0, 1), index)
+        by_key = {id(conv.weight): conv for conv in matches}
+        self.layers = [by_key[key] for key in survey.found]
+        self._around: dict[Match, Surroundings] = {
+            conv: survey.found[id(conv.weight)] for conv in self.layers
+        }
+
+    def scale(self, conv: Match) -> Tensor:
+        """|factor| of the BatchNorm behind a convolution, [K], mean 1; ones without one."""
+        scale = self._around[conv].scale
+        if scale is None or not bool(scale.any()):
+            return torch.ones(len(conv.weight), dtype=torch.float64, device=conv.weight.device)
+        # An output that is multiplied by zero still gets a finite metric.
+        return (scale.abs() / scale.abs().mean()).clamp(min=1e-3)
+
+    def macs(self, conv: Match) -> int:
+        """Multiply-adds of the dense convolution for one sample."""
+        return self._around[conv].outputs * conv.weight[0].numel()
+
+    def ends_branch(self, conv: Match) -> bool:
+        """Whether the convolution's (normalised) output goes into a sum and nowhere else."""
+        return self._around[conv].summed
+
+    def inputs(self, layers: Sequence[Match]) -> dict[Match, Moments]:
+        """Moments of the original's inputs and outputs, all layers in one pass."""
+        moments = {conv: Moments() for conv in layers}
+        with self.quiet():
+            for index, batch in enumerate(self._batches):
+                sampler = _Sampler(self, layers, index)
+
+                def see(key: int, x: Tensor, y: Tensor, sampler: "_Sampler" = sampler) -> None:
+                    conv, rows = sampler.sample(key, x, y, want_x=True)
+                    assert rows.x is not None
+                    moments[conv].add(rows.x, rows.y)
+
+                self._run(Probe([id(c.weight) for c in layers], {}, see), batch)
+        return moments
+
+    def asymmetric(self, conv: Match, substitutes: Substitutes, branch_sum: bool) -> Moments:
+        """Moments of a layer's inputs as they are with `substitutes`, and the wanted outputs.
+
+        Wanted is the original's output; where the layer ends a residual branch, also what undoes
+        the change of the other side of the sum.
+        """
+        moments = Moments()
+        scale = self._around[conv].scale
+        summed = branch_sum and self.ends_branch(conv)
+        with self.quiet():
+            for index, batch in enumerate(self._batches):
+                before = self._sample(conv, {}, index, batch, summed, want_x=False)
+                after = self._sample(conv, substitutes, index, batch, summed, want_x=True)
+                assert after.x is not None
+                y = before.y
+                if before.addend is not None and after.addend is not None:
+                    y = y + _divided(before.addend - after.addend, scale)
+                moments.add(after.x, y)
+        return moments
+
+    def outputs(self, samples: int, substitutes: Substitutes) -> list[list[Tensor]]:
+        """The floating-point tensors that the model returns, for a share of every batch."""
+        share = -(-samples // len(self._batches))
+        with self.quiet():
+            return [
+                self._run(Substitution(substitutes), batch.part(0, share))
+                for batch in self._batches
+            ]
+
+    def inner(
+        self, layers: Sequence[Match], batch: Batch, substitutes: Substitutes
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Responses inside the network, and the outputs; differentiable in `substitutes`.
+
+        Inside are the sums at the ends of the residual branches that `layers` end. In a network
+        without such sums they are the outputs of the layers. Either as behind the BatchNorm.
+        """
+        ends = [conv for conv in layers if self.ends_branch(conv)]
+        followed = {id(conv.weight): conv for conv in ends or layers}
+        values: dict[int, Tensor] = {}
+        seen: list[Tensor] = []
+
+        def see(key: int, x: Tensor, y: Tensor) -> None:
+            scale = self._around[followed[key]].scale
+            if scale is not None:
+                y = y * scale.to(y.dtype).view(-1, *[1] * (followed[key].weight.dim() - 2))
+            if ends:
+                values[key] = y
+            else:
+                seen.append(y)
+
+        def see_sum(key: int, addend: Tensor) -> None:
+            seen.append(values.pop(key) + addend)
+
+        probe = Probe(followed, substitutes, see, see_sum if ends else None)
+        with self.quiet(), torch.set_grad_enabled(bool(substitutes)):
+            outputs = self._run(probe, batch)
+        return seen, outputs
+
+    def _sample(
+        self,
+        conv: Match,
+        substitutes: Substitutes,
+        index: int,
+        batch: Batch,
+        summed: bool,
+        want_x: bool,
+    ) -> _Rows:
+        """Rows of one layer for one batch; the forward ends there."""
+        sampler = _Sampler(self, [conv], index)
+        rows: list[_Rows] = []
+        addends: list[Tensor] = []
+
+        def see(key: int, x: Tensor, y: Tensor) -> None:
+            rows.append(sampler.sample(key, x, y, want_x)[1])
+
+        def see_sum(_: int, addend: Tensor) -> None:
+            addends.append(sampler.values(conv, addend))
+
+        stop = 1 if summed else self._around[conv].calls
+        key = id(conv.weight)
+        probe = Probe([key], substitutes, see, see_sum if summed else None, stop)
+        self._run(probe, batch)
+        x = torch.cat([r.x for r in rows if r.x is not None]) if want_x else None
+        return _Rows(x, torch.cat([r.y for r in rows]), addends[0] if addends else None)
+
+    def rows_per_call(self, conv: Match) -> int:
+        """Pixels to sample from each execution."""
+        wanted = max(MIN_ROWS, ROWS_PER_DIMENSION * conv.weight[0].numel())
+        return -(-wanted // (len(self._batches) * self._around[conv].calls))
+
+    def seed_of(self, conv: Match, index: int) -> int:
+        """One seed per layer and batch, whichever pass it is."""
+        return (self._seed * 65_537 + self.layers.index(conv)) * 65_537 + index
+
+    def _try(self, mode: TorchFunctionMode, batch: Batch, index: int) -> None:
+        where = f"calibration: batch {index}"
+        shapes = [list(t.shape) for t in batch.tensors()]
+        try:
+            outputs = self._run(mode, batch)
+        except Exception as error:
+            raise ValueError(
+                f"{where}: the model's forward fails on one sample of it, shapes {shapes}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if not all(bool(torch.isfinite(t).all()) for t in outputs):
+            raise ValueError(f"{where}: expected finite outputs, the model gives NaN or Inf")
+
+    def _run(self, mode: TorchFunctionMode, batch: Batch) -> list[Tensor]:
+        try:
+            with mode:
+                result = self._model(*batch.args, **batch.kwargs)
+        except Seen:
+            return []
+        leaves = pytree.tree_leaves(result)
+        return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """The model in eval mode, without gradients, and left as it was at the end."""
+        if self._is_quiet:
+            yield
+            return
+        self._is_quiet = True
+        try:
+            with untouched(self._model), evaluating(self._model):
+                yield
+        finally:
+            self._is_quiet = False
+
+
+class _Sampler:
+    """Chooses pixels of convolutions' outputs, the same ones in every pass over a batch."""
+
+    def __init__(self, responses: Responses, layers: Sequence[Match], index: int) -> None:
+        self._responses, self._index = responses, index
+        self._layers = {id(conv.weight): conv for conv in layers}
+        self._generators: dict[Match, torch.Generator] = {}
+        self._positions: dict[Match, Tensor] = {}
+
+    def sample(self, key: int, x: Tensor, y: Tensor, want_x: bool) -> tuple[Match, _Rows]:
+        """Choose pixels of y and gather them, and the patches of x that they read."""
+        conv = self._layers[key]
+        x, y = _as_images(x, conv), _as_images(y, conv)
+        self._choose(conv, y)
+        positions = self._positions[conv]
+        read = None
+        if want_x:
+            kernel = (conv.weight_2d.shape[2], conv.weight_2d.shape[3])
+            stride, dilation = _pair(conv.geometry.stride, 1), _pair(conv.geometry.dilation, 1)
+            given = conv.geometry.padding
+            padding = full_padding(
+                given if isinstance(given, str) else _pair(given, 0), kernel, dilation
+            )
+            size = (y.shape[2], y.shape[3])
+            read = patches(x, positions, size, kernel, stride, padding, dilation)
+        return conv, _Rows(read, pixels(y, positions), None)
+
+    def values(self, conv: Match, t: Tensor) -> Tensor:
+        """Another tensor's values at the pixels chosen last."""
+        return pixels(_as_images(t, conv), self._positions[conv])
+
+    def _choose(self, conv: Match, y: Tensor) -> None:
+        if conv not in self._generators:
+            generator = torch.Generator().manual_seed(self._responses.seed_of(conv, self._index))
+            self._generators[conv] = generator
+        total = y.shape[0] * y.shape[2] * y.shape[3]
+        count = self._responses.rows_per_call(conv)
+        chosen = torch.randperm(total, generator=self._generators[conv])[:count]
+        self._positions[conv] = chosen.sort().values.to(y.device)
+
+
+def _as_images(t: Tensor, conv: Match) -> Tensor:
+    """[N, C, H, W] of a batch or a single sample, of images or of sequences."""
+    if t.dim() < conv.weight.dim():
+        t = t.unsqueeze(0)
+    return t if t.dim() == 4 else t.unsqueeze(2)
+
+
+def _pair(values: tuple[int, ...], height: int) -> tuple[int, int]:
+    """One entry per axis of an image; a sequence is an image of height 1."""
+    return (values[0], values[1]) if len(values) == 2 else (height, values[0])
+
+
+def _divided(difference: Tensor, scale: Tensor | None) -> Tensor:
+    """A difference behind a BatchNorm, expressed in front of it; [n, K]."""
+    if scale is None:
+        return difference
+    usable = scale.abs() > 1e-3 * scale.abs().max()
+    inverse = torch.where(usable, 1 / scale, 0.0)
+    return difference * inverse.to(difference.dtype)

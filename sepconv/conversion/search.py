@@ -1,0 +1,107 @@
+"""The smallest model that is still good enough by the caller's own measure."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from itertools import islice
+from typing import Any, Literal
+
+from torch import nn
+
+from sepconv._util.progress import track
+from sepconv.calibration.batches import MAX_SAMPLES
+from sepconv.conversion.budget import Budget
+from sepconv.conversion.convert import convert
+from sepconv.graph import ExampleInputs
+
+Evaluate = Callable[[nn.Module], float]
+
+
+def search(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    calibration: Iterable[Any],
+    evaluate: Evaluate,
+    *,
+    max_drop: float = 0.01,
+    cost: Literal["macs", "params", "latency"] = "macs",
+    steps: int = 5,
+    **options: Any,
+) -> nn.Module:
+    """Convert under the smallest budget at which `evaluate` drops by at most `max_drop`.
+
+    Bisects the budget; each step converts and evaluates once. The score is taken to fall with
+    the budget, as it does but for noise; the result itself was evaluated.
+
+    Args:
+        model: never changed.
+        example_inputs: as for `sepconv.convert`.
+        calibration: as for `sepconv.convert`; read once.
+        evaluate: a score of a model, higher is better: accuracy on a validation set, say.
+        max_drop: from the score of `model`, in the score's own unit.
+        cost: what the budget is of.
+        steps: of the bisection; 5 find the budget to 0.03.
+        options: for `sepconv.convert`.
+
+    Returns:
+        The converted model, or a copy in which nothing is converted where no budget would do.
+
+    Raises:
+        ValueError: an argument cannot be used, or `evaluate` does not return a finite number.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.Flatten(), nn.Linear(32, 2))
+        >>> x = torch.randn(16, 8, 4, 4)
+        >>> def agreement(candidate: nn.Module) -> float:
+        ...     return float((candidate(x).argmax(1) == net(x).argmax(1)).float().mean())
+        >>> small = search(net, x[:1], [x], agreement, max_drop=0.5)
+        >>> agreement(small) >= 0.5
+        True
+    """
+    for forbidden in ("rank", "budget", "inplace", "dryrun"):
+        if forbidden in options:
+            raise ValueError(f"{forbidden}: is chosen by the search, got {options[forbidden]!r}")
+    if cost not in ("macs", "params", "latency"):
+        raise ValueError(f"cost: expected macs, params or latency, got {cost!r}")
+    if not isinstance(max_drop, int | float) or not max_drop >= 0:
+        raise ValueError(f"max_drop: expected a number of at least 0, got {max_drop!r}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps: expected an int of at least 1, got {steps!r}")
+    needed = _score(evaluate, model) - max_drop
+    batches = list(islice(calibration, MAX_SAMPLES))
+
+    best: nn.Module | None = None
+    low, high = 0.0, 1.0
+    for _ in track(range(steps), "searching"):
+        fraction = (low + high) / 2
+        budget = Budget(**{cost: fraction})  # type: ignore[arg-type]  # never `gpu`
+        try:
+            candidate = convert(
+                model, example_inputs, budget=budget, calibration=batches, **options
+            )
+        except ValueError as error:
+            if not str(error).startswith("budget"):
+                raise
+            low = fraction
+            continue
+        if _score(evaluate, candidate) >= needed:
+            best, high = candidate, fraction
+        else:
+            low = fraction
+    if best is None:
+        best = deepcopy(model)
+        warnings.warn(
+            f"search: no budget tried keeps a score of {needed:g}; nothing was converted",
+            stacklevel=2,
+        )
+    return best
+
+
+def _score(evaluate: Evaluate, model: nn.Module) -> float:
+    score = float(evaluate(model))
+    if not math.isfinite(score):
+        raise ValueError(f"evaluate: expected a finite score, got {score}")
+    return score

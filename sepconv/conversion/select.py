@@ -1,0 +1,124 @@
+"""The caller's say in which convolutions are converted, and at which rank."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import nn
+
+from sepconv._util.errors import closest
+from sepconv.graph import Match, Skipped, SkipReason
+from sepconv.nn import SeparableConv2d
+
+Rank = int | Literal["full"]
+RankChoice = Rank | Mapping[str, Rank | None] | None
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+def check_rank(rank: object, where: str = "rank") -> None:
+    """Raise `ValueError` unless `rank` is an int of at least 1 or "full"."""
+    if rank == "full" and isinstance(rank, str):
+        return
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f'{where}: expected an int of at least 1 or "full", got {rank!r}')
+
+
+def select(
+    model: nn.Module,
+    found: Sequence[Match | Skipped],
+    rank: RankChoice,
+    include: Iterable[str] | None,
+    exclude: Iterable[str] | None,
+    filter_fn: FilterFn | None,
+    first_conv: bool,
+) -> tuple[dict[str, Rank | None], list[Match | Skipped]]:
+    """Apply the caller's choices.
+
+    A pattern matches a name, or the name of a module that the convolution is in; `*`, `?` and
+    `[...]` are wildcards. The first convolution of the network takes part when `first_conv` is
+    set or when it is named exactly, without wildcards.
+
+    Returns:
+        The rank asked for by name (None: left to the planner), and `found` with the
+        convolutions that were chosen away turned into `Skipped`.
+
+    Raises:
+        ValueError: a pattern matches no convolution; a rank is not an int >= 1 or "full".
+    """
+    include, exclude = _patterns(include, "include"), _patterns(exclude, "exclude")
+    # An earlier conversion's layers count, so that the same call may be made twice.
+    names = [conv.name for conv in found]
+    names += [name for name, m in model.named_modules() if isinstance(m, SeparableConv2d)]
+    for where, patterns in (("include", include or ()), ("exclude", exclude or ())):
+        _require_matches(where, patterns, names)
+    if isinstance(rank, Mapping):
+        _require_matches("rank", rank, names)
+        for pattern, value in rank.items():
+            if value is not None:
+                check_rank(value, f"rank[{pattern!r}]")
+    elif rank is not None:
+        check_rank(rank)
+
+    named = {*(include or ()), *(rank if isinstance(rank, Mapping) else ())}
+    ranks: dict[str, Rank | None] = {}
+    chosen: list[Match | Skipped] = []
+    for conv in found:
+        if isinstance(conv, Skipped):
+            chosen.append(conv)
+            continue
+        wanted: Rank | None = rank if not isinstance(rank, Mapping) else _look_up(rank, conv.name)
+        out = (
+            (include is not None and not _matches_any(include, conv.name))
+            or _matches_any(exclude or (), conv.name)
+            or (isinstance(rank, Mapping) and wanted is None)
+            or (filter_fn is not None and not filter_fn(_module_of(model, conv), conv.name))
+        )
+        first = conv.first and not first_conv and conv.name not in named
+        if out or first:
+            reason = SkipReason.EXCLUDED if out else SkipReason.FIRST
+            macs = conv.dense_macs if conv.runs else None
+            chosen.append(Skipped(conv.name, reason, conv.dense_params, macs))
+        else:
+            ranks[conv.name] = wanted
+            chosen.append(conv)
+    return ranks, chosen
+
+
+def _patterns(patterns: Iterable[str] | None, where: str) -> tuple[str, ...] | None:
+    if patterns is None:
+        return None
+    if isinstance(patterns, str):
+        return (patterns,)
+    patterns = tuple(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ValueError(f"{where}: expected name patterns, got {pattern!r}")
+    return patterns
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def _matches_any(patterns: Iterable[str], name: str) -> bool:
+    return any(_matches(p, name) for p in patterns)
+
+
+def _require_matches(where: str, patterns: Iterable[str], names: list[str]) -> None:
+    for pattern in patterns:
+        if not any(_matches(pattern, name) for name in names):
+            raise ValueError(
+                f"{where}: no convolution matches {pattern!r}{closest(pattern, names)}"
+            )
+
+
+def _look_up(ranks: Mapping[str, Rank | None], name: str) -> Rank | None:
+    """An exact name goes before patterns, an earlier pattern before a later one."""
+    if name in ranks:
+        return ranks[name]
+    return next((value for pattern, value in ranks.items() if _matches(pattern, name)), None)
+
+
+def _module_of(model: nn.Module, conv: Match) -> nn.Module:
+    """What `filter_fn` is shown: the convolution, or the module whose forward makes the call."""
+    return conv.module if conv.module is not None else model.get_submodule(conv.owner or "")

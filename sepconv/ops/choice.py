@@ -1,0 +1,316 @@
+"""What runs a call on a GPU: a kernel with certain block sizes, or torch's own operators.
+
+`lookup` answers from memory. The first call of its kind asks, in this order: what this process has
+tuned, the user's cache directory, the table shipped for this GPU, the table shipped for its
+architecture; else the kernel's default block sizes run, or both halves of a separable convolution
+one after the other where the cost model is sure that this is faster. It only reads small files:
+nothing is timed and nothing is launched, so it may happen anywhere, a CUDA graph's capture
+included. `sepconv.tune` does the timing and writes the cache.
+
+While `torch.use_deterministic_algorithms(True)` is in force, what was tuned here and the user's
+cache are left out: every process with this package and this kind of GPU then makes the same choice,
+whatever its own timings were.
+"""
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sepconv.kernels.cost_model import find_gpu, predicted_seconds
+from sepconv.ops import choice_files as tuning_files
+from sepconv.ops.choice_files import Choice
+from sepconv.ops.kernel_modules import kernel_module
+from sepconv.ops.reference import Pair, Sides, output_size
+
+# Calls of different sizes are remembered one by one; a process that sees more starts again.
+_MOST_CALLS = 4096
+# Two kernels run in place of the fused one, unmeasured, if predicted to take less than this of it.
+_SURELY_FASTER = 0.8
+
+
+class Target(NamedTuple):
+    """What a choice was measured on: timings say nothing about another of these."""
+
+    gpu: str
+    arch: str
+    triton: str  # major.minor
+
+
+class Known(NamedTuple):
+    """What tuning has found for a key, and whether every candidate was tried."""
+
+    choice: Choice
+    finished: bool
+
+
+class Problem(NamedTuple):
+    """One call of a launcher: everything that block sizes may depend on.
+
+    The fields are in cuDNN's letters: `x_shape` is (N, C, H, W), `filter_shape` (C*M, R, S), and
+    `K` the number of output channels. An `epilogue` is a bias, an activation or a residual: free in
+    a kernel, more passes over the result in the library. A device of -1 is the CPU, where Triton's
+    interpreter runs.
+    """
+
+    op: str
+    dtype: torch.dtype
+    device: int
+    x_shape: Sequence[int]
+    filter_shape: tuple[int, int, int]
+    K: int
+    stride: Pair
+    padding: Sides
+    dilation: Pair
+    channels_last: bool
+    tf32: bool
+    epilogue: bool
+    epilogue_mid: bool  # behind the depthwise half of a separable convolution
+    deterministic: bool
+
+    @property
+    def M(self) -> int:  # noqa: N802 (a size, like its fellows)
+        """Depthwise filters per input channel."""
+        return self.filter_shape[0] // max(self.x_shape[1], 1)
+
+    @property
+    def output_size(self) -> Pair:
+        """(P, Q)."""
+        return output_size(
+            self.x_shape, (0, 1, *self.filter_shape[1:]), self.stride, self.padding, self.dilation
+        )
+
+    @property
+    def conv_shape(self) -> Any:
+        """The sizes as a `ConvShape` of the kernels' configurations."""
+        n, c, h, w = self.x_shape
+        sizes = (n, c, h, w, self.K, *self.output_size, *self.filter_shape[1:], self.M)
+        return kernel_module("configs").ConvShape(*sizes, self.channels_last)
+
+    @property
+    def halves(self) -> tuple["Problem", "Problem"]:
+        """A separable convolution's depthwise and pointwise convolution."""
+        G = self.filter_shape[0]
+        whole = self._replace(epilogue_mid=False)
+        depthwise = whole._replace(op="depthwise_fwd", K=G, tf32=False, epilogue=self.epilogue_mid)
+        pointwise = whole._replace(
+            op="pointwise_fwd",
+            x_shape=(self.x_shape[0], G, *self.output_size),
+            filter_shape=(G, 1, 1),
+            stride=(1, 1),
+            padding=(0, 0, 0, 0),
+            dilation=(1, 1),
+        )
+        return depthwise, pointwise
+
+    @property
+    def key(self) -> str:
+        """The problem's name in files, shared by sizes so close that one choice serves them all."""
+        n, c, h, w = self.x_shape
+        p, q = self.output_size
+        sizes = {"n": _power_of_2(n), "c": c, "k": self.K, "m": self.M}
+        sizes |= {name: _bucket(v) for name, v in zip("hwpq", (h, w, p, q), strict=True)}
+        sizes |= {"r": self.filter_shape[1], "s": self.filter_shape[2]}
+        words = [self.op, str(self.dtype).removeprefix("torch.")]
+        words += [f"{name}{size}" for name, size in sizes.items()]
+        words += [f"stride{self.stride[0]}x{self.stride[1]}"]
+        words += [f"dilation{self.dilation[0]}x{self.dilation[1]}"]
+        words += ["nhwc" if self.channels_last else "nchw"]
+        words += ["tf32"] * self.tf32 + ["mid"] * self.epilogue_mid + ["epilogue"] * self.epilogue
+        return "_".join(words)
+
+
+_answers: dict[tuple[Any, ...], Choice] = {}
+_tuned: dict[tuple[Target, str], Known] = {}
+_seen: dict[tuple[Any, ...], None] | None = None
+_lock = threading.RLock()
+
+
+def _unlock_in_child() -> None:
+    # A thread that held the lock does not exist in a forked child.
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_unlock_in_child)
+
+
+def lookup(
+    op: str,
+    like: Tensor,
+    x_shape: Sequence[int],
+    filter_shape: tuple[int, int, int],
+    K: int,
+    stride: Pair,
+    padding: Sides,
+    dilation: Pair,
+    channels_last: bool,
+    tf32: bool = False,
+    epilogue: bool = False,
+    epilogue_mid: bool = False,
+) -> Choice:
+    """What is to run a call: block sizes, `None` for the default ones, or a name of `OTHERS`.
+
+    Args:
+        op: Name of the launcher.
+        like: Any tensor of the call, for its dtype and device.
+        x_shape: (N, C, H, W) of the convolution's input.
+        filter_shape: (C*M, R, S); (C, 1, 1) for a pointwise convolution.
+        K: Output channels.
+        stride: (vertical, horizontal).
+        padding: (top, bottom, left, right).
+        dilation: (vertical, horizontal).
+        channels_last: Whether the result is to be channels_last.
+        tf32: Whether float32 products may use TF32.
+        epilogue: Whether there is a bias, an activation or a residual.
+        epilogue_mid: Whether there is a bias or an activation between two convolutions.
+    """
+    call = (
+        op,
+        like.dtype,
+        like.get_device(),
+        x_shape,
+        filter_shape,
+        K,
+        stride,
+        padding,
+        dilation,
+        channels_last,
+        tf32,
+        epilogue,
+        epilogue_mid,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    if _seen is not None:
+        _seen[call] = None
+    try:
+        return _answers[call]
+    except KeyError:
+        return _answer(call)
+
+
+@contextmanager
+def recording() -> Iterator[dict[tuple[Any, ...], None]]:
+    """Collect the calls that any thread looks up meanwhile: a backward pass has its own."""
+    global _seen
+    with _lock:
+        if _seen is not None:
+            raise RuntimeError("calls are being recorded already")
+        _seen = {}
+        seen = _seen
+    try:
+        yield seen
+    finally:
+        _seen = None
+
+
+def tuned(problem: Problem) -> Known | None:
+    """What this process or this user has found for a problem's key; None if nobody has tuned it."""
+    where, key = target(problem.device), problem.key
+    if (where, key) in _tuned:
+        return _tuned[where, key]
+    entry = tuning_files.read(where.gpu, where.triton, key)
+    return None if entry is None else Known(entry.choice, entry.finished)
+
+
+def install(target: Target, key: str, choice: Choice, finished: bool = True) -> None:
+    """Use a choice from now on in this process."""
+    with _lock:
+        _tuned[target, key] = Known(choice, finished)
+        _answers.clear()
+
+
+def forget() -> None:
+    """Drop what this process remembers, so that the files are read again."""
+    with _lock:
+        _tuned.clear()
+        _answers.clear()
+        tuning_files.forget()
+
+
+@cache
+def target(device: int) -> Target:
+    """The GPU of that index and the Triton that compiles for it."""
+    try:
+        version = ".".join(metadata.version("triton").split(".")[:2])
+    except metadata.PackageNotFoundError:
+        version = "none"
+    if device < 0:
+        return Target("interpreter", "interpreter", version)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        arch = properties.gcnArchName.partition(":")[0]
+    else:
+        arch = f"sm_{properties.major}{properties.minor}"
+    return Target(properties.name, arch, version)
+
+
+@cache
+def cache_bytes(device: int) -> int:
+    """Size of a GPU's last cache level; 0 for the interpreter, which has none."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device >= 0 else 0
+
+
+def _answer(call: tuple[Any, ...]) -> Choice:
+    with _lock:
+        if call not in _answers:
+            if len(_answers) >= _MOST_CALLS:
+                _answers.clear()
+            _answers[call] = _find(Problem(*call))
+        return _answers[call]
+
+
+def _find(problem: Problem) -> Choice:
+    where, key = target(problem.device), problem.key
+    if not problem.deterministic:
+        mine = tuned(problem)
+        if mine is not None:
+            return mine.choice
+    for name in (where.gpu, where.arch):
+        table = tuning_files.shipped(name, where.triton)
+        if key in table:
+            return table[key]
+    return _untuned(problem, where)
+
+
+def _untuned(problem: Problem, where: Target) -> Choice:
+    """The same on every machine with this GPU: a wide layer that is fused repeats its first half.
+
+    Every tile of output channels makes the depthwise result again.
+    """
+    gpu = find_gpu(where.gpu, where.arch)
+    if problem.op != "separable_fwd" or gpu is None or 0 in problem.x_shape:
+        return None
+    configs = kernel_module("configs")
+    fused, *halves = (
+        predicted_seconds(
+            part.op,
+            part.conv_shape,
+            part.dtype,
+            gpu,
+            config=configs.default(part.op, part.dtype, part.conv_shape),
+            tf32=part.tf32,
+        )
+        for part in (problem, *problem.halves)
+    )
+    return "unfused" if sum(halves) < _SURELY_FASTER * fused else None
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length() if n > 1 else n
+
+
+def _bucket(n: int) -> int:
+    """Sizes up to 16 as they are, greater ones rounded up to four significant binary digits.
+
+    >>> [_bucket(n) for n in (14, 27, 28, 112, 113, 224)]
+    [14, 28, 28, 112, 120, 224]
+    """
+    step = 1 << max(n.bit_length() - 4, 0)
+    return -(-n // step) * step

@@ -1,0 +1,1 @@
+"""What `convert` and `fuse` did, layer by layer."""

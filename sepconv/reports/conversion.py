@@ -1,0 +1,289 @@
+"""What a conversion did, layer by layer."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from rich.box import SIMPLE
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from torch import fx, nn
+
+from sepconv._util.checksum import crc32
+from sepconv.factorize import full_rank
+from sepconv.graph import Capture, Match, Skipped
+from sepconv.reports.fusion import FusionReport
+
+Status = Literal["converted", "skipped", "kept"]
+
+_ATTRIBUTE = "_sepconv_report"
+
+
+@dataclass
+class LayerReport:
+    """One convolution.
+
+    Attributes:
+        name: of the convolution module, or of the weight of a functional call.
+        status: `converted`; `skipped`, not a standard convolution or not asked for; `kept`,
+            could be converted but is better left dense.
+        reason: why, for the last two.
+        rank: terms kept, where converted.
+        macs_before: multiply-adds of the dense form for the example inputs, None without them.
+        macs_after: the same after conversion.
+        params_before: parameters of the dense form.
+        params_after: the same after conversion.
+        error: relative error of the weight, ||W - W'|| / ||W||, where converted.
+        latency_before: seconds in the dense form's better memory format, None if not measured
+            nor predicted.
+        latency_after: seconds in separable form.
+        method: how the factors were found: `exact` at full rank, `svd` of the weight alone, or
+            what a calibration names.
+        weight_crc32: checksum of the dense weight, where converted.
+    """
+
+    name: str
+    status: Status
+    reason: str = ""
+    rank: int | None = None
+    macs_before: int | None = None
+    macs_after: int | None = None
+    params_before: int = 0
+    params_after: int = 0
+    error: float | None = None
+    latency_before: float | None = None
+    latency_after: float | None = None
+    method: str | None = None
+    weight_crc32: int | None = None
+
+    def keep_unless_faster(self) -> bool:
+        """Turn a converted layer that did not measure faster into a kept one; True if it was."""
+        before, after = self.latency_before, self.latency_after
+        if self.status != "converted" or before is None or after is None or after < before:
+            return False
+        self.status = "kept"
+        self.reason = f"not faster, {_time(before)} > {_time(after)}"
+        self.rank = self.error = self.method = self.weight_crc32 = None
+        self.macs_after, self.params_after = self.macs_before, self.params_before
+        return True
+
+
+@dataclass
+class Report:
+    """A whole conversion: one entry per convolution, and the model's totals.
+
+    Attributes:
+        layers: in order of execution where it is known.
+        trace_level: `graph`, `leaves` or `modules`; see `sepconv.graph.tracing`.
+        trace_note: what kept fx from tracing more, in its own words.
+        macs_before: multiply-adds of the whole model for the example inputs, None without them.
+        macs_after: the same after conversion.
+        params_before: parameters of the whole model.
+        params_after: the same after conversion.
+        dryrun: whether this is a plan that was not carried out.
+        predicted_for: the GPU that latencies are predicted for; empty where they were measured.
+    """
+
+    layers: list[LayerReport] = field(default_factory=list)
+    trace_level: str = "graph"
+    trace_note: str = ""
+    macs_before: int | None = None
+    macs_after: int | None = None
+    params_before: int = 0
+    params_after: int = 0
+    dryrun: bool = False
+    predicted_for: str = ""
+
+    @property
+    def converted(self) -> list[LayerReport]:
+        """The layers that were converted (in a dry run: would be)."""
+        return [layer for layer in self.layers if layer.status == "converted"]
+
+    def reasons(self) -> str:
+        """How often each reason for leaving a convolution stands in the report."""
+        counts = Counter(layer.reason for layer in self.layers if layer.status != "converted")
+        found = ", ".join(f"{n} x {reason}" for reason, n in counts.most_common())
+        return found or "the model has no convolution"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python data, as `to_json` writes it."""
+        return asdict(self)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def print(self, console: Console | None = None) -> None:
+        """Print a table of the layers, and the totals."""
+        (console or Console()).print(self)
+
+    def __rich__(self) -> Group:
+        # The totals are no caption of the table: where that is too wide, its end is cut off.
+        return Group(self._table(), Text(self._totals()))
+
+    def _table(self) -> Table:
+        shapes = self.macs_before is not None
+        measured = any(layer.latency_before is not None for layer in self.layers)
+        table = Table(
+            title="sepconv plan" if self.dryrun else "sepconv report",
+            box=SIMPLE,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("layer", overflow="fold", min_width=10)
+        table.add_column("status", overflow="fold", min_width=9)
+        for title, shown in (
+            ("rank", True),
+            ("MACs", shapes),
+            ("params", True),
+            ("error", True),
+            ("predicted" if self.predicted_for else "latency", measured),
+        ):
+            if shown:
+                table.add_column(title, justify="right", no_wrap=True)
+        for layer in self.layers:
+            status = f"{layer.status}: {layer.reason}" if layer.reason else layer.status
+            cells = [layer.name, status, "" if layer.rank is None else str(layer.rank)]
+            if shapes:
+                cells.append(_change(layer.macs_before, layer.macs_after, _count))
+            cells.append(_change(layer.params_before, layer.params_after, _count))
+            cells.append("" if layer.error is None else f"{layer.error:.3f}")
+            if measured:
+                cells.append(_change(layer.latency_before, layer.latency_after, _time))
+            table.add_row(*cells, style=None if layer.status == "converted" else "dim")
+        return table
+
+    def _totals(self) -> str:
+        parts = [f"{len(self.converted)} of {len(self.layers)} convolutions converted"]
+        for name, before, after in (
+            ("MACs", self.macs_before, self.macs_after),
+            ("parameters", self.params_before, self.params_after),
+        ):
+            if before and after is not None:
+                parts.append(f"{name} {_count(before)} > {_count(after)} ({after / before:.2f}x)")
+        parts.append(f"traced at level {self.trace_level}")
+        if self.predicted_for:
+            parts.append(f"latencies predicted for {self.predicted_for}, not measured")
+        return "; ".join(parts)
+
+
+def report(model: nn.Module) -> Any:
+    """The report of what made `model`: a `Report` of `convert`, a `FusionReport` of `fuse`.
+
+    Raises:
+        ValueError: `model` was returned by neither.
+
+    Example:
+        >>> import sepconv, torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3))
+        >>> sepconv.report(sepconv.convert(net)).layers[0].status
+        'converted'
+    """
+    found = _attached(model)
+    if found is None:
+        raise ValueError(
+            f"report: expected a model that sepconv.convert or sepconv.fuse returned, "
+            f"got {type(model).__name__}"
+        )
+    return found
+
+
+def attach(model: nn.Module, made: Report | FusionReport) -> None:
+    """Keep the report with the model; it is copied and pickled with it."""
+    vars(model)[_ATTRIBUTE] = made
+    if isinstance(model, fx.GraphModule):  # whose copies keep nothing else
+        model.meta[_ATTRIBUTE] = made
+
+
+def attached(model: nn.Module) -> Report | None:
+    """The report an earlier conversion left with the model, if any."""
+    found = _attached(model)
+    return found if isinstance(found, Report) else None
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether `model` is what `sepconv.fuse` made of another."""
+    return isinstance(_attached(model), FusionReport)
+
+
+def _attached(model: nn.Module) -> Report | FusionReport | None:
+    meta = getattr(model, "meta", {}) if isinstance(model, fx.GraphModule) else {}
+    return getattr(model, _ATTRIBUTE, meta.get(_ATTRIBUTE))
+
+
+def converted_layer(conv: Match, rank: int, error: float) -> LayerReport:
+    """The entry of a convolution that is made separable."""
+    return LayerReport(
+        conv.name,
+        "converted",
+        rank=rank,
+        macs_before=conv.dense_macs if conv.runs else None,
+        macs_after=conv.macs(rank) if conv.runs else None,
+        params_before=conv.dense_params,
+        params_after=conv.params(rank),
+        error=error,
+        method="exact" if rank == full_rank(conv.weight_2d.shape) else "svd",
+        weight_crc32=crc32(conv.weight),
+    )
+
+
+def dense_layer(conv: Match | Skipped) -> LayerReport:
+    """The entry of a convolution that stays: skipped, or kept since the budget allows it."""
+    status: Status
+    if isinstance(conv, Skipped):
+        status, reason = "skipped", str(conv.reason)
+        macs, params = conv.macs, conv.params
+    else:
+        status, reason = "kept", "better dense"
+        macs, params = conv.dense_macs if conv.runs else None, conv.dense_params
+    return LayerReport(
+        conv.name,
+        status,
+        reason,
+        macs_before=macs,
+        macs_after=macs,
+        params_before=params,
+        params_after=params,
+    )
+
+
+def summarise(
+    layers: list[LayerReport],
+    captured: Capture,
+    params: int,
+    dryrun: bool,
+    earlier: Report | None,
+) -> Report:
+    """Add up the layers; those that an earlier conversion made separable stay listed."""
+    saved_params = sum(x.params_before - x.params_after for x in layers)
+    saved_macs = sum((x.macs_before or 0) - (x.macs_after or 0) for x in layers)
+    return Report(
+        layers=[*(earlier.converted if earlier else []), *layers],
+        trace_level=captured.level,
+        trace_note=captured.why,
+        macs_before=captured.macs,
+        macs_after=None if captured.macs is None else captured.macs - saved_macs,
+        params_before=params,
+        params_after=params - saved_params,
+        dryrun=dryrun,
+    )
+
+
+def _change(before: Any, after: Any, show: Any) -> str:
+    if before is None:
+        return ""
+    if after is None or after == before:
+        return str(show(before))
+    return f"{show(before)}>{show(after)}"
+
+
+def _count(value: float) -> str:
+    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def _time(value: float) -> str:
+    return f"{value * 1e3:.3g}ms" if value >= 1e-3 else f"{value * 1e6:.0f}us"

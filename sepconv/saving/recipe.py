@@ -1,0 +1,350 @@
+"""What a conversion did to a model's structure, as data that can be done again elsewhere.
+
+A recipe names the converted layers and their ranks. It is JSON, and reading one checks every value:
+a file may come from anywhere.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from math import isfinite
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+from sepconv._util.checksum import crc32
+from sepconv._util.errors import closest
+from sepconv._util.version import __version__
+from sepconv.conversion.checks import checked_model
+from sepconv.factorize import SeparableFactors, factorize, full_rank
+from sepconv.graph import (
+    Capture,
+    Match,
+    Skipped,
+    capture,
+    match,
+    rewrite,
+    separable_module,
+)
+from sepconv.graph.state import copied
+from sepconv.nn import SeparableConv2d
+from sepconv.reports.conversion import (
+    LayerReport,
+    attach,
+    attached,
+    converted_layer,
+    dense_layer,
+    summarise,
+)
+
+FORMAT = "sepconv-recipe"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RecipeLayer:
+    """One converted layer.
+
+    Attributes:
+        name: of the convolution module, or of the weight of a functional call, in the part.
+        part: name of the submodule that was given to `convert`, empty for the whole model.
+        shape: of the dense weight, [K, C, R, S] or [K, C, S].
+        rank: depthwise filters per input channel.
+        bias: whether the converted layer has one.
+        channels_last: whether its weights ask for channels_last outputs.
+        method: how the factors were found; see `sepconv.reports.conversion.LayerReport`.
+        error: relative error of the weight, if known.
+        weight_crc32: checksum of the dense weight, if known.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rank: int
+    bias: bool
+    channels_last: bool
+    method: str | None = None
+    error: float | None = None
+    weight_crc32: int | None = None
+    part: str = ""
+
+    @property
+    def full_name(self) -> str:
+        """The name in the whole model."""
+        return ".".join(filter(None, (self.part, self.name)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The converted layers of a model, and the version of sepconv that converted it."""
+
+    layers: tuple[RecipeLayer, ...]
+    sepconv_version: str
+
+    def to_json(self) -> str:
+        """The recipe as JSON."""
+        content = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "sepconv_version": self.sepconv_version,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+        return json.dumps(content, indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> "Recipe":
+        """Read a recipe.
+
+        Raises:
+            ValueError: it is no recipe, damaged, or of a later format.
+        """
+        try:
+            content = json.loads(text, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"recipe: expected JSON, got {text[:40]!r}: {error}") from error
+        return Recipe.from_dict(content)
+
+    @staticmethod
+    def from_dict(content: Any) -> "Recipe":
+        """Check the data that `to_json` writes.
+
+        Raises:
+            ValueError: it is no recipe, damaged, or of a later format.
+        """
+        if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+            _fail("recipe", f'an object with "format": "{FORMAT}"', content)
+        version = content.get("format_version")
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+            _fail("recipe: format_version", f"at most {FORMAT_VERSION}; a newer sepconv", version)
+        written_by = content.get("sepconv_version")
+        if not isinstance(written_by, str):
+            _fail("recipe: sepconv_version", "a string", written_by)
+        listed = content.get("layers")
+        if not isinstance(listed, list | tuple):
+            _fail("recipe: layers", "a list", listed)
+        layers = tuple(_layer(item, f"recipe: layers[{i}]") for i, item in enumerate(listed))
+        names = [layer.full_name for layer in layers]
+        if len(set(names)) != len(names):
+            _fail("recipe: layers", "each name once", max(names, key=names.count))
+        return Recipe(layers, written_by)
+
+
+def recipe_of(model: nn.Module) -> Recipe:
+    """The recipe of a model that was converted, wholly or in parts, once or several times."""
+    layers: list[RecipeLayer] = []
+    for name, part in model.named_modules():
+        made = attached(part)
+        for layer in made.converted if made else []:
+            module = _separable(part, layer.name)
+            if module is None:
+                continue
+            layers.append(
+                RecipeLayer(
+                    layer.name,
+                    (module.out_channels, module.in_channels, *module.kernel_size),
+                    module.channel_multiplier,
+                    module.bias is not None,
+                    module.keeps_channels_last,
+                    layer.method,
+                    # JSON has no NaN.
+                    layer.error if layer.error is not None and isfinite(layer.error) else None,
+                    layer.weight_crc32,
+                    name,
+                )
+            )
+    return Recipe(tuple(layers), __version__)
+
+
+def apply_recipe(
+    model: nn.Module,
+    recipe: Recipe | Mapping[str, Any] | str,
+    *,
+    check_weights: bool = False,
+    inplace: bool = False,
+) -> Any:
+    """Convert a fresh original as a recipe says: the same layers at the same ranks.
+
+    The factors are made from the model's own weights (by SVD, exact at full rank), so a checkpoint
+    of the original still serves: load it, then apply the recipe. The result has the structure of
+    the model that the recipe was made from, so that one's `state_dict` loads into it.
+
+    Args:
+        model: the original, not yet converted.
+        recipe: a `Recipe`, its JSON, or the data that JSON holds.
+        check_weights: refuse a model whose weights are not the ones the recipe was made from.
+        inplace: change `model` itself instead of a copy.
+
+    Returns:
+        The converted model, with a report.
+
+    Raises:
+        ValueError: the recipe is damaged or does not fit the model; nothing has been changed then.
+
+    Example:
+        >>> import sepconv, torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3))
+        >>> recipe = recipe_of(sepconv.convert(net, rank=2))
+        >>> again = apply_recipe(torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3)), recipe)
+        >>> again[0].channel_multiplier
+        2
+    """
+    if isinstance(recipe, str):
+        recipe = Recipe.from_json(recipe)
+    elif not isinstance(recipe, Recipe):
+        recipe = Recipe.from_dict(recipe)
+    return _apply(model, recipe, inplace, check_weights, values=True)
+
+
+def apply_structure(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Convert `model` in place as `apply_recipe` does, its factors left without values."""
+    return _apply(model, recipe, inplace=True, check_weights=False, values=False)
+
+
+def _apply(
+    model: nn.Module, recipe: Recipe, inplace: bool, check_weights: bool, values: bool
+) -> nn.Module:
+    model = checked_model(model)
+    parts: dict[str, list[RecipeLayer]] = {}
+    for layer in recipe.layers:
+        parts.setdefault(layer.part, []).append(layer)
+    modules = dict(model.named_modules())
+    for name, layers in parts.items():
+        if name not in modules:
+            raise ValueError(f"recipe: the model has no module {name!r}{closest(name, modules)}")
+        _find(modules[name], layers, check_weights)
+
+    converted = model if inplace else copied(model)
+    modules = dict(converted.named_modules())
+    for name, layers in parts.items():
+        _convert(modules[name], layers, values)
+    return converted
+
+
+def _find(
+    part: nn.Module, layers: list[RecipeLayer], check_weights: bool
+) -> tuple[Capture, list[Match | Skipped]]:
+    """The convolutions of a part, among them every one that the recipe names."""
+    captured = capture(part)
+    found = match(part, captured)
+    by_name = {conv.name: conv for conv in found}
+    for layer in layers:
+        _check_fit(layer, by_name, check_weights)
+    return captured, found
+
+
+def _convert(part: nn.Module, layers: list[RecipeLayer], values: bool) -> None:
+    captured, found = _find(part, layers, check_weights=False)
+    asked = {layer.name: layer for layer in layers}
+    replacements: dict[Match, SeparableConv2d] = {}
+    reports: list[LayerReport] = []
+    for conv in found:
+        if conv.name not in asked or not isinstance(conv, Match):
+            reports.append(dense_layer(conv))
+            continue
+        layer = asked[conv.name]
+        factors = factorize(conv.weight_2d, layer.rank) if values else _empty(conv, layer.rank)
+        module = separable_module(conv, factors, layer.channels_last)
+        if layer.bias and conv.bias is None:
+            module.bias = nn.Parameter(conv.weight.new_zeros(conv.weight.shape[0]))
+        replacements[conv] = module
+        made = converted_layer(conv, layer.rank, factors.error)
+        if not values:
+            made = replace(
+                made,
+                method=layer.method,
+                error=layer.error,
+                weight_crc32=layer.weight_crc32,
+            )
+        reports.append(made)
+    params = sum(p.numel() for p in part.parameters())
+    report = summarise(reports, captured, params=params, dryrun=False, earlier=attached(part))
+    channels_last = any(layer.channels_last for layer in layers)
+    rewrite(part, replacements, inplace=True, channels_last=channels_last)
+    attach(part, report)
+
+
+def _check_fit(
+    layer: RecipeLayer, by_name: Mapping[str, Match | Skipped], check_weights: bool
+) -> None:
+    conv = by_name.get(layer.name)
+    if conv is None:
+        raise ValueError(
+            f"recipe: the model has no convolution {layer.full_name!r}"
+            f"{closest(layer.name, by_name)}"
+        )
+    if isinstance(conv, Skipped):
+        raise ValueError(f"recipe: {layer.name} cannot be converted: {conv.reason}")
+    if tuple(conv.weight.shape) != layer.shape:
+        _fail(f"model: weight of {layer.name}", list(layer.shape), list(conv.weight.shape))
+    full = full_rank(conv.weight_2d.shape)
+    if layer.rank > full:
+        _fail(f"recipe: rank of {layer.name}", f"at most its full rank {full}", layer.rank)
+    if conv.bias is not None and not layer.bias:
+        _fail(f"model: {layer.name}", "a convolution without bias", "one with bias")
+    if check_weights and layer.weight_crc32 != crc32(conv.weight):
+        _fail(
+            f"model: weight of {layer.name}",
+            f"the one that the recipe was made from (checksum {layer.weight_crc32})",
+            crc32(conv.weight),
+        )
+
+
+def _empty(conv: Match, rank: int) -> SeparableFactors:
+    out_channels, channels, *taps = conv.weight_2d.shape
+    weight_dw: Tensor = conv.weight.new_empty(channels * rank, 1, *taps)
+    return SeparableFactors(
+        weight_dw, conv.weight.new_empty(out_channels, channels * rank, 1, 1), 0
+    )
+
+
+def _separable(model: nn.Module, name: str) -> SeparableConv2d | None:
+    """The module that replaced the convolution `name`, unless it is there no more."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    # A functional call of the weight a.b became the child a_b_separable of a, or of the root.
+    parts = name.split(".")
+    names = [name] + [
+        ".".join([*parts[:i], "_".join(parts[i:]) + "_separable"]) for i in range(len(parts))
+    ]
+    for candidate in names:
+        module = modules.get(candidate)
+        if isinstance(module, SeparableConv2d):
+            return module
+    return None
+
+
+def _layer(item: Any, where: str) -> RecipeLayer:
+    """Check one entry; unknown keys are refused, for they would be lost silently."""
+    if not isinstance(item, Mapping):
+        _fail(where, "an object", item)
+    known = {field.name for field in fields(RecipeLayer)}
+    for key in item:
+        if key not in known:
+            _fail(where, f"the keys {', '.join(sorted(known))}", key)
+    for key in ("name", "shape", "rank", "bias", "channels_last"):
+        if key not in item:
+            _fail(where, f"a {key}", sorted(item))
+    if not isinstance(item["name"], str):
+        _fail(f"{where}: name", "a string", item["name"])
+    shape = item["shape"]
+    sizes_fit = isinstance(shape, list | tuple) and all(type(n) is int and n > 0 for n in shape)
+    if not sizes_fit or len(shape) not in (3, 4):
+        _fail(f"{where}: shape", "three or four positive ints", shape)
+    if type(item["rank"]) is not int or item["rank"] < 1:
+        _fail(f"{where}: rank", "a positive int", item["rank"])
+    if not isinstance(item.get("part", ""), str):
+        _fail(f"{where}: part", "a string", item["part"])
+    for key in ("bias", "channels_last"):
+        if not isinstance(item[key], bool):
+            _fail(f"{where}: {key}", "true or false", item[key])
+    for key, kinds in (("method", [str]), ("error", [float, int]), ("weight_crc32", [int])):
+        if item.get(key) is not None and type(item[key]) not in kinds:
+            _fail(f"{where}: {key}", f"a {kinds[0].__name__} or null", item[key])
+    return RecipeLayer(**{**item, "shape": tuple(shape)})
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _fail(name: str, expected: Any, got: Any) -> NoReturn:
+    shown = repr(got)
+    raise ValueError(f"{name}: expected {expected}, got {shown[:80]}")

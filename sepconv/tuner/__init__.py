@@ -1,5 +1,0 @@
-"""Finds, by measurement, what runs each call of a model fastest: `sepconv.tune`."""
-
-from sepconv.tuner.model import Tuned, tune, tune_problems
-
-__all__ = ["Tuned", "tune", "tune_problems"]

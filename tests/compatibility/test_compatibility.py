@@ -1,0 +1,49 @@
+"""Converted and fused models through everything people do next."""
+
+import pytest
+from compatibility.features import (
+    FEATURES,
+    LONG,
+    SLOW,
+    NotApplicableError,
+    onnx_plain_convolutions,
+)
+from compatibility.net import images, net
+from torch import nn
+
+import sepconv
+
+NEEDS = {onnx_plain_convolutions: ("onnx", "onnxscript", "onnxruntime")}
+LAST = "converted and fused"  # which long checks are always run on
+OTHERS_WARNINGS = "ignore::DeprecationWarning"
+
+
+def made(how: str) -> nn.Module:
+    return {
+        "converted": lambda: sepconv.convert(net(), rank=2, first_conv=True),
+        "fused": lambda: sepconv.fuse(net()),
+        LAST: lambda: sepconv.fuse(sepconv.convert(net(), rank=1)),
+    }[how]()
+
+
+@pytest.mark.filterwarnings(OTHERS_WARNINGS)
+@pytest.mark.parametrize(
+    ("check", "how"),
+    [
+        pytest.param(
+            check,
+            how,
+            id=f"{check.__name__}, {how}",
+            marks=[pytest.mark.slow] if check in SLOW or (check in LONG and how != LAST) else [],
+        )
+        for check in FEATURES.values()
+        for how in ("converted", "fused", LAST)
+    ],
+)
+def test_feature(check, how, request):
+    for package in NEEDS.get(check, ()):
+        pytest.importorskip(package, reason=f"needs {package}: pip install sepconv[onnx]")
+    try:
+        check(made(how), images())
+    except NotApplicableError as reason:
+        pytest.skip(str(reason))
