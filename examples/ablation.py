@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import nn
 
 import sepconv
-from sepconv._util.files import write_atomically
+from sepconv._util import write_atomically
 from sepconv.calibration.fit import Calibration, Curves, Method, Ranks, _Problem
 from sepconv.calibration.refine import Fitted
 from sepconv.conversion.plan import counted_costs, ranks_to_choose, ranks_within, weight_only_errors

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sepconv
-from sepconv._util.files import write_atomically
+from sepconv._util import write_atomically
 from sepconv.factorize import weight_errors
 
 ROOT = Path(__file__).resolve().parents[1]

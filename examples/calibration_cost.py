@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import sepconv
-from sepconv._util.files import write_atomically
+from sepconv._util import write_atomically
 from sepconv.bench import torchvision_shim
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "accuracy-cost.json"

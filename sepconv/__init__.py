@@ -5,7 +5,7 @@
 """
 
 from sepconv import nn, ops
-from sepconv._util.version import __version__
+from sepconv._util import package_version
 from sepconv.conversion.budget import Budget
 from sepconv.conversion.convert import convert
 from sepconv.conversion.search import search
@@ -17,6 +17,8 @@ from sepconv.reports.conversion import report
 from sepconv.saving.files import load, read_recipe, save
 from sepconv.saving.recipe import apply_recipe
 from sepconv.tuning import tune
+
+__version__ = package_version()
 
 __all__ = [
     "Budget",

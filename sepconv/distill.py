@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepconv._util.files import write_atomically
-from sepconv._util.progress import track_batches
+from sepconv._util import track_batches, write_atomically
 from sepconv.nn import SeparableConv2d
 
 _COLUMNS = ("epoch", "loss", "held_out", "learning_rate", "seconds")

@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from sepconv._util.files import write_atomically
+from sepconv._util import write_atomically
 
 
 def write_curves(folder: Path, history: Sequence[dict[str, float]]) -> None:

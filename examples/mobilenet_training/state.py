@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sepconv._util.files import write_atomically
+from sepconv._util import write_atomically
 
 from .optimisation import Average
 from .recipe import Recipe

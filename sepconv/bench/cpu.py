@@ -23,8 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import sepconv
-from sepconv._util.files import write_atomically
-from sepconv._util.progress import track
+from sepconv._util import track, write_atomically
 from sepconv.bench import torchvision_shim
 
 MODELS = ("vgg16_bn", "resnet50", "resnet18")

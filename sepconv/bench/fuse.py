@@ -16,8 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import sepconv
-from sepconv._util.files import write_atomically
-from sepconv._util.progress import track
+from sepconv._util import track, write_atomically
 from sepconv.bench import torchvision_shim
 from sepconv.bench.cpu import machine
 from sepconv.conversion.costs import take_turns

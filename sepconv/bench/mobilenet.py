@@ -12,8 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from sepconv import mobilenet
-from sepconv._util.files import write_atomically
-from sepconv._util.progress import track
+from sepconv._util import track, write_atomically
 from sepconv.bench import torchvision_shim
 from sepconv.bench.cpu import channels_last, machine, take_turns
 

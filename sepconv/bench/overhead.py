@@ -18,8 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sepconv import ops
-from sepconv._util.files import write_atomically
-from sepconv._util.progress import track
+from sepconv._util import track, write_atomically
 
 _CALLS = 10  # in one batch
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sepconv._util.progress import track
+from sepconv._util import track
 from sepconv.calibration.batches import read_batches
 from sepconv.calibration.observe import Dense
 from sepconv.calibration.refine import STEPS, Fitted, ShapesDifferError, refine

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sepconv._util.progress import track
+from sepconv._util import track
 from sepconv.factorize.solve import Factors
 
 STEPS = 200

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from sepconv._util.progress import track
+from sepconv._util import track
 from sepconv.conversion.plan import Costs, cheaper_than_dense
 from sepconv.factorize import factorize, full_rank
 from sepconv.graph import ExampleInputs, Match, separable_module, split_inputs

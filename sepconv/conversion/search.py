@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sepconv._util.progress import track
+from sepconv._util import track
 from sepconv.calibration.batches import MAX_SAMPLES
 from sepconv.conversion.budget import Budget
 from sepconv.conversion.convert import convert

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from sepconv._util.errors import closest
+from sepconv._util import closest
 from sepconv.graph import Match, Skipped, SkipReason
 from sepconv.nn import SeparableConv2d
 

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sepconv._util.files import write_atomically
+from sepconv._util import write_atomically
 from sepconv.ops.kernel_modules import kernel_module
 
 FORMAT = 2

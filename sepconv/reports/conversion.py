@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import fx, nn
 
-from sepconv._util.checksum import crc32
+from sepconv._util import crc32
 from sepconv.factorize import full_rank
 from sepconv.graph import Capture, Match, Skipped
 from sepconv.reports.fusion import FusionReport

@@ -15,8 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from sepconv._util.errors import closest
-from sepconv._util.files import write_atomically
+from sepconv._util import closest, write_atomically
 from sepconv.reports.conversion import is_fused
 from sepconv.saving.recipe import Recipe, apply_structure, recipe_of
 

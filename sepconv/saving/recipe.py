@@ -12,9 +12,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from sepconv._util.checksum import crc32
-from sepconv._util.errors import closest
-from sepconv._util.version import __version__
+from sepconv._util import closest, crc32, package_version
 from sepconv.conversion.checks import checked_model
 from sepconv.factorize import SeparableFactors, factorize, full_rank
 from sepconv.graph import (
@@ -151,7 +149,7 @@ def recipe_of(model: nn.Module) -> Recipe:
                     name,
                 )
             )
-    return Recipe(tuple(layers), __version__)
+    return Recipe(tuple(layers), package_version())
 
 
 def apply_recipe(

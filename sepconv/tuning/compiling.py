@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from threading import Thread
 from typing import Any, NamedTuple
 
-from sepconv._util.progress import track
+from sepconv._util import track
 from sepconv.ops.choice import Problem
 from sepconv.ops.choice_files import Choice, choice_json
 from sepconv.ops.kernel_modules import kernel_module

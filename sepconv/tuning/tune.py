@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sepconv._util.progress import track
+from sepconv._util import track
 from sepconv.graph import split_inputs
 from sepconv.ops import choice as tuning
 from sepconv.ops import choice_files as tuning_files

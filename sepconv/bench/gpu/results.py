@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sepconv._util.files import write_atomically
+from sepconv._util import write_atomically
 from sepconv.bench.gpu.measure import Case
 
 _Cells = Callable[[dict[str, Any]], list[str]]

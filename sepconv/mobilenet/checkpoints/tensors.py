@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sepconv._util.errors import closest
+from sepconv._util import closest
 
 
 class Entry(NamedTuple):

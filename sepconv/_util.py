@@ -1,0 +1,87 @@
+"""Small helpers that know nothing of convolutions: files, messages, progress, version."""
+
+import difflib
+import os
+import secrets
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import track as rich_track
+from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+def package_version() -> str:
+    """The installed version; a checkout that is not installed has none."""
+    try:
+        return metadata.version("sepconv")
+    except metadata.PackageNotFoundError:
+        return "0+checkout"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write `content` to a temporary file beside `path` and move it there.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written to; `path` is unchanged then.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    # Not `tempfile`: its files are for their owner alone, and this one is to be read by others.
+    with open(temporary, "xb") as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink()
+            raise
+
+
+def closest(name: str, choices: Iterable[str]) -> str:
+    """Return `", did you mean a, b?"` for the choices nearest to `name`, or nothing.
+
+    >>> closest("layer1.conv", ["layer1.conv1", "fc"])
+    ", did you mean 'layer1.conv1'?"
+    """
+    near = difflib.get_close_matches(name, list(choices), n=3, cutoff=0.4)
+    return f", did you mean {', '.join(map(repr, near))}?" if near else ""
+
+
+def track(items: Sequence[Item], description: str) -> Iterator[Item]:
+    """Iterate over `items` with a progress bar on standard error where that is a terminal.
+
+    >>> list(track([1, 2], "counting"))
+    [1, 2]
+    """
+    console = Console(stderr=True)
+    yield from rich_track(
+        items, description, console=console, disable=not console.is_terminal, transient=True
+    )
+
+
+def track_batches(batches: Iterable[Item], description: str) -> Iterator[Item]:
+    """The same for an iterable whose length may be unknown."""
+    console = Console(stderr=True)
+    yield from rich_track(
+        batches, description, console=console, disable=not console.is_terminal, transient=True
+    )
+
+
+def crc32(t: Tensor) -> int:
+    """CRC-32 of the values in row-major order, whatever the strides and the device.
+
+    It tells another tensor apart from this one; it is no protection against forgery.
+
+    >>> crc32(torch.arange(6.0)) == crc32(torch.arange(12.0)[:6])
+    True
+    """
+    flat = t.detach().reshape(-1).cpu().contiguous()
+    return zlib.crc32(flat.view(torch.uint8).numpy().data)
