@@ -38,11 +38,11 @@ mutants: $(VENV)/installed ## plant bugs in the kernels; each must be caught
 	$(BIN)/python tests/mutants/run.py
 
 bench: $(VENV)/installed ## the benchmark of this machine's CPU
-	$(BIN)/python -m sepconv.bench cpu
+	$(BIN)/python -m examples.benchmarks.bench cpu
 
 zoo: $(VENV)/installed ## convert every architecture of torchvision and timm; takes hours, resumes
 	$(PIP) -e ".[zoo]"
-	$(BIN)/python examples/zoo.py $(ARGS)
+	$(BIN)/python -m examples.studies.zoo $(ARGS)
 
 # On the machine's own Python: a GPU machine has its own torch, and need not be on line.
 # STEPS="compile fuzz" chooses steps, DRY=1 runs everything in small on a CPU.

@@ -17,9 +17,10 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
-import torchvision_shim  # noqa: E402 (it imports triton too)
 from fuzz.log import REPLAY, FuzzLog  # noqa: E402 (after the line above)
 from fuzz.session import FuzzSession, Tally  # noqa: E402 (the same)
+
+from examples.benchmarks.bench import torchvision_shim  # noqa: E402 (it imports triton too)
 
 EXAMPLES_DEFAULT = 20
 EXAMPLES_FULL = 1000

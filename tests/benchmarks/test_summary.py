@@ -12,8 +12,8 @@ from gpu_run.machine import Machine
 from gpu_run.processes import run_together
 from gpu_run.summary import Done, summary
 
-from sepconv.bench.gpu import results
-from sepconv.bench.gpu.measure import Case
+from examples.benchmarks.bench.gpu import results
+from examples.benchmarks.bench.gpu.measure import Case
 
 STRONG = "compile max-autotune, freezing"
 FACTS = {"gpu": "NVIDIA H100", "commit": "0123456789ab", "torch": "2.11", "driver": "580"}

@@ -1,17 +1,17 @@
 """Converted and fused models through everything people do next."""
 
 import pytest
-from compatibility.features import (
+from compatibility.net import images, net
+from torch import nn
+
+import sepconv
+from examples.studies.compatibility import (
     FEATURES,
     LONG,
     SLOW,
     NotApplicableError,
     onnx_plain_convolutions,
 )
-from compatibility.net import images, net
-from torch import nn
-
-import sepconv
 
 NEEDS = {onnx_plain_convolutions: ("onnx", "onnxscript", "onnxruntime")}
 LAST = "converted and fused"  # which long checks are always run on

@@ -11,10 +11,10 @@ if __name__ == "__main__":  # pytest sets the path itself
     sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (2, 1)]
 
 import torch
-import torchvision_shim
 from torch import Tensor, nn
 
 import sepconv
+from examples.benchmarks.bench import torchvision_shim
 
 BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-10}
 

@@ -18,9 +18,9 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (2, 1)]
 
 import torch
-import torchvision_shim
 
 import sepconv
+from examples.benchmarks.bench import torchvision_shim
 from sepconv.conversion.costs import take_turns
 
 MODELS = ("mobilenet_v2", "efficientnet_b0", "mobilenetv1_100", "convnext_tiny", "xception41")

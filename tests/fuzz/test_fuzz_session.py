@@ -21,6 +21,8 @@ from hypothesis import given, settings
 from oracle import CHANNELS_LAST, Layout
 
 ROOT = Path(__file__).resolve().parents[2]
+# Any file with few and quick tests.
+SHIM = "tests/benchmarks/test_torchvision_shim.py"
 
 
 @pytest.fixture
@@ -241,7 +243,7 @@ def test_a_killed_run_leaves_its_results_and_the_case_it_was_in(tmp_path):
     done = pytest_run("--hypothesis", f"--fuzz-log={log}", test, **environment)
     assert done.returncode == -signal.SIGKILL
     assert {line["worst"] for line in lines(log)} == {0.5}
-    header = pytest_run("--collect-only", "tests/test_torchvision_shim.py").stdout
+    header = pytest_run("--collect-only", SHIM).stdout
     (case,) = re.findall(r"^a run died in this case: \S+ \S+ '(.*)'$", header, re.MULTILINE)
     assert parse(case).K > 1
 
@@ -261,7 +263,12 @@ def test_the_full_fuzz_says_what_ran_against_what():
 
 def test_a_full_fuzz_that_runs_nothing_fails():
     done = pytest_run(
-        "--hypothesis", "--fuzz-seconds", "9", "tests/test_torchvision_shim.py", "-k", "best"
+        "--hypothesis",
+        "--fuzz-seconds",
+        "9",
+        SHIM,
+        "-k",
+        "best",
     )
     assert done.returncode == 1
     assert "no fuzz case was run" in done.stdout
@@ -277,13 +284,13 @@ def test_a_full_fuzz_that_runs_nothing_fails():
     ],
 )
 def test_nonsense_is_refused(option, message):
-    done = pytest_run("--hypothesis", option, "tests/test_torchvision_shim.py")
+    done = pytest_run("--hypothesis", option, SHIM)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert message in done.stderr
 
 
 def test_a_log_belongs_to_a_full_fuzz():
-    done = pytest_run("--fuzz-log=log", "tests/test_torchvision_shim.py")
+    done = pytest_run("--fuzz-log=log", SHIM)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "--fuzz-log needs --hypothesis" in done.stderr
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from examples import paper_tables
+from examples.studies import paper_tables
 
 
 def last_digit(printed):

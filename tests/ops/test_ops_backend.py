@@ -10,8 +10,8 @@ from ops.calls import DEVICE, arguments, public
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sepconv
+from examples.benchmarks.bench import overhead
 from sepconv import ops
-from sepconv.bench import overhead
 from sepconv.ops.backend import chosen_backend
 
 
@@ -170,8 +170,8 @@ def _python_calls(run):
     return counts
 
 
-# What a call costs above `F.conv2d` on a CPU, `python -m sepconv.bench overhead` tells in
-# microseconds. Here it is counted, since a test must not depend on a clock.
+# What a call costs above `F.conv2d` on a CPU in microseconds: `python -m
+# examples.benchmarks.bench overhead`. Here it is counted: a test must not depend on a clock.
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("op", ["depthwise_conv2d", "pointwise_conv2d", "separable_conv2d"])
 def test_calls_do_little_beside_torchs(op, grad):

@@ -1,8 +1,6 @@
 """What a convolution can be besides its weight, on networks that people have."""
 
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-
-import zoo_check
-
 import sepconv
+from examples.studies import zoo_check
 from sepconv.nn import SeparableConv2d
 
 needs_timm = pytest.mark.skipif(

@@ -1,16 +1,10 @@
 """The zoo's awkward architectures; `make zoo` runs all of it."""
 
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-
-import zoo
-import zoo_check
-
+from examples.studies import zoo, zoo_check
 from sepconv.nn import SeparableConv2d
 
 AWKWARD = {

@@ -49,11 +49,11 @@ class Step(NamedTuple):
 
 
 def _bench(part: str, seconds: float, *options: str) -> Step:
-    """A part of `python -m sepconv.bench gpu`, which ends by itself a little before its limit."""
+    """A part of the benchmark, which ends by itself a little before its limit."""
 
     def plan(machine: Machine, seconds: float) -> list[Phase]:
         limit = max(seconds - _START, seconds / 2)
-        arguments = [sys.executable, "-m", "sepconv.bench", "gpu", "--part", part]
+        arguments = [sys.executable, "-m", "examples.benchmarks.bench", "gpu", "--part", part]
         arguments += ["--seconds", f"{limit:.0f}", "--out", str(machine.out), *options]
         arguments += ["--dry-run"] * machine.dry
         return [Phase(1.0, [Command(part, arguments, machine.environment)])]

@@ -12,7 +12,7 @@ from gpu_run.processes import Command
 # Beginnings of names. The first takes times, which it must not share. The last provokes a capture
 # that fails, which costs torch 2.11 the process.
 _ALONE = ("test_device_seconds", "test_work_that_cannot_be_captured")
-_ALONE_FILE = "tests/bench/test_gpu_bench.py"
+_ALONE_FILE = "tests/benchmarks/test_gpu_bench.py"
 # The step `sanitizer` runs it.
 _SANITIZER = "test_19"
 # What a dry run runs in their place.

@@ -1,0 +1,1 @@
+"""Short scripts for newcomers; `benchmarks` and `studies` make the figures of the docs."""
