@@ -29,7 +29,9 @@ torchvision_shim.install()
 _fuzz = pytest.StashKey[FuzzSession]()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "seconds for one test, where pytest-timeout is installed")
     group = parser.getgroup("sepconv", "fuzzing the kernels")
     group.addoption(
         "--hypothesis",
