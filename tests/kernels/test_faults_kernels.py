@@ -1,6 +1,6 @@
 """Faults that libraries of this kind have had, where the fuzz does not already look for them.
 
-The numbers are the rows of docs/faults.md, which says where every row is tested.
+The numbers are the rows of docs/tests.md, which says where every row is tested.
 """
 
 import os
@@ -356,7 +356,7 @@ def test_26_gradients_at_the_kinks_and_ties(activation, without_tf32):
 
 
 def test_every_row_of_the_table_points_at_tests_that_exist():
-    table = (ROOT / "docs" / "faults.md").read_text()
+    table = (ROOT / "docs" / "tests.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("| ") and line[2].isdigit()]
     assert [int(row.split("|")[1]) for row in rows] == list(range(1, 33))
     for row in rows:
