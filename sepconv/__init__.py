@@ -9,19 +9,26 @@ from sepconv._util import package_version
 from sepconv.conversion.budget import Budget
 from sepconv.conversion.convert import convert
 from sepconv.conversion.search import search
-from sepconv.cost import cost
+from sepconv.cost import Cost, cost
 from sepconv.distill import distill
 from sepconv.fusion.fuse import fuse
 from sepconv.ops import backend
-from sepconv.reports.conversion import report
+from sepconv.ops.memory import keep_freed_memory
+from sepconv.reports.conversion import Report, report
+from sepconv.reports.fusion import FusionReport
 from sepconv.saving.files import load, read_recipe, save
-from sepconv.saving.recipe import apply_recipe
-from sepconv.tuning import tune
+from sepconv.saving.recipe import Recipe, apply_recipe
+from sepconv.tuning import Tuned, tune
 
 __version__ = package_version()
 
 __all__ = [
     "Budget",
+    "Cost",
+    "FusionReport",
+    "Recipe",
+    "Report",
+    "Tuned",
     "__version__",
     "apply_recipe",
     "backend",
@@ -29,6 +36,7 @@ __all__ = [
     "cost",
     "distill",
     "fuse",
+    "keep_freed_memory",
     "load",
     "nn",
     "ops",

@@ -1,6 +1,8 @@
-"""`sepconv.fuse` on this machine, against eager in both memory formats and `torch.compile`.
+"""`sepconv.fuse` on this machine, against eager and compiled forms, Inductor's freezing among them.
 
 Every ratio comes from one run: the forms take turns, so that a slow spell of the machine hits all.
+`chrt -r 1` before the command keeps others off the cores. `library/architecture@rank` is converted
+at that rank first.
 """
 
 import argparse
@@ -9,95 +11,132 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
 import sepconv
 from examples.benchmarks.bench import torchvision_shim
 from examples.benchmarks.bench.cpu import machine
 from sepconv._util import track, write_atomically
 from sepconv.conversion.costs import take_turns
+from sepconv.ops import onednn
 
 MODELS = (
     "torchvision/mobilenet_v2",
-    "torchvision/efficientnet_b0",
     "timm/mobilenetv1_100",
-    "torchvision/convnext_tiny",
-    "timm/legacy_xception",
+    "torchvision/efficientnet_b0",
+    "torchvision/resnet18@1",
+    "torchvision/resnet18@3",
 )
+OURS = ("fused", "fused, frozen")
+
+Form = Callable[[], Tensor]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m examples.benchmarks.bench fuse`."""
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help="library/architecture")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), help="library/architecture[@rank]"
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--resolution", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=15, help="turns each form takes")
+    parser.add_argument("--rounds", type=int, default=30, help="turns each form takes at batch 1")
+    parser.add_argument("--no-compile", action="store_true", help="eager forms only")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure and print the table."""
-    rows = [
-        measure_model(name, args.batch, args.resolution, args.rounds)
-        for name in track(args.models, "measuring models")
-    ]
-    Console().print(_table(rows, args))
-    if args.json:
-        figures = {"models": rows, "machine": machine()}
-        write_atomically(args.json, json.dumps(figures, indent=2) + "\n")
+    sepconv.keep_freed_memory()
+    cases = [(name, batch) for batch in args.batches for name in args.models]
+    rows = []
+    for name, batch in track(cases, "measuring models"):
+        rows.append(measure_model(name, batch, args))
+        if args.json:
+            figures = {"models": rows, "machine": machine()}
+            write_atomically(args.json, json.dumps(figures, indent=2) + "\n")
+    Console().print(_table(rows, args.resolution))
 
 
 @torch.no_grad()
-def measure_model(name: str, batch: int, resolution: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds a forward of each form takes, and the fused form's ratio to the best other."""
+def measure_model(name: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds a forward of each form takes, and how much the packed weights gain."""
     torch.manual_seed(0)
     model = build(name)
-    x = torch.randn(batch, 3, resolution, resolution)
+    x = torch.randn(batch, 3, args.resolution, args.resolution)
+    fused = sepconv.fuse(model, x, measure=False)
+    forms = _forms(model, fused, x, compiled=not args.no_compile)
+    expected = model(x)
+    with inductor.patch(freezing=True):  # what is frozen compiles at its first call
+        for form in forms.values():
+            form()
+    times = take_turns(forms, max(args.rounds // (1 if batch == 1 else 2), 5))
+    torch.compiler.reset()
+    others = [t for form, t in times.items() if form not in OURS and form != "fused, not packed"]
+    return {
+        "model": name,
+        "batch": batch,
+        "ms": {form: t * 1e3 for form, t in times.items()},
+        "ratio": min(others) / min(times[form] for form in OURS if form in times),
+        "packing": times["fused, not packed"] / times["fused"],
+        "error": float((expected - fused(x)).abs().max() / expected.abs().max()),
+    }
+
+
+def _forms(model: nn.Module, fused: nn.Module, x: Tensor, compiled: bool) -> dict[str, Form]:
     x_last = x.contiguous(memory_format=torch.channels_last)
     last: nn.Module = copy.deepcopy(model)
     last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    compiled = torch.compile(copy.deepcopy(model))
-    fused = sepconv.fuse(model, x, measure=False)
-    forms: dict[str, Callable[[], Tensor]] = {
-        "eager NCHW": lambda: model(x),
-        "eager channels_last": lambda: last(x_last),
-        "torch.compile": lambda: compiled(x),
+
+    def not_packed() -> Tensor:
+        with patch.object(onednn, "usable", lambda *_: False):
+            return fused(x)
+
+    forms: dict[str, Form] = {
+        "NCHW": lambda: model(x),
+        "channels_last": lambda: last(x_last),
+        "fused, not packed": not_packed,
         "fused": lambda: fused(x),
     }
-    times = take_turns(forms, rounds)
-    expected, got = model(x), fused(x)
-    others = {form: t for form, t in times.items() if form != "fused"}
-    return {
-        "model": name,
-        "ms": {form: t * 1e3 for form, t in times.items()},
-        "ratio": min(others.values()) / times["fused"],
-        "error": float((expected - got).abs().max() / expected.abs().max()),
-    }
+    if compiled:
+        frozen, frozen_last = torch.compile(copy.deepcopy(model)), torch.compile(last)
+        frozen_fused = torch.compile(copy.deepcopy(fused))
+        forms["frozen"] = lambda: frozen(x)
+        forms["frozen, channels_last"] = lambda: frozen_last(x_last)
+        forms["fused, frozen"] = lambda: frozen_fused(x)
+    return forms
 
 
 def build(name: str) -> nn.Module:
-    """A model with random weights, in eval mode; `name` is its library and architecture."""
+    """A model with random weights, in eval mode; `name` is its library, architecture and rank."""
     torchvision_shim.install()
-    library, _, architecture = name.partition("/")
+    architecture, _, rank = name.partition("@")
+    library, _, architecture = architecture.partition("/")
     if library == "timm":
         import timm
 
-        return timm.create_model(architecture, pretrained=False).eval()
-    import torchvision
+        model = timm.create_model(architecture, pretrained=False)
+    else:
+        import torchvision
 
-    return torchvision.models.get_model(architecture, weights=None).eval()
+        model = torchvision.models.get_model(architecture, weights=None)
+    if rank:
+        model = sepconv.convert(model, rank=int(rank))
+    return model.eval()
 
 
-def _table(rows: list[dict[str, Any]], args: argparse.Namespace) -> Table:
-    size = f"batch {args.batch}, {args.resolution} px, float32"
-    table = Table(title=f"sepconv.fuse, {size}, {torch.get_num_threads()} threads, ms a forward")
-    for column in ("model", *rows[0]["ms"], "ratio to the best", "error"):
+def _table(rows: list[dict[str, Any]], resolution: int) -> Table:
+    threads = torch.get_num_threads()
+    table = Table(title=f"sepconv.fuse, {resolution} px, float32, {threads} threads, ms a forward")
+    for column in ("model", "batch", *rows[0]["ms"], "of the best other", "packing", "error"):
         table.add_column(column, justify="right")
     for row in rows:
         shown = [f"{t:.1f}" for t in row["ms"].values()]
-        table.add_row(row["model"], *shown, f"{row['ratio']:.2f}x", f"{row['error']:.0e}")
+        ratios = [f"{row[key]:.2f}x" for key in ("ratio", "packing")]
+        table.add_row(row["model"], str(row["batch"]), *shown, *ratios, f"{row['error']:.0e}")
     return table
