@@ -211,9 +211,9 @@ def _channelwise_candidates(shape: ConvShape) -> Iterator[Config]:
 
 def _gemm_candidates(op: str, shape: ConvShape, most_sums: int) -> Iterator[Config]:
     fused = op == "separable_fwd"
-    tiles = ((32, 64), (32, 128), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128))
+    tiles = [(32, 64), (32, 128), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128)]
     if fused:
-        tiles = (*tiles, (128, 256))
+        tiles.append((128, 256))
     # The fused loop is not pipelined; the plain product has no rows.
     stages = (2,) if fused else (2, 3, 4)
     strips = (1, 2, 4) if fused else (1,)

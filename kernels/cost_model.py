@@ -9,11 +9,10 @@ what it tries by these predictions; where nothing can be measured they stand in 
 
 from dataclasses import dataclass
 from math import ceil, prod
-from typing import Any
 
 import torch
 
-from sepconv.kernels.configs import may_roll
+from sepconv.kernels.configs import Config, ConvShape, GemmConfig, may_roll
 
 # Shares of the data sheet's rates that large copies and matrix products reach; a convolution of the
 # library reaches less of the latter.
@@ -131,11 +130,11 @@ def find_gpu(name: str, arch: str = "") -> Gpu | None:
 
 def predicted_seconds(
     op: str,
-    shape: Any,
+    shape: ConvShape,
     dtype: torch.dtype,
     gpu: Gpu | str,
     *,
-    config: Any = None,
+    config: Config | None = None,
     tf32: bool = False,
 ) -> float:
     """Time of one call, in seconds.
@@ -144,7 +143,7 @@ def predicted_seconds(
         op: A launcher (`activation_bwd`, `depthwise_fwd`, `depthwise_bwd_input`,
             `depthwise_bwd_weight`, `pointwise_fwd`, `separable_fwd`), or `conv2d`, the library's
             dense convolution.
-        shape: A `sepconv.kernels.configs.ConvShape`.
+        shape: Sizes of the layer.
         dtype: Of all tensors.
         gpu: One of `GPUS`, or a name that `find_gpu` knows.
         config: Block sizes of the kernel; without them those of a large layer are assumed.
@@ -172,7 +171,7 @@ def predicted_seconds(
     return max(floor, matrix, issue_seconds(op, shape, known, config)) + _START_SECONDS
 
 
-def issue_seconds(op: str, shape: Any, gpu: Gpu, config: Any) -> float:
+def issue_seconds(op: str, shape: ConvShape, gpu: Gpu, config: Config | None) -> float:
     """Time in which one call's instructions are issued, each scheduler one a cycle.
 
     Where memory is slower than that, it still tells how far: kernels do not issue all the time.
@@ -182,7 +181,7 @@ def issue_seconds(op: str, shape: Any, gpu: Gpu, config: Any) -> float:
     return _issue_slots(op, shape, config) / gpu.issue_rate / busy
 
 
-def moved_bytes(op: str, shape: Any, dtype: torch.dtype) -> int:
+def moved_bytes(op: str, shape: ConvShape, dtype: torch.dtype) -> int:
     """Bytes that `op` must read and write, each operand once.
 
     Raises:
@@ -205,7 +204,7 @@ def moved_bytes(op: str, shape: Any, dtype: torch.dtype) -> int:
     return elements[op] * dtype.itemsize
 
 
-def _matrix_macs(op: str, shape: Any) -> int:
+def _matrix_macs(op: str, shape: ConvShape) -> int:
     pixels = shape.N * shape.P * shape.Q
     if op == "conv2d":
         return pixels * shape.K * shape.C * shape.R * shape.S
@@ -214,7 +213,7 @@ def _matrix_macs(op: str, shape: Any) -> int:
     return pixels * shape.K * shape.C * shape.M if op == "separable_fwd" else 0
 
 
-def _issue_slots(op: str, shape: Any, config: Any) -> float:
+def _issue_slots(op: str, shape: ConvShape, config: Config | None) -> float:
     """Thread instructions of the depthwise arithmetic; that of matrices is in their rate."""
     if op in ("conv2d", "pointwise_fwd", "activation_bwd"):
         return 0.0
@@ -225,7 +224,7 @@ def _issue_slots(op: str, shape: Any, config: Any) -> float:
         per_tap, per_element = _BWD_WEIGHT_SLOTS
     elif op == "separable_fwd":
         # Every tile of output channels makes the depthwise half again.
-        repeats = ceil(shape.K / (config.block_k if config else _FUSED_BLOCK_K))
+        repeats = ceil(shape.K / (_block_k(config) if config else _FUSED_BLOCK_K))
         per_tap, per_element = _FUSED_SLOTS
         per_tap += _FUSED_SHARED_SLOTS / (config.rows if config else _FUSED_ROWS)
     elif may_roll(op, shape) and (config is None or config.rows):
@@ -236,7 +235,7 @@ def _issue_slots(op: str, shape: Any, config: Any) -> float:
     return slots * prod((shape.N, shape.C, shape.M, shape.P, shape.Q))
 
 
-def _share_of_busy_units(op: str, shape: Any, config: Any, gpu: Gpu) -> float:
+def _share_of_busy_units(op: str, shape: ConvShape, config: Config | None, gpu: Gpu) -> float:
     """Of the multiprocessors' time, averaged over the launch's waves; 1 where nothing is known."""
     if config is None:
         return 1.0
@@ -245,8 +244,13 @@ def _share_of_busy_units(op: str, shape: Any, config: Any, gpu: Gpu) -> float:
     return programs / (ceil(programs / resident) * resident)
 
 
-def _programs(op: str, shape: Any, config: Any) -> int:
-    channels = ceil(shape.K / getattr(config, "block_k", config.block_c))
+def _block_k(config: Config) -> int:
+    """Channels of the result that one program makes."""
+    return config.block_k if isinstance(config, GemmConfig) else config.block_c
+
+
+def _programs(op: str, shape: ConvShape, config: Config) -> int:
+    channels = ceil(shape.K / _block_k(config))
     if op in ("pointwise_fwd", "activation_bwd"):
         return channels * ceil(shape.N * shape.P * shape.Q / config.block_nq)
     rows, columns = (shape.H, shape.W) if op == "depthwise_bwd_input" else (shape.P, shape.Q)

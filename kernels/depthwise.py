@@ -16,13 +16,14 @@ import triton.language as tl
 from sepconv.kernels.activations import apply_activation
 from sepconv.kernels.configs import ConvShape, DepthwiseConfig, default
 from sepconv.kernels.depthwise_rolling import depthwise_rolling, fits_rolling
+from sepconv.kernels.geometry import Geometry
 from sepconv.kernels.launch import (
     accumulator,
     ceil_div,
     check_axes,
     empty_output,
+    geometry_constants,
     launch,
-    output_size,
     pack_depthwise,
 )
 from sepconv.kernels.statistics import Partial, collected_by, store_statistics
@@ -150,9 +151,7 @@ def depthwise_fwd(
     x: torch.Tensor,
     weight_dw: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    dilation: tuple[int, int],
+    geometry: Geometry,
     activation: str | None,
     *,
     channels_last: bool,
@@ -164,9 +163,7 @@ def depthwise_fwd(
         x: [N, C, H, W], any strides.
         weight_dw: [C*M, 1, R, S].
         bias: [C*M] or None.
-        stride: (vertical, horizontal).
-        padding: (top, bottom, left, right).
-        dilation: (vertical, horizontal).
+        geometry: Stride, padding and dilation.
         activation: `None`, `relu`, `relu6`, `silu`, `hardswish` or `gelu`.
         channels_last: Memory format of the result.
         config: Block sizes; None takes the default.
@@ -174,17 +171,14 @@ def depthwise_fwd(
     Returns:
         y [N, C*M, P, Q].
     """
-    geometry = (stride, padding, dilation)
-    return _depthwise(x, weight_dw, bias, *geometry, activation, channels_last, config, False)[0]
+    return _depthwise(x, weight_dw, bias, geometry, activation, channels_last, config, False)[0]
 
 
 def depthwise_fwd_statistics(
     x: torch.Tensor,
     weight_dw: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    dilation: tuple[int, int],
+    geometry: Geometry,
     *,
     channels_last: bool,
     config: DepthwiseConfig | None = None,
@@ -195,9 +189,7 @@ def depthwise_fwd_statistics(
         x: [N, C, H, W], any strides.
         weight_dw: [C*M, 1, R, S].
         bias: [C*M] or None.
-        stride: (vertical, horizontal).
-        padding: (top, bottom, left, right).
-        dilation: (vertical, horizontal).
+        geometry: Stride, padding and dilation.
         channels_last: Memory format of the result.
         config: Block sizes; None takes the default.
 
@@ -205,8 +197,7 @@ def depthwise_fwd_statistics(
         y [N, C*M, P, Q]; its mean and biased variance [C*M], in the accumulator's type, of what
         was summed, not of what it was rounded to.
     """
-    geometry = (stride, padding, dilation)
-    y, partial = _depthwise(x, weight_dw, bias, *geometry, None, channels_last, config, True)
+    y, partial = _depthwise(x, weight_dw, bias, geometry, None, channels_last, config, True)
     assert partial is not None
     return y, *partial.combine()
 
@@ -215,9 +206,7 @@ def _depthwise(
     x: torch.Tensor,
     weight_dw: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    dilation: tuple[int, int],
+    geometry: Geometry,
     activation: str | None,
     channels_last: bool,
     config: DepthwiseConfig | None,
@@ -225,7 +214,7 @@ def _depthwise(
 ) -> tuple[torch.Tensor, Partial | None]:
     N, C, H, W = x.shape
     G, _, R, S = weight_dw.shape
-    P, Q = output_size((H, W), (R, S), stride, padding, dilation)
+    P, Q = geometry.output_size((H, W), (R, S))
     y = empty_output(x, (N, G, P, Q), channels_last)
     if y.numel() == 0:
         return y, Partial(y, 0) if statistics else None
@@ -234,20 +223,18 @@ def _depthwise(
     if config is None:
         shape = ConvShape(N, C, H, W, G, P, Q, R, S, M, channels_last)
         config = default("depthwise_fwd", x.dtype, shape)
-        rolls = fits_rolling((R, S), stride[0], dilation[0])
+        rolls = fits_rolling((R, S), geometry)
         if statistics and not rolls and config.block_nq < _STATISTICS_BLOCK_NQ <= N * Q:
             config = config._replace(block_nq=_STATISTICS_BLOCK_NQ, num_warps=8)
     taps = pack_depthwise(weight_dw, 1, y.numel())
-    if config.rows and fits_rolling((R, S), stride[0], dilation[0]):
+    if config.rows and fits_rolling((R, S), geometry):
         partial = depthwise_rolling(
             x,
             taps,
             (R, S),
             bias,
             y,
-            stride[1],
-            (padding[0], padding[2]),
-            dilation[1],
+            geometry,
             activation,
             input_gradient=False,
             statistics=statistics,
@@ -273,12 +260,7 @@ def _depthwise(
             "M": M,
             "R": R,
             "S": S,
-            "STRIDE_H": stride[0],
-            "STRIDE_W": stride[1],
-            "PAD_TOP": padding[0],
-            "PAD_LEFT": padding[2],
-            "DILATION_H": dilation[0],
-            "DILATION_W": dilation[1],
+            **geometry_constants(geometry),
             "ACTIVATION": activation,
             "ACC": accumulator(x.dtype),
             "BLOCK_NQ": config.block_nq,

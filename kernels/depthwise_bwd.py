@@ -30,12 +30,14 @@ import triton.language as tl
 
 from sepconv.kernels.configs import ConvShape, DepthwiseConfig, default
 from sepconv.kernels.depthwise_rolling import depthwise_rolling, fits_rolling
+from sepconv.kernels.geometry import Geometry
 from sepconv.kernels.launch import (
     accumulator,
     accumulator_dtype,
     ceil_div,
     check_axes,
     empty_output,
+    geometry_constants,
     launch,
     pack_depthwise,
 )
@@ -177,9 +179,7 @@ def depthwise_bwd_input(
     dy: torch.Tensor,
     weight_dw: torch.Tensor,
     x_shape: tuple[int, int, int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    dilation: tuple[int, int],
+    geometry: Geometry,
     *,
     channels_last: bool,
     config: DepthwiseConfig | None = None,
@@ -190,9 +190,7 @@ def depthwise_bwd_input(
         dy: [N, C*M, P, Q], any strides; before the activation, if there was one.
         weight_dw: [C*M, 1, R, S].
         x_shape: (N, C, H, W).
-        stride: (vertical, horizontal).
-        padding: (top, bottom, left, right).
-        dilation: (vertical, horizontal).
+        geometry: Stride, padding and dilation.
         channels_last: Memory format of the result.
         config: Block sizes; None takes the default.
 
@@ -210,16 +208,16 @@ def depthwise_bwd_input(
     if config is None:
         shape = ConvShape(N, C, H, W, G, P, Q, R, S, M, channels_last)
         config = default("depthwise_bwd_input", dy.dtype, shape)
-    if config.rows and M == 1 and stride == (1, 1) and fits_rolling((R, S), 1, dilation[0]):
+    stride, padding, dilation = geometry
+    if config.rows and M == 1 and stride == (1, 1) and fits_rolling((R, S), geometry):
+        top, left = R - 1 - padding[0], dilation[1] * (S - 1) - padding[2]
         depthwise_rolling(
             dy,
             pack_depthwise(weight_dw, 1, dx.numel()),
             (R, S),
             None,
             dx,
-            1,
-            (R - 1 - padding[0], dilation[1] * (S - 1) - padding[2]),
-            dilation[1],
+            geometry._replace(padding=(top, 0, left, 0)),
             None,
             input_gradient=True,
             config=config,
@@ -238,12 +236,7 @@ def depthwise_bwd_input(
             "M": M,
             "R": R,
             "S": S,
-            "STRIDE_H": stride[0],
-            "STRIDE_W": stride[1],
-            "PAD_TOP": padding[0],
-            "PAD_LEFT": padding[2],
-            "DILATION_H": dilation[0],
-            "DILATION_W": dilation[1],
+            **geometry_constants(geometry),
             "GCD_H": gcd_h,
             "GCD_W": gcd_w,
             "INVERSE_H": pow(dilation[0] // gcd_h, -1, stride[0] // gcd_h),
@@ -334,9 +327,7 @@ def depthwise_bwd_weight(
     dy: torch.Tensor,
     x: torch.Tensor,
     weight_shape: tuple[int, int, int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    dilation: tuple[int, int],
+    geometry: Geometry,
     *,
     config: DepthwiseConfig | None = None,
 ) -> torch.Tensor:
@@ -346,9 +337,7 @@ def depthwise_bwd_weight(
         dy: [N, C*M, P, Q], any strides; before the activation, if there was one.
         x: [N, C, H, W], any strides.
         weight_shape: (C*M, 1, R, S).
-        stride: (vertical, horizontal).
-        padding: (top, bottom, left, right).
-        dilation: (vertical, horizontal).
+        geometry: Stride, padding and dilation.
         config: Block sizes; None takes the default.
 
     Returns:
@@ -384,12 +373,7 @@ def depthwise_bwd_weight(
             "M": M,
             "R": R,
             "S": S,
-            "STRIDE_H": stride[0],
-            "STRIDE_W": stride[1],
-            "PAD_TOP": padding[0],
-            "PAD_LEFT": padding[2],
-            "DILATION_H": dilation[0],
-            "DILATION_W": dilation[1],
+            **geometry_constants(geometry),
             "ACC": accumulator(x.dtype),
             "TAPS": taps,
             "BLOCK_NQ": config.block_nq,

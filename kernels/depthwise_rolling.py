@@ -14,6 +14,7 @@ import triton.language as tl
 
 from sepconv.kernels.activations import apply_activation
 from sepconv.kernels.configs import ROLLING_MOST_TAPS, DepthwiseConfig
+from sepconv.kernels.geometry import Geometry, Pair
 from sepconv.kernels.launch import Packed, accumulator, ceil_div, launch
 from sepconv.kernels.statistics import Partial, collected_by, store_statistics
 from sepconv.kernels.tiles import split_nq
@@ -131,21 +132,20 @@ def _depthwise_rolling_kernel(
         )
 
 
-def fits_rolling(filter_size: tuple[int, int], stride_h: int, dilation_h: int) -> bool:
+def fits_rolling(filter_size: Pair, geometry: Geometry) -> bool:
     """Whether the rolling kernel can run this convolution."""
     R, S = filter_size
-    return stride_h == 1 and dilation_h == 1 and R > 1 and R * S <= ROLLING_MOST_TAPS
+    by_1 = geometry.stride[0] == 1 and geometry.dilation[0] == 1
+    return by_1 and R > 1 and R * S <= ROLLING_MOST_TAPS
 
 
 def depthwise_rolling(
     x: torch.Tensor,
     taps: Packed,
-    filter_size: tuple[int, int],
+    filter_size: Pair,
     bias: torch.Tensor | None,
     y: torch.Tensor,
-    stride_w: int,
-    padding: tuple[int, int],
-    dilation_w: int,
+    geometry: Geometry,
     activation: str | None,
     *,
     input_gradient: bool,
@@ -160,9 +160,8 @@ def depthwise_rolling(
         filter_size: (R, S).
         bias: [C*M] or None.
         y: [N, C*M, P, Q], any strides.
-        stride_w: Horizontal stride.
-        padding: (top, left); negative values crop.
-        dilation_w: Horizontal dilation.
+        geometry: Of vertical stride and dilation 1. Negative padding crops; the size of `y` says
+            what there is at the bottom and at the right.
         activation: `None`, `relu`, `relu6`, `silu`, `hardswish` or `gelu`.
         input_gradient: Rotate the filters by half a turn, and leave padding out instead of
             multiplying it as zero.
@@ -192,10 +191,10 @@ def depthwise_rolling(
             "M": G // C,
             "R": R,
             "S": S,
-            "STRIDE_W": stride_w,
-            "PAD_TOP": padding[0],
-            "PAD_LEFT": padding[1],
-            "DILATION_W": dilation_w,
+            "STRIDE_W": geometry.stride[1],
+            "PAD_TOP": geometry.padding[0],
+            "PAD_LEFT": geometry.padding[2],
+            "DILATION_W": geometry.dilation[1],
             "INPUT_GRADIENT": input_gradient,
             "ACTIVATION": activation,
             "ACC": accumulator(x.dtype),

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sepconv.kernels.geometry import Geometry
+
 # Offsets inside one axis are 32 bits wide; whole tensors may be larger.
 MAX_AXIS = 2**31 - 2**16
 
@@ -44,22 +46,6 @@ def empty_output(
     """An uninitialised [N, K, P, Q] tensor like `x` in the memory format asked for."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
-
-
-def output_size(
-    size: tuple[int, int],
-    filter_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    dilation: tuple[int, int],
-) -> tuple[int, int]:
-    """(P, Q) of a convolution over (H, W), padding given as (top, bottom, left, right)."""
-    pads = (padding[0] + padding[1], padding[2] + padding[3])
-    P, Q = (
-        (size[i] + pads[i] - dilation[i] * (filter_size[i] - 1) - 1) // stride[i] + 1
-        for i in (0, 1)
-    )
-    return P, Q
 
 
 def check_axes(*tensors: torch.Tensor) -> None:
@@ -158,6 +144,19 @@ def _before_ampere(device: torch.device) -> bool:
     if device.type == "meta":
         return active_target().arch < 80
     return torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def geometry_constants(geometry: Geometry) -> dict[str, int]:
+    """A geometry by the names of the kernels' constants."""
+    stride, (top, _, left, _), dilation = geometry
+    return {
+        "STRIDE_H": stride[0],
+        "STRIDE_W": stride[1],
+        "PAD_TOP": top,
+        "PAD_LEFT": left,
+        "DILATION_H": dilation[0],
+        "DILATION_W": dilation[1],
+    }
 
 
 def active_target() -> Any:

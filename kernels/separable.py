@@ -16,6 +16,7 @@ import triton.language as tl
 from sepconv.kernels.activations import apply_activation
 from sepconv.kernels.configs import ConvShape, GemmConfig, default
 from sepconv.kernels.depthwise import depthwise_row
+from sepconv.kernels.geometry import Geometry
 from sepconv.kernels.launch import (
     accumulator,
     ceil_div,
@@ -23,8 +24,8 @@ from sepconv.kernels.launch import (
     dot_dtype,
     dot_options,
     empty_output,
+    geometry_constants,
     launch,
-    output_size,
     pack_depthwise,
     pack_pointwise,
 )
@@ -286,9 +287,7 @@ def separable_fwd(
     weight_pw: torch.Tensor,
     bias_dw: torch.Tensor | None,
     bias_pw: torch.Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    dilation: tuple[int, int],
+    geometry: Geometry,
     activation_mid: str | None,
     activation: str | None,
     residual: torch.Tensor | None,
@@ -305,9 +304,7 @@ def separable_fwd(
         weight_pw: [K, C*M, 1, 1], any strides.
         bias_dw: [C*M] or None.
         bias_pw: [K] or None.
-        stride: (vertical, horizontal).
-        padding: (top, bottom, left, right).
-        dilation: (vertical, horizontal).
+        geometry: Stride, padding and dilation.
         activation_mid: Between the two convolutions.
         activation: After the residual.
         residual: [N, K, P, Q], any strides, or None.
@@ -321,7 +318,7 @@ def separable_fwd(
     N, C, H, W = x.shape
     G, _, R, S = weight_dw.shape
     K = weight_pw.shape[0]
-    P, Q = output_size((H, W), (R, S), stride, padding, dilation)
+    P, Q = geometry.output_size((H, W), (R, S))
     y = empty_output(x, (N, K, P, Q), channels_last)
     if y.numel() == 0:
         return y
@@ -355,12 +352,7 @@ def separable_fwd(
             "M": M,
             "R": R,
             "S": S,
-            "STRIDE_H": stride[0],
-            "STRIDE_W": stride[1],
-            "PAD_TOP": padding[0],
-            "PAD_LEFT": padding[2],
-            "DILATION_H": dilation[0],
-            "DILATION_W": dilation[1],
+            **geometry_constants(geometry),
             "ACTIVATION_MID": activation_mid,
             "ACTIVATION": activation,
             "ACC": accumulator(x.dtype),

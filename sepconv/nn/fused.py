@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepconv import ops
+from sepconv.kernels.geometry import Geometry
 from sepconv.nn.promise import LARGEST_VALUE, Promise
 from sepconv.ops import onednn, reference
 from sepconv.ops.autocast import is_autocasting
@@ -247,7 +248,8 @@ class FusedSeparableConv2d(_Fused):
         top, bottom, left, right = sides = self.padding
         inside = None
         if residual is not None:
-            p, q = reference.output_size(x.shape, dw.shape, self.stride, sides, self.dilation)
+            geometry = Geometry(self.stride, sides, self.dilation)
+            p, q = geometry.output_size(x.shape[2:], dw.shape[2:])
             inside = residual if _joins_op(residual, x, (x.shape[0], len(pw), p, q)) else None
         split = residual is not inside
         y = ops.separable_conv2d(

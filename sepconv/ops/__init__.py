@@ -6,6 +6,7 @@
 import torch
 from torch import Tensor
 
+from sepconv.kernels.geometry import Geometry
 from sepconv.ops import autograd, batching, flops, reference  # noqa: F401  (registrations)
 from sepconv.ops.arguments import (
     IntPair,
@@ -76,14 +77,13 @@ def depthwise_conv2d(
             device = x.device.type
             x, weight_dw = cast(x, device), cast(weight_dw, device)
             bias = cast_optional(bias, device)
-        check_depthwise(x, weight_dw, bias, stride, padding, dilation, activation)
+        geometry = Geometry(stride, padding, dilation)
+        check_depthwise(x, weight_dw, bias, geometry, activation)
     except ValueError as error:
         return refused(error, x, weight_dw)
     if not chooses_kernels(x):
-        return reference.depthwise_conv2d(x, weight_dw, bias, stride, padding, dilation, activation)
-    return torch.ops.sepconv.depthwise_conv2d(
-        x, weight_dw, bias, stride, padding, dilation, activation
-    )
+        return reference.depthwise_conv2d(x, weight_dw, bias, geometry, activation)
+    return torch.ops.sepconv.depthwise_conv2d(x, weight_dw, bias, *geometry, activation)
 
 
 def pointwise_conv2d(
@@ -177,10 +177,12 @@ def separable_conv2d(
             weight_dw, weight_pw = cast(weight_dw, device), cast(weight_pw, device)
             bias_dw, bias_pw = cast_optional(bias_dw, device), cast_optional(bias_pw, device)
         tensors = (x, weight_dw, weight_pw, bias_dw, bias_pw)
-        geometry = (stride, padding, dilation, activation_mid)
-        check_separable(*tensors, *geometry, activation, residual)
+        geometry = Geometry(stride, padding, dilation)
+        check_separable(*tensors, geometry, activation_mid, activation, residual)
     except ValueError as error:
         return refused(error, x, weight_pw)
     if not chooses_kernels(x):
-        return reference.separable_conv2d(*tensors, *geometry, activation, residual)
-    return torch.ops.sepconv.separable_conv2d(*tensors, *geometry, activation, residual)
+        return reference.separable_conv2d(*tensors, geometry, activation_mid, activation, residual)
+    return torch.ops.sepconv.separable_conv2d(
+        *tensors, *geometry, activation_mid, activation, residual
+    )

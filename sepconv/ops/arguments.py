@@ -10,7 +10,8 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
-from sepconv.ops.reference import ACTIVATIONS, Pair, Sides, output_size
+from sepconv.kernels.geometry import Geometry, Pair, Sides
+from sepconv.ops.reference import ACTIVATIONS
 
 IntPair: TypeAlias = int | Sequence[int]
 Padding: TypeAlias = int | str | Sequence[int] | Sequence[Sequence[int]]
@@ -80,14 +81,12 @@ def check_depthwise(
     x: Tensor,
     weight_dw: Tensor,
     bias: Tensor | None,
-    stride: Pair,
-    padding: Sides,
-    dilation: Pair,
+    geometry: Geometry,
     activation: str | None,
 ) -> Shape:
     """Check normalised arguments of the depthwise convolution; return the shape of its result."""
     kind = _check_images(x)
-    shape = _check_filters(x, weight_dw, kind, stride, padding, dilation)
+    shape = _check_filters(x, weight_dw, kind, geometry)
     if bias is not None:
         _check_like("bias", bias, shape[1:2], kind)
     if activation is not None:
@@ -114,16 +113,14 @@ def check_separable(
     weight_pw: Tensor,
     bias_dw: Tensor | None,
     bias_pw: Tensor | None,
-    stride: Pair,
-    padding: Sides,
-    dilation: Pair,
+    geometry: Geometry,
     activation_mid: str | None,
     activation: str | None,
     residual: Tensor | None,
 ) -> Shape:
     """Check normalised arguments of the separable convolution; return the shape of its result."""
     kind = _check_images(x)
-    middle = _check_filters(x, weight_dw, kind, stride, padding, dilation)
+    middle = _check_filters(x, weight_dw, kind, geometry)
     if bias_dw is not None:
         _check_like("bias_dw", bias_dw, middle[1:2], kind)
     if activation_mid is not None:
@@ -188,9 +185,7 @@ def _check_images(x: Tensor) -> Kind:
     return dtype, x.device
 
 
-def _check_filters(
-    x: Tensor, weight_dw: Tensor, kind: Kind, stride: Pair, padding: Sides, dilation: Pair
-) -> Shape:
+def _check_filters(x: Tensor, weight_dw: Tensor, kind: Kind, geometry: Geometry) -> Shape:
     _check_4d("weight_dw", weight_dw, "[C*M, 1, R, S]")
     x_shape, weight_shape = x.shape, weight_dw.shape
     channels = x_shape[1]
@@ -200,8 +195,9 @@ def _check_filters(
     if filters != channels and (channels == 0 or filters == 0 or filters % channels):
         _fail("weight_dw", f"a multiple of x's {channels} channels as filters", f"{filters}")
     _check_kind("weight_dw", weight_dw, kind)
-    p, q = output_size(x_shape, weight_shape, stride, padding, dilation)
+    p, q = geometry.output_size(x_shape[2:], weight_shape[2:])
     if p < 1 or q < 1:
+        _, padding, dilation = geometry
         _fail(
             "x",
             f"height and width that hold a {rows} x {columns} filter of dilation {dilation}",

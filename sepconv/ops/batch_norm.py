@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sepconv.kernels.geometry import Geometry
 from sepconv.ops import reference, run
 from sepconv.ops.activation_gradients import composite_where_differentiated
 from sepconv.ops.arguments import (
@@ -148,13 +149,13 @@ def depthwise_conv2d_batch_norm(
             device = x.device.type
             x, weight_dw = cast(x, device), cast(weight_dw, device)
             bias = cast_optional(bias, device)
-        geometry = (stride, padding, dilation)
-        shape = check_depthwise(x, weight_dw, bias, *geometry, activation)
+        geometry = Geometry(stride, padding, dilation)
+        shape = check_depthwise(x, weight_dw, bias, geometry, activation)
         _check_norm(norm, x, shape)
     except ValueError as error:
         return refused(error, x, weight_dw)
     if not (x.numel() and chooses_kernels(x)):
-        z = reference.depthwise_conv2d(x, weight_dw, bias, *geometry, None)
+        z = reference.depthwise_conv2d(x, weight_dw, bias, geometry, None)
         return _composite(z, norm, activation)
     made = torch.ops.sepconv.depthwise_conv2d_statistics(x, weight_dw, bias, *geometry)
     return _normalise(made, norm, activation)
@@ -234,7 +235,7 @@ def _normalise(made: Triple, norm: BatchNorm, activation: str | None) -> Tensor:
 def _depthwise_statistics(
     x: Tensor, weight_dw: Tensor, bias: Tensor | None, *geometry: Any
 ) -> Triple:
-    arguments = (x, weight_dw, bias, *normalised(*geometry))
+    arguments = (x, weight_dw, bias, normalised(*geometry))
     check_depthwise(*arguments, None)
     if not can_run_kernels(x):
         return run.with_statistics(reference.depthwise_conv2d(*arguments, None))
@@ -259,7 +260,7 @@ def _fake_statistics(x: Tensor, weight: Tensor, shape: tuple[int, int, int, int]
 def _fake_depthwise_statistics(
     x: Tensor, weight_dw: Tensor, bias: Tensor | None, *geometry: Any
 ) -> Triple:
-    shape = check_depthwise(x, weight_dw, bias, *normalised(*geometry), None)
+    shape = check_depthwise(x, weight_dw, bias, normalised(*geometry), None)
     return _fake_statistics(x, weight_dw, shape)
 
 

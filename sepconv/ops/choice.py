@@ -18,16 +18,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from sepconv.kernels.configs import ConvShape, default
 from sepconv.kernels.cost_model import find_gpu, predicted_seconds
+from sepconv.kernels.geometry import Geometry, Pair
 from sepconv.ops import choice_files as tuning_files
 from sepconv.ops.choice_files import Choice
-from sepconv.ops.kernel_modules import kernel_module
-from sepconv.ops.reference import Pair, Sides, output_size
 
 # Calls of different sizes are remembered one by one; a process that sees more starts again.
 _MOST_CALLS = 4096
@@ -54,9 +53,9 @@ class Problem(NamedTuple):
     """One call of a launcher: everything that block sizes may depend on.
 
     The fields are in cuDNN's letters: `x_shape` is (N, C, H, W), `filter_shape` (C*M, R, S), and
-    `K` the number of output channels. An `epilogue` is a bias, an activation or a residual: free in
-    a kernel, more passes over the result in the library. A device of -1 is the CPU, where Triton's
-    interpreter runs.
+    `K` the number of output channels. `channels_last` is how the result is to lie in memory. An
+    `epilogue` is a bias, an activation or a residual: free in a kernel, more passes over the result
+    in the library. A device of -1 is the CPU, where Triton's interpreter runs.
     """
 
     op: str
@@ -65,33 +64,29 @@ class Problem(NamedTuple):
     x_shape: Sequence[int]
     filter_shape: tuple[int, int, int]
     K: int
-    stride: Pair
-    padding: Sides
-    dilation: Pair
+    geometry: Geometry
     channels_last: bool
-    tf32: bool
-    epilogue: bool
-    epilogue_mid: bool  # behind the depthwise half of a separable convolution
-    deterministic: bool
+    tf32: bool = False
+    epilogue: bool = False
+    epilogue_mid: bool = False  # after the depthwise half of a separable convolution
+    deterministic: bool = False
 
     @property
-    def M(self) -> int:  # noqa: N802 (a size, like its fellows)
+    def M(self) -> int:  # noqa: N802 (named as in `ConvShape`)
         """Depthwise filters per input channel."""
         return self.filter_shape[0] // max(self.x_shape[1], 1)
 
     @property
     def output_size(self) -> Pair:
         """(P, Q)."""
-        return output_size(
-            self.x_shape, (0, 1, *self.filter_shape[1:]), self.stride, self.padding, self.dilation
-        )
+        return self.geometry.output_size(self.x_shape[2:], self.filter_shape[1:])
 
     @property
-    def conv_shape(self) -> Any:
+    def conv_shape(self) -> ConvShape:
         """The sizes as a `ConvShape` of the kernels' configurations."""
         n, c, h, w = self.x_shape
         sizes = (n, c, h, w, self.K, *self.output_size, *self.filter_shape[1:], self.M)
-        return kernel_module("configs").ConvShape(*sizes, self.channels_last)
+        return ConvShape(*sizes, self.channels_last)
 
     @property
     def halves(self) -> tuple["Problem", "Problem"]:
@@ -103,9 +98,7 @@ class Problem(NamedTuple):
             op="pointwise_fwd",
             x_shape=(self.x_shape[0], G, *self.output_size),
             filter_shape=(G, 1, 1),
-            stride=(1, 1),
-            padding=(0, 0, 0, 0),
-            dilation=(1, 1),
+            geometry=Geometry(),
         )
         return depthwise, pointwise
 
@@ -119,16 +112,16 @@ class Problem(NamedTuple):
         sizes |= {"r": self.filter_shape[1], "s": self.filter_shape[2]}
         words = [self.op, str(self.dtype).removeprefix("torch.")]
         words += [f"{name}{size}" for name, size in sizes.items()]
-        words += [f"stride{self.stride[0]}x{self.stride[1]}"]
-        words += [f"dilation{self.dilation[0]}x{self.dilation[1]}"]
+        stride, _, dilation = self.geometry
+        words += [f"stride{stride[0]}x{stride[1]}", f"dilation{dilation[0]}x{dilation[1]}"]
         words += ["nhwc" if self.channels_last else "nchw"]
         words += ["tf32"] * self.tf32 + ["mid"] * self.epilogue_mid + ["epilogue"] * self.epilogue
         return "_".join(words)
 
 
-_answers: dict[tuple[Any, ...], Choice] = {}
+_answers: dict[Problem, Choice] = {}
 _tuned: dict[tuple[Target, str], Known] = {}
-_seen: dict[tuple[Any, ...], None] | None = None
+_seen: dict[Problem, None] | None = None
 _lock = threading.RLock()
 
 
@@ -141,63 +134,21 @@ def _unlock_in_child() -> None:
 os.register_at_fork(after_in_child=_unlock_in_child)
 
 
-def lookup(
-    op: str,
-    like: Tensor,
-    x_shape: Sequence[int],
-    filter_shape: tuple[int, int, int],
-    K: int,
-    stride: Pair,
-    padding: Sides,
-    dilation: Pair,
-    channels_last: bool,
-    tf32: bool = False,
-    epilogue: bool = False,
-    epilogue_mid: bool = False,
-) -> Choice:
-    """What is to run a call: block sizes, `None` for the default ones, or a name of `OTHERS`.
-
-    Args:
-        op: Name of the launcher.
-        like: Any tensor of the call, for its dtype and device.
-        x_shape: (N, C, H, W) of the convolution's input.
-        filter_shape: (C*M, R, S); (C, 1, 1) for a pointwise convolution.
-        K: Output channels.
-        stride: (vertical, horizontal).
-        padding: (top, bottom, left, right).
-        dilation: (vertical, horizontal).
-        channels_last: Whether the result is to be channels_last.
-        tf32: Whether float32 products may use TF32.
-        epilogue: Whether there is a bias, an activation or a residual.
-        epilogue_mid: Whether there is a bias or an activation between two convolutions.
-    """
-    call = (
-        op,
-        like.dtype,
-        like.get_device(),
-        x_shape,
-        filter_shape,
-        K,
-        stride,
-        padding,
-        dilation,
-        channels_last,
-        tf32,
-        epilogue,
-        epilogue_mid,
-        torch.are_deterministic_algorithms_enabled(),
-    )
+def lookup(problem: Problem) -> Choice:
+    """What is to run a call: block sizes, `None` for the default ones, or a name of `OTHERS`."""
+    if torch.are_deterministic_algorithms_enabled():
+        problem = problem._replace(deterministic=True)
     if _seen is not None:
-        _seen[call] = None
+        _seen[problem] = None
     try:
-        return _answers[call]
+        return _answers[problem]
     except KeyError:
-        return _answer(call)
+        return _answer(problem)
 
 
 @contextmanager
-def recording() -> Iterator[dict[tuple[Any, ...], None]]:
-    """Collect the calls that any thread looks up meanwhile: a backward pass has its own."""
+def recording() -> Iterator[dict[Problem, None]]:
+    """Collect what any thread looks up meanwhile: a backward pass has a thread of its own."""
     global _seen
     with _lock:
         if _seen is not None:
@@ -257,13 +208,13 @@ def cache_bytes(device: int) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if device >= 0 else 0
 
 
-def _answer(call: tuple[Any, ...]) -> Choice:
+def _answer(problem: Problem) -> Choice:
     with _lock:
-        if call not in _answers:
+        if problem not in _answers:
             if len(_answers) >= _MOST_CALLS:
                 _answers.clear()
-            _answers[call] = _find(Problem(*call))
-        return _answers[call]
+            _answers[problem] = _find(problem)
+        return _answers[problem]
 
 
 def _find(problem: Problem) -> Choice:
@@ -287,14 +238,13 @@ def _untuned(problem: Problem, where: Target) -> Choice:
     gpu = find_gpu(where.gpu, where.arch)
     if problem.op != "separable_fwd" or gpu is None or 0 in problem.x_shape:
         return None
-    configs = kernel_module("configs")
     fused, *halves = (
         predicted_seconds(
             part.op,
             part.conv_shape,
             part.dtype,
             gpu,
-            config=configs.default(part.op, part.dtype, part.conv_shape),
+            config=default(part.op, part.dtype, part.conv_shape),
             tf32=part.tf32,
         )
         for part in (problem, *problem.halves)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sepconv._util import write_atomically
-from sepconv.ops.kernel_modules import kernel_module
+from sepconv.kernels.configs import DepthwiseConfig, GemmConfig
 
 FORMAT = 2
 # Beside the kernels: torch's own convolutions, its matrix product for a pointwise one, and for the
@@ -26,8 +26,7 @@ Choice = tuple[int, ...] | str | None
 
 _LARGEST_FILE = 1 << 20  # bytes
 _MOST_LOST, _LONGEST_REASON = 1000, 300
-_DEPTHWISE = ("block_nq", "block_c", "rows", "num_warps", "num_stages")
-_GEMM = ("block_nq", "block_c", "block_k", "rows", "num_warps", "num_stages")
+_DEPTHWISE, _GEMM = DepthwiseConfig._fields, GemmConfig._fields
 # More sums than this in one thread cannot stay in registers (255 at most, of 32 bits).
 _MOST_SUMS_PER_THREAD = 256
 
@@ -255,10 +254,7 @@ def choice_of(key: str, value: Any) -> Choice:
     if not all(type(size) is int for size in sizes):
         raise ValueError(f"choice: expected integers, got {value!r}")
     _check_sizes(value)
-    configs = kernel_module("configs")
-    kind = configs.DepthwiseConfig if fields is _DEPTHWISE else configs.GemmConfig
-    choice: tuple[int, ...] = kind(**value)
-    return choice
+    return DepthwiseConfig(**value) if fields is _DEPTHWISE else GemmConfig(**value)
 
 
 def _check_sizes(sizes: Mapping[str, int]) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sepconv.kernels.geometry import Geometry
 from sepconv.ops import reference, run
 from sepconv.ops.arguments import check_depthwise, check_pointwise, check_separable, pair
 from sepconv.ops.backend import can_run_kernels
 from sepconv.ops.layout import is_channels_last, memory_format, suggests_channels_last
-from sepconv.ops.reference import Pair, Sides
 
 LIBRARY = torch.library.Library("sepconv", "DEF")
 
@@ -43,12 +43,10 @@ for _schema in _SCHEMAS:
     LIBRARY.define(_schema, tags=TAGS)
 
 
-def normalised(
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[Pair, Sides, Pair]:
+def normalised(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Geometry:
     """The dispatcher's lists as the tuples that the public functions make and check."""
     (top, bottom), (left, right) = (pair("padding", p, least=0) for p in (padding[:2], padding[2:]))
-    return pair("stride", stride), (top, bottom, left, right), pair("dilation", dilation)
+    return Geometry(pair("stride", stride), (top, bottom, left, right), pair("dilation", dilation))
 
 
 def real(name: str) -> Callable[..., Any]:
@@ -86,7 +84,7 @@ def _depthwise(
     dilation: Sequence[int],
     activation: str | None,
 ) -> Tensor:
-    arguments = (x, weight_dw, bias, *normalised(stride, padding, dilation), activation)
+    arguments = (x, weight_dw, bias, normalised(stride, padding, dilation), activation)
     check_depthwise(*arguments)
     if not can_run_kernels(x):
         return reference.depthwise_conv2d(*arguments)
@@ -105,7 +103,7 @@ def _fake_depthwise(
     activation: str | None,
 ) -> Tensor:
     geometry = normalised(stride, padding, dilation)
-    shape = check_depthwise(x, weight_dw, bias, *geometry, activation)
+    shape = check_depthwise(x, weight_dw, bias, geometry, activation)
     return empty(x, shape, suggests_channels_last(x, weight_dw))
 
 
@@ -154,7 +152,7 @@ def _separable(
         weight_pw,
         bias_dw,
         bias_pw,
-        *normalised(stride, padding, dilation),
+        normalised(stride, padding, dilation),
         activation_mid,
         activation,
         residual,
@@ -181,7 +179,7 @@ def _fake_separable(
 ) -> Tensor:
     tensors = (x, weight_dw, weight_pw, bias_dw, bias_pw)
     geometry = normalised(stride, padding, dilation)
-    shape = check_separable(*tensors, *geometry, activation_mid, activation, residual)
+    shape = check_separable(*tensors, geometry, activation_mid, activation, residual)
     return empty(x, shape, _separable_channels_last(x, weight_dw, weight_pw))
 
 
@@ -196,7 +194,7 @@ def _depthwise_backward_input(
     channels_last: bool,
 ) -> Tensor:
     n, c, h, w = x_shape
-    arguments = (dy, weight_dw, (n, c, h, w), *normalised(stride, padding, dilation))
+    arguments = (dy, weight_dw, (n, c, h, w), normalised(stride, padding, dilation))
     if not can_run_kernels(dy):
         return reference.depthwise_conv2d_backward_input(*arguments, channels_last)
     return run.depthwise_bwd_input(*arguments, channels_last)
@@ -224,7 +222,7 @@ def _depthwise_backward_weight(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    arguments = (dy, x, tuple(weight_shape), *normalised(stride, padding, dilation))
+    arguments = (dy, x, tuple(weight_shape), normalised(stride, padding, dilation))
     if not can_run_kernels(dy):
         return reference.depthwise_conv2d_backward_weight(*arguments)
     return run.depthwise_bwd_weight(*arguments)

@@ -13,30 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from sepconv.kernels.geometry import Geometry
 from sepconv.ops.layout import is_channels_last, memory_format, to_channels_last, to_layout
 
-Pair = tuple[int, int]
-Sides = tuple[int, int, int, int]
-
 ACTIVATIONS = ("relu", "relu6", "silu", "hardswish", "gelu")
-
-
-def output_size(
-    x_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    stride: Pair,
-    padding: Sides,
-    dilation: Pair,
-) -> Pair:
-    """Height and width (P, Q) of a convolution's result; below 1 where the filter does not fit.
-
-    >>> output_size((1, 8, 224, 224), (8, 1, 3, 3), (2, 2), (0, 1, 0, 1), (1, 1))
-    (112, 112)
-    """
-    top, bottom, left, right = padding
-    p = (x_shape[2] + top + bottom - dilation[0] * (weight_shape[2] - 1) - 1) // stride[0] + 1
-    q = (x_shape[3] + left + right - dilation[1] * (weight_shape[3] - 1) - 1) // stride[1] + 1
-    return p, q
 
 
 def activate(z: Tensor, activation: str | None) -> Tensor:
@@ -84,15 +64,13 @@ def depthwise_conv2d(
     x: Tensor,
     weight_dw: Tensor,
     bias: Tensor | None,
-    stride: Pair,
-    padding: Sides,
-    dilation: Pair,
+    geometry: Geometry,
     activation: str | None,
 ) -> Tensor:
     """`activation(x * weight_dw + bias)`, each channel with its own filters."""
     x, channels_last = _computing_layout(x, weight_dw)
-    x, even = _pad_unevenly(x, padding)
-    y = activate(_depthwise(x, weight_dw, bias, stride, even, dilation), activation)
+    x, geometry = _pad_unevenly(x, geometry)
+    y = activate(_depthwise(x, weight_dw, bias, geometry), activation)
     return to_layout(y, channels_last)
 
 
@@ -117,9 +95,7 @@ def separable_conv2d(
     weight_pw: Tensor,
     bias_dw: Tensor | None,
     bias_pw: Tensor | None,
-    stride: Pair,
-    padding: Sides,
-    dilation: Pair,
+    geometry: Geometry,
     activation_mid: str | None,
     activation: str | None,
     residual: Tensor | None,
@@ -127,10 +103,10 @@ def separable_conv2d(
     """The depthwise, then the pointwise convolution, with an activation after each."""
     x, channels_last = _computing_layout(x, weight_dw)
     channels_last = channels_last or is_channels_last(weight_pw)
-    x, even = _pad_unevenly(x, padding)
+    x, geometry = _pad_unevenly(x, geometry)
     filters, channels = weight_dw.shape[0], x.shape[1]
     if filters == channels:
-        z = _depthwise(x, weight_dw, bias_dw, stride, even, dilation)
+        z = _depthwise(x, weight_dw, bias_dw, geometry)
         y = _pointwise(activate(z, activation_mid), weight_pw, bias_pw)
     else:
         multiplier = filters // channels
@@ -141,9 +117,7 @@ def separable_conv2d(
                     x,
                     weight_dw[m::multiplier],
                     None if bias_dw is None else bias_dw[m::multiplier],
-                    stride,
-                    even,
-                    dilation,
+                    geometry,
                 ),
                 activation_mid,
             )
@@ -159,14 +133,12 @@ def depthwise_conv2d_backward_input(
     dy: Tensor,
     weight_dw: Tensor,
     x_shape: Sequence[int],
-    stride: Pair,
-    padding: Sides,
-    dilation: Pair,
+    geometry: Geometry,
     channels_last: bool,
 ) -> Tensor:
     """Gradient of `depthwise_conv2d` without bias and activation by its input."""
     n, c, h, w = x_shape
-    top, bottom, left, right = padding
+    stride, (top, bottom, left, right), dilation = geometry
     padded = (n, c, h + top + bottom, w + left + right)
     if 0 in padded or dy.numel() == 0:
         return dy.new_zeros(n, c, h, w).contiguous(memory_format=memory_format(channels_last))
@@ -178,14 +150,12 @@ def depthwise_conv2d_backward_weight(
     dy: Tensor,
     x: Tensor,
     weight_shape: Sequence[int],
-    stride: Pair,
-    padding: Sides,
-    dilation: Pair,
+    geometry: Geometry,
 ) -> Tensor:
     """Gradient of `depthwise_conv2d` without bias and activation by its filters."""
     if dy.numel() == 0 or x.numel() == 0:
         return dy.new_zeros(weight_shape)
-    top, bottom, left, right = padding
+    stride, (top, bottom, left, right), dilation = geometry
     x = to_channels_last(F.pad(x, (left, right, top, bottom)))
     shape = torch.Size(weight_shape)
     dw = conv2d_weight(x, shape, to_channels_last(dy), stride, 0, dilation, x.shape[1])
@@ -201,27 +171,21 @@ def _computing_layout(x: Tensor, weight: Tensor) -> tuple[Tensor, bool]:
     return x, is_channels_last(weight)
 
 
-def _pad_unevenly(x: Tensor, padding: Sides) -> tuple[Tensor, Pair]:
+def _pad_unevenly(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
     """Leave even padding to the convolution, which knows no other kind."""
-    top, bottom, left, right = padding
+    top, bottom, left, right = geometry.padding
     if top == bottom and left == right:
-        return x, (top, left)
-    return F.pad(x, (left, right, top, bottom)), (0, 0)
+        return x, geometry
+    unpadded = Geometry(geometry.stride, dilation=geometry.dilation)
+    return F.pad(x, (left, right, top, bottom)), unpadded
 
 
-def _depthwise(
-    x: Tensor,
-    weight_dw: Tensor,
-    bias: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-) -> Tensor:
+def _depthwise(x: Tensor, weight_dw: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     if x.numel() == 0:
-        top, left = padding
-        size = output_size(x.shape, weight_dw.shape, stride, (top, top, left, left), dilation)
+        size = geometry.output_size(x.shape[2:], weight_dw.shape[2:])
         return _sum_of_nothing((x.shape[0], weight_dw.shape[0], *size), x, weight_dw, bias)
-    return F.conv2d(x, weight_dw, bias, stride, padding, dilation, x.shape[1])
+    stride, (top, _, left, _), dilation = geometry
+    return F.conv2d(x, weight_dw, bias, stride, (top, left), dilation, x.shape[1])
 
 
 def _pointwise(x: Tensor, weight_pw: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,16 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sepconv.kernels.geometry import Geometry
 from sepconv.ops import reference
-from sepconv.ops.choice import lookup
+from sepconv.ops.choice import Problem, lookup
 from sepconv.ops.choice_files import Choice
 from sepconv.ops.kernel_modules import kernel_module
 from sepconv.ops.layout import is_channels_last, memory_format, to_layout
-from sepconv.ops.reference import Pair, Sides
 
-Geometry = tuple[Pair, Sides, Pair]
-
-_PLAIN: Geometry = ((1, 1), (0, 0, 0, 0), (1, 1))
+_PLAIN = Geometry()
 # Not a choice: ask for one.
 ASK: Literal["ask"] = "ask"
 
@@ -33,23 +31,20 @@ def depthwise(
     x: Tensor,
     weight_dw: Tensor,
     bias: Tensor | None,
-    stride: Pair,
-    padding: Sides,
-    dilation: Pair,
+    geometry: Geometry,
     activation: str | None,
     channels_last: bool,
     choice: Choice = ASK,
 ) -> Tensor:
     """`depthwise_fwd`."""
-    geometry = (stride, padding, dilation)
     if choice == ASK:
         epilogue = bias is not None or activation is not None
         choice = _depthwise_choice(x, weight_dw, geometry, channels_last, epilogue)
     if choice == "library":
-        y = reference.depthwise_conv2d(x, weight_dw, bias, *geometry, activation)
+        y = reference.depthwise_conv2d(x, weight_dw, bias, geometry, activation)
         return to_layout(y, channels_last)
     return kernel_module("depthwise").depthwise_fwd(
-        x, weight_dw, bias, *geometry, activation, channels_last=channels_last, config=choice
+        x, weight_dw, bias, geometry, activation, channels_last=channels_last, config=choice
     )
 
 
@@ -110,15 +105,26 @@ def _depthwise_choice(
     x: Tensor, weight_dw: Tensor, geometry: Geometry, channels_last: bool, epilogue: bool
 ) -> Choice:
     G, _, R, S = weight_dw.shape
-    sizes = (x.shape, (G, R, S), G)
-    return lookup("depthwise_fwd", x, *sizes, *geometry, channels_last, False, epilogue)
+    sizes = (x.shape, (G, R, S), G, geometry)
+    return lookup(
+        Problem("depthwise_fwd", x.dtype, x.get_device(), *sizes, channels_last, False, epilogue)
+    )
 
 
 def _pointwise_choice(x: Tensor, weight_pw: Tensor, channels_last: bool, epilogue: bool) -> Choice:
     K, C = weight_pw.shape[:2]
-    sizes = (x.shape, (C, 1, 1), K)
-    tf32 = _allows_tf32_for(x)
-    return lookup("pointwise_fwd", x, *sizes, *_PLAIN, channels_last, tf32, epilogue)
+    sizes = (x.shape, (C, 1, 1), K, _PLAIN)
+    return lookup(
+        Problem(
+            "pointwise_fwd",
+            x.dtype,
+            x.get_device(),
+            *sizes,
+            channels_last,
+            _allows_tf32_for(x),
+            epilogue,
+        )
+    )
 
 
 def _allows_tf32_for(x: Tensor) -> bool:
@@ -129,18 +135,15 @@ def depthwise_statistics(
     x: Tensor,
     weight_dw: Tensor,
     bias: Tensor | None,
-    stride: Pair,
-    padding: Sides,
-    dilation: Pair,
+    geometry: Geometry,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`depthwise_fwd_statistics`, by the choice for `depthwise_fwd`."""
-    geometry = (stride, padding, dilation)
     choice = _depthwise_choice(x, weight_dw, geometry, channels_last, bias is not None)
     if choice == "library":
-        return with_statistics(depthwise(x, weight_dw, bias, *geometry, None, channels_last))
+        return with_statistics(depthwise(x, weight_dw, bias, geometry, None, channels_last))
     return kernel_module("depthwise").depthwise_fwd_statistics(
-        x, weight_dw, bias, *geometry, channels_last=channels_last, config=choice
+        x, weight_dw, bias, geometry, channels_last=channels_last, config=choice
     )
 
 
@@ -174,9 +177,7 @@ def separable(
     weight_pw: Tensor,
     bias_dw: Tensor | None,
     bias_pw: Tensor | None,
-    stride: Pair,
-    padding: Sides,
-    dilation: Pair,
+    geometry: Geometry,
     activation_mid: str | None,
     activation: str | None,
     residual: Tensor | None,
@@ -184,22 +185,25 @@ def separable(
     choice: Choice = ASK,
 ) -> Tensor:
     """`separable_fwd`, or the two convolutions one after the other."""
-    geometry = (stride, padding, dilation)
     tf32 = _allows_tf32_for(x)
     if choice == ASK:
         G, _, R, S = weight_dw.shape
         mid = bias_dw is not None or activation_mid is not None
         epilogue = bias_pw is not None or activation is not None or residual is not None
-        sizes = (x.shape, (G, R, S), weight_pw.shape[0])
-        choice = lookup("separable_fwd", x, *sizes, *geometry, channels_last, tf32, epilogue, mid)
+        sizes = (x.shape, (G, R, S), weight_pw.shape[0], geometry)
+        choice = lookup(
+            Problem(
+                "separable_fwd", x.dtype, x.get_device(), *sizes, channels_last, tf32, epilogue, mid
+            )
+        )
     if choice == "unfused":
-        middle = depthwise(x, weight_dw, bias_dw, *geometry, activation_mid, channels_last)
+        middle = depthwise(x, weight_dw, bias_dw, geometry, activation_mid, channels_last)
         return pointwise(middle, weight_pw, bias_pw, activation, residual, channels_last)
     weights = (weight_dw, weight_pw, bias_dw, bias_pw)
     return kernel_module("separable").separable_fwd(
         x,
         *weights,
-        *geometry,
+        geometry,
         activation_mid,
         activation,
         residual,
@@ -220,8 +224,10 @@ def activation_bwd(
     """`activation_bwd`: the gradient in front of an activation, and of the bias there if wanted."""
     if choice == ASK:
         C = dy.shape[1]
-        sizes = (dy.shape, (C, 1, 1), C)
-        choice = lookup("activation_bwd", dy, *sizes, *_PLAIN, channels_last, epilogue=bias)
+        sizes = (dy.shape, (C, 1, 1), C, _PLAIN)
+        choice = lookup(
+            Problem("activation_bwd", dy.dtype, dy.get_device(), *sizes, channels_last, False, bias)
+        )
     if choice == "library":
         dz = reference.activation_backward(dy, z, activation)
         dbias = dz.sum((0, 2, 3)) if bias else None
@@ -237,23 +243,23 @@ def depthwise_bwd_input(
     dy: Tensor,
     weight_dw: Tensor,
     x_shape: tuple[int, int, int, int],
-    stride: Pair,
-    padding: Sides,
-    dilation: Pair,
+    geometry: Geometry,
     channels_last: bool,
     choice: Choice = ASK,
 ) -> Tensor:
     """`depthwise_bwd_input`."""
-    geometry = (stride, padding, dilation)
     if choice == ASK:
         G, _, R, S = weight_dw.shape
-        choice = lookup("depthwise_bwd_input", dy, x_shape, (G, R, S), G, *geometry, channels_last)
+        sizes = (x_shape, (G, R, S), G, geometry)
+        choice = lookup(
+            Problem("depthwise_bwd_input", dy.dtype, dy.get_device(), *sizes, channels_last)
+        )
     if choice == "library":
         return reference.depthwise_conv2d_backward_input(
-            dy, weight_dw, x_shape, *geometry, channels_last
+            dy, weight_dw, x_shape, geometry, channels_last
         )
     return kernel_module("depthwise_bwd").depthwise_bwd_input(
-        dy, weight_dw, x_shape, *geometry, channels_last=channels_last, config=choice
+        dy, weight_dw, x_shape, geometry, channels_last=channels_last, config=choice
     )
 
 
@@ -261,17 +267,16 @@ def depthwise_bwd_weight(
     dy: Tensor,
     x: Tensor,
     weight_shape: Sequence[int],
-    stride: Pair,
-    padding: Sides,
-    dilation: Pair,
+    geometry: Geometry,
     choice: Choice = ASK,
 ) -> Tensor:
     """`depthwise_bwd_weight`; never the library's, which may differ from call to call."""
-    geometry = (stride, padding, dilation)
     if choice == ASK:
         G, _, R, S = weight_shape
-        channels_last = is_channels_last(x)
-        choice = lookup("depthwise_bwd_weight", dy, x.shape, (G, R, S), G, *geometry, channels_last)
+        sizes = (x.shape, (G, R, S), G, geometry)
+        choice = lookup(
+            Problem("depthwise_bwd_weight", dy.dtype, dy.get_device(), *sizes, is_channels_last(x))
+        )
     return kernel_module("depthwise_bwd").depthwise_bwd_weight(
-        dy, x, tuple(weight_shape), *geometry, config=choice
+        dy, x, tuple(weight_shape), geometry, config=choice
     )

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
+from sepconv.kernels import configs
 from sepconv.kernels.cost_model import Gpu, find_gpu, issue_seconds, predicted_seconds
 from sepconv.ops.choice import Problem, target
 from sepconv.ops.choice_files import Choice, others
-from sepconv.ops.kernel_modules import kernel_module
 
 MAX_CANDIDATES = 8
 _SAFE_SHARED = 48 * 1024  # bytes that any GPU has
@@ -57,9 +57,7 @@ def _offered(problem: Problem, way: str) -> bool:
 def _sizes_by_promise(problem: Problem) -> list[Any]:
     """Block sizes but the default ones, by predicted time where the GPU is known."""
     shape, limit = problem.conv_shape, shared_limit(problem.device)
-    default, *sizes = kernel_module("configs").candidates(
-        problem.op, problem.dtype, shape, limit, problem.tf32
-    )
+    default, *sizes = configs.candidates(problem.op, problem.dtype, shape, limit, problem.tf32)
     gpu = known_gpu(problem.device)
     if gpu is None:
         return sizes

@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
+from sepconv.kernels.geometry import Geometry
 from sepconv.ops.choice import Problem
 from sepconv.ops.choice_files import choice_of
 from sepconv.tuning.inputs import meta_operands, run_choice
@@ -96,6 +97,7 @@ def _problem(fields: dict[str, Any]) -> Problem:
     """The problem that was written as JSON, which knows no tuples and no types."""
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     values["dtype"] = getattr(torch, fields["dtype"])
+    values["geometry"] = Geometry(*map(tuple, fields["geometry"]))
     return Problem(**values)
 
 

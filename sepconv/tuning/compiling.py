@@ -19,6 +19,7 @@ from threading import Thread
 from typing import Any, NamedTuple
 
 from sepconv._util import track
+from sepconv.kernels.configs import default
 from sepconv.ops.choice import Problem
 from sepconv.ops.choice_files import Choice, choice_json
 from sepconv.ops.kernel_modules import kernel_module
@@ -235,8 +236,7 @@ def _groups(jobs: Sequence[Job]) -> list[_Group]:
 
 
 def _default_config(problem: Problem) -> Any:
-    configs = kernel_module("configs")
-    return configs.default(problem.op, problem.dtype, problem.conv_shape)
+    return default(problem.op, problem.dtype, problem.conv_shape)
 
 
 def _target_of_this_gpu() -> CompileTarget:

@@ -98,22 +98,22 @@ def run_choice(problem: Problem, operands: Operands, choice: Choice) -> tuple[Te
 def run_convolution(problem: Problem, operands: Operands, choice: Choice) -> Tensor:
     """The result of a convolution's call, or of one of its gradients', run by `choice`."""
     x, dy, weight_dw, weight_pw, bias_dw, bias_pw = operands
-    geometry = (problem.stride, problem.padding, problem.dilation)
+    geometry = problem.geometry
     last = problem.channels_last
     relu = "relu" if problem.epilogue else None
     relu_mid = "relu" if problem.epilogue_mid else None
     if problem.op == "depthwise_fwd":
-        return run.depthwise(x, weight_dw, bias_dw, *geometry, relu, last, choice)
+        return run.depthwise(x, weight_dw, bias_dw, geometry, relu, last, choice)
     if problem.op == "pointwise_fwd":
         return run.pointwise(x, weight_pw, bias_pw, relu, None, last, choice)
     if problem.op == "separable_fwd":
         weights = (weight_dw, weight_pw, bias_dw, bias_pw)
-        return run.separable(x, *weights, *geometry, relu_mid, relu, None, last, choice)
+        return run.separable(x, *weights, geometry, relu_mid, relu, None, last, choice)
     if problem.op == "depthwise_bwd_input":
         n, c, h, w = problem.x_shape
-        return run.depthwise_bwd_input(dy, weight_dw, (n, c, h, w), *geometry, last, choice)
+        return run.depthwise_bwd_input(dy, weight_dw, (n, c, h, w), geometry, last, choice)
     assert problem.op == "depthwise_bwd_weight", f"no launcher {problem.op}"
-    return run.depthwise_bwd_weight(dy, x, weight_dw.shape, *geometry, choice)
+    return run.depthwise_bwd_weight(dy, x, weight_dw.shape, geometry, choice)
 
 
 def right_answer(problem: Problem, operands: Operands) -> tuple[Tensor, ...]:
@@ -153,7 +153,7 @@ def _some_images(operands: Operands, first: int, count: int) -> Operands:
 def _right_answer(problem: Problem, operands: Operands) -> tuple[Tensor, ...]:
     """For some images: what is one result per image rounded, what is summed over them not."""
     x, dy, weight_dw, weight_pw, bias_dw, bias_pw = operands
-    geometry = (problem.stride, problem.padding, problem.dilation)
+    geometry = problem.geometry
     relu = "relu" if problem.epilogue else None
     relu_mid = "relu" if problem.epilogue_mid else None
     if problem.op == "activation_bwd":
@@ -161,16 +161,16 @@ def _right_answer(problem: Problem, operands: Operands) -> tuple[Tensor, ...]:
         rounded = dz.to(problem.dtype)
         return (rounded, dz.sum((0, 2, 3))) if problem.epilogue else (rounded,)
     if problem.op == "depthwise_fwd":
-        y = reference.depthwise_conv2d(x, weight_dw, bias_dw, *geometry, relu)
+        y = reference.depthwise_conv2d(x, weight_dw, bias_dw, geometry, relu)
     elif problem.op == "pointwise_fwd":
         y = reference.pointwise_conv2d(x, weight_pw, bias_pw, relu, None)
     elif problem.op == "separable_fwd":
         weights = (weight_dw, weight_pw, bias_dw, bias_pw)
-        y = reference.separable_conv2d(x, *weights, *geometry, relu_mid, relu, None)
+        y = reference.separable_conv2d(x, *weights, geometry, relu_mid, relu, None)
     else:
         x, weight_dw = (t.detach().requires_grad_() for t in (x, weight_dw))
         with torch.enable_grad():
-            y = reference.depthwise_conv2d(x, weight_dw, None, *geometry, None)
+            y = reference.depthwise_conv2d(x, weight_dw, None, geometry, None)
         if problem.op == "depthwise_bwd_weight":
             return torch.autograd.grad(y, weight_dw, dy)
         (y,) = torch.autograd.grad(y, x, dy)

@@ -40,7 +40,7 @@ from sepconv.timing import CaptureError, device_seconds, host_seconds
 from sepconv.tuning import Tuned
 from sepconv.tuning.candidates import candidates
 from sepconv.tuning.inputs import make_operands, right_answer
-from sepconv.tuning.tune import record
+from sepconv.tuning.search import record
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = (
@@ -316,7 +316,7 @@ def test_mobilenet_problems_of_the_benchmark():
         ConvShape(256, layer.channels, *[layer.size] * 2, layer.outputs, *p.output_size, 3, 3)
         for layer, p in zip(layers.LAYERS, problems, strict=False)
     ]
-    assert [p.stride[0] for p in problems] == [layer.stride for layer in layers.LAYERS[:9]]
+    assert [p.geometry.stride[0] for p in problems] == [layer.stride for layer in layers.LAYERS[:9]]
     assert not any(p.tf32 for p in problems)
 
 

@@ -46,6 +46,7 @@ from sepconv.kernels.configs import (
     GemmConfig,
     candidates,
 )
+from sepconv.kernels.geometry import Geometry
 
 GROUPS = ("quick", "full", "candidates", "lint", "faulty")
 KB = 1024
@@ -169,26 +170,26 @@ def launch_of(
     bias_dw = torch.empty(C * M, dtype=dtype, device="meta")
     bias_pw = torch.empty(K, dtype=dtype, device="meta")
     dy, y = layout(dtype, N, C * M, P, Q), layout(dtype, N, K, P, Q)
-    geometry = (stride, (R // 2, R // 2, S // 2, S // 2), (1, 1))
+    geometry = Geometry(stride, (R // 2, R // 2, S // 2, S // 2))
     last = {"channels_last": channels_last}
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     mean, var = (torch.empty(K, dtype=wide, device="meta") for _ in range(2))
     norm = channelwise.Normalisation(mean, var, bias_pw, bias_pw, 1e-5)
     calls: dict[str, Callable[[], object]] = {
         "depthwise_fwd": lambda: depthwise.depthwise_fwd(
-            x, weight_dw, bias_dw, *geometry, "relu", **last, config=config
+            x, weight_dw, bias_dw, geometry, "relu", **last, config=config
         ),
         "depthwise_bwd_input": lambda: depthwise_bwd.depthwise_bwd_input(
-            dy, weight_dw, (N, C, H, W), *geometry, **last, config=config
+            dy, weight_dw, (N, C, H, W), geometry, **last, config=config
         ),
         "depthwise_bwd_weight": lambda: depthwise_bwd.depthwise_bwd_weight(
-            dy, x, (C * M, 1, R, S), *geometry, config=config
+            dy, x, (C * M, 1, R, S), geometry, config=config
         ),
         "activation_bwd": lambda: channelwise.activation_bwd(
             y, y, "relu", bias=True, **last, config=config
         ),
         "depthwise_fwd_statistics": lambda: depthwise.depthwise_fwd_statistics(
-            x, weight_dw, bias_dw, *geometry, **last, config=config
+            x, weight_dw, bias_dw, geometry, **last, config=config
         ),
         "pointwise_fwd_statistics": lambda: pointwise.pointwise_fwd_statistics(
             x, nhwc(dtype, K, C, 1, 1), None, allow_tf32=False, **last, config=config
@@ -200,7 +201,7 @@ def launch_of(
             allow_tf32=False, **last, config=config,
         ),
         "separable_fwd": lambda: separable.separable_fwd(
-            x, weight_dw, nhwc(dtype, K, C * M, 1, 1), bias_dw, bias_pw, *geometry, "relu", "relu",
+            x, weight_dw, nhwc(dtype, K, C * M, 1, 1), bias_dw, bias_pw, geometry, "relu", "relu",
             None, allow_tf32=False, **last, config=config,
         ),
     }  # fmt: skip

@@ -26,10 +26,11 @@ from oracle import (
 import sepconv
 from sepconv import ops
 from sepconv.kernels import configs, depthwise, depthwise_bwd, launch, pointwise, separable
+from sepconv.kernels.geometry import Geometry
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GEOMETRY = ((1, 1), (1, 1, 1, 1), (1, 1))
+GEOMETRY = Geometry(padding=(1, 1, 1, 1))
 LAUNCHERS = (
     "depthwise_fwd",
     "depthwise_bwd_input",
@@ -67,16 +68,16 @@ def run_launcher(op, p, config=None):
     dy = torch.ones_like(p.x)
     options = {"channels_last": True, "config": config}
     if op == "depthwise_fwd":
-        y = depthwise.depthwise_fwd(p.x, p.weight_dw, p.bias_dw, *GEOMETRY, None, **options)
+        y = depthwise.depthwise_fwd(p.x, p.weight_dw, p.bias_dw, GEOMETRY, None, **options)
         return y, forward(only_dw, arithmetic)
     if op == "depthwise_bwd_input":
         dx = depthwise_bwd.depthwise_bwd_input(
-            dy, p.weight_dw, tuple(p.x.shape), *GEOMETRY, **options
+            dy, p.weight_dw, tuple(p.x.shape), GEOMETRY, **options
         )
         return dx, backward(only_dw, dy, arithmetic)["x"]
     if op == "depthwise_bwd_weight":
         dw = depthwise_bwd.depthwise_bwd_weight(
-            dy, p.x, tuple(p.weight_dw.shape), *GEOMETRY, config=config
+            dy, p.x, tuple(p.weight_dw.shape), GEOMETRY, config=config
         )
         return dw, backward(only_dw, dy, arithmetic)["weight_dw"]
     options["allow_tf32"] = False
@@ -85,7 +86,7 @@ def run_launcher(op, p, config=None):
         return y, forward(only_pw, arithmetic)
     y = separable.separable_fwd(
         *(p.x, p.weight_dw, p.weight_pw, p.bias_dw, p.bias_pw),
-        *GEOMETRY,
+        GEOMETRY,
         *(None, None, None),
         **options,
     )

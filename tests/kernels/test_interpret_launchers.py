@@ -11,6 +11,7 @@ from sepconv.kernels import launch
 from sepconv.kernels.configs import DepthwiseConfig, GemmConfig
 from sepconv.kernels.depthwise import depthwise_fwd
 from sepconv.kernels.depthwise_bwd import depthwise_bwd_input, depthwise_bwd_weight
+from sepconv.kernels.geometry import Geometry
 from sepconv.kernels.launch import MAX_AXIS, collapse
 from sepconv.kernels.pointwise import pointwise_fwd
 from sepconv.kernels.separable import separable_fwd
@@ -27,22 +28,23 @@ ACTIVATIONS = {
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
-class Geometry(NamedTuple):
+SAME = Geometry(padding=(1, 1, 1, 1))
+
+
+class Case(NamedTuple):
     filter_size: tuple[int, int] = (3, 3)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int, int, int] = (1, 1, 1, 1)
-    dilation: tuple[int, int] = (1, 1)
+    geometry: Geometry = SAME
     M: int = 1
 
 
-GEOMETRIES = [
-    Geometry(),
-    Geometry(stride=(2, 2), padding=(0, 1, 0, 1)),
-    Geometry((5, 2), (1, 3), (4, 0, 2, 1), (1, 2), M=3),
-    Geometry((3, 3), (4, 6), (2, 2, 3, 3), (2, 4), M=2),
-    Geometry((2, 11), (3, 2), (0, 0, 6, 5)),
-    Geometry((7, 1), (1, 1), (3, 3, 0, 0), M=2),
-    Geometry((1, 1), (2, 1), (0, 0, 0, 0)),
+CASES = [
+    Case(),
+    Case((3, 3), Geometry((2, 2), (0, 1, 0, 1))),
+    Case((5, 2), Geometry((1, 3), (4, 0, 2, 1), (1, 2)), M=3),
+    Case((3, 3), Geometry((4, 6), (2, 2, 3, 3), (2, 4)), M=2),
+    Case((2, 11), Geometry((3, 2), (0, 0, 6, 5))),
+    Case((7, 1), Geometry((1, 1), (3, 3, 0, 0)), M=2),
+    Case((1, 1), Geometry((2, 1))),
 ]
 N, C, H, W, K = 2, 11, 5, 7, 13
 
@@ -54,16 +56,15 @@ def integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def conv_dw(x: Tensor, weight_dw: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    top, bottom, left, right = geometry.padding
+    stride, (top, bottom, left, right), dilation = geometry
     padded = F.pad(x.double(), (left, right, top, bottom))
     bias = None if bias is None else bias.double()
-    stride, dilation = geometry.stride, geometry.dilation
     return F.conv2d(padded, weight_dw.double(), bias, stride, 0, dilation, x.shape[1])
 
 
-def weights(geometry: Geometry, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    G = C * geometry.M
-    return integers(G, 1, *geometry.filter_size, dtype=dtype), integers(K, G, 1, 1, dtype=dtype)
+def weights(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    G = C * case.M
+    return integers(G, 1, *case.filter_size, dtype=dtype), integers(K, G, 1, 1, dtype=dtype)
 
 
 def assert_exact(actual: Tensor, expected: Tensor, channels_last: bool | None = None) -> None:
@@ -74,37 +75,37 @@ def assert_exact(actual: Tensor, expected: Tensor, channels_last: bool | None = 
 
 
 @PACKING
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("config", [DepthwiseConfig(16, 16), DepthwiseConfig(16, 16, 4)])
-def test_depthwise_fwd(geometry: Geometry, config: DepthwiseConfig, worth_packing, monkeypatch):
+def test_depthwise_fwd(case: Case, config: DepthwiseConfig, worth_packing, monkeypatch):
     monkeypatch.setattr(launch, "_WORTH_PACKING", worth_packing)
     torch.manual_seed(0)
-    x, (weight_dw, _) = integers(N, C, H, W), weights(geometry)
+    x, (weight_dw, _) = integers(N, C, H, W), weights(case)
     x = x.contiguous(memory_format=torch.channels_last)
-    bias = integers(C * geometry.M)
-    y = depthwise_fwd(x, weight_dw, bias, *geometry[1:4], "relu", channels_last=True, config=config)
-    assert_exact(y, conv_dw(x, weight_dw, bias, geometry).relu(), channels_last=True)
+    bias = integers(C * case.M)
+    y = depthwise_fwd(x, weight_dw, bias, case.geometry, "relu", channels_last=True, config=config)
+    assert_exact(y, conv_dw(x, weight_dw, bias, case.geometry).relu(), channels_last=True)
 
 
 @PACKING
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("config", [DepthwiseConfig(16, 16), DepthwiseConfig(16, 16, 4)])
-def test_depthwise_bwd(geometry: Geometry, config: DepthwiseConfig, worth_packing, monkeypatch):
+def test_depthwise_bwd(case: Case, config: DepthwiseConfig, worth_packing, monkeypatch):
     monkeypatch.setattr(launch, "_WORTH_PACKING", worth_packing)
     torch.manual_seed(0)
     x = integers(N, C, H, W).requires_grad_()
-    weight_dw = weights(geometry)[0].requires_grad_()
-    z = conv_dw(x, weight_dw, None, geometry)
+    weight_dw = weights(case)[0].requires_grad_()
+    z = conv_dw(x, weight_dw, None, case.geometry)
     # Strided, and every other element of something larger.
     dy = integers(z.shape[2], z.shape[0], z.shape[3], 2 * z.shape[1]).permute(1, 3, 0, 2)[:, ::2]
     expected_dx, expected_dw = torch.autograd.grad(z, (x, weight_dw), dy.double())
 
     x, weight_dw = x.detach(), weight_dw.detach()
     dx = depthwise_bwd_input(
-        dy, weight_dw, tuple(x.shape), *geometry[1:4], channels_last=True, config=config
+        dy, weight_dw, tuple(x.shape), case.geometry, channels_last=True, config=config
     )
     assert_exact(dx, expected_dx, channels_last=True)
-    dw = depthwise_bwd_weight(dy, x, tuple(weight_dw.shape), *geometry[1:4], config=config)
+    dw = depthwise_bwd_weight(dy, x, tuple(weight_dw.shape), case.geometry, config=config)
     assert_exact(dw, expected_dw)
 
 
@@ -130,14 +131,14 @@ def test_pointwise_fwd(tile: tuple[int, int, int], channels_last: bool):
 
 
 @PACKING
-@pytest.mark.parametrize("geometry", [*GEOMETRIES[:4], GEOMETRIES[5]])
+@pytest.mark.parametrize("case", [*CASES[:4], CASES[5]])
 @pytest.mark.parametrize("rows", [1, 2, 4])
-def test_separable_fwd(geometry: Geometry, rows: int, worth_packing: int, monkeypatch):
+def test_separable_fwd(case: Case, rows: int, worth_packing: int, monkeypatch):
     monkeypatch.setattr(launch, "_WORTH_PACKING", worth_packing)
     torch.manual_seed(0)
-    x, (weight_dw, weight_pw) = integers(N, C, H, W), weights(geometry)
-    bias_dw, bias_pw = integers(C * geometry.M), integers(K)
-    mid = conv_dw(x, weight_dw, bias_dw, geometry).relu()
+    x, (weight_dw, weight_pw) = integers(N, C, H, W), weights(case)
+    bias_dw, bias_pw = integers(C * case.M), integers(K)
+    mid = conv_dw(x, weight_dw, bias_dw, case.geometry).relu()
     residual = integers(N, K, *mid.shape[2:])
     y = separable_fwd(
         x,
@@ -145,7 +146,7 @@ def test_separable_fwd(geometry: Geometry, rows: int, worth_packing: int, monkey
         weight_pw,
         bias_dw,
         bias_pw,
-        *geometry[1:4],
+        case.geometry,
         "relu",
         "relu",
         residual,
@@ -160,11 +161,11 @@ def test_separable_fwd(geometry: Geometry, rows: int, worth_packing: int, monkey
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_defaults_in_every_type(dtype: torch.dtype):
     torch.manual_seed(0)
-    geometry = GEOMETRIES[0]
-    x, (weight_dw, weight_pw) = integers(1, C, 4, 5, dtype=dtype), weights(geometry, dtype)
+    case = Case()
+    x, (weight_dw, weight_pw) = integers(1, C, 4, 5, dtype=dtype), weights(case, dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    mid = conv_dw(x, weight_dw, None, geometry)
-    arguments = (*geometry[1:4], None, None, None)
+    mid = conv_dw(x, weight_dw, None, case.geometry)
+    arguments = (case.geometry, None, None, None)
     y = separable_fwd(
         x, weight_dw, weight_pw, None, None, *arguments, allow_tf32=False, channels_last=True
     )
@@ -173,7 +174,7 @@ def test_defaults_in_every_type(dtype: torch.dtype):
     # Sums up to a few hundred: bfloat16 has eight bits, and the interpreter truncates to it.
     tolerance = 2.0**-7 if dtype == torch.bfloat16 else 0
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=0)
-    dw = depthwise_bwd_weight(x, x, tuple(weight_dw.shape), *geometry[1:4])
+    dw = depthwise_bwd_weight(x, x, tuple(weight_dw.shape), case.geometry)
     assert dw.dtype == dtype
 
 
@@ -194,7 +195,6 @@ def test_activations_at_special_values(activation: str):
 @pytest.mark.parametrize("config", [DepthwiseConfig(8, 8), DepthwiseConfig(8, 8, 2)])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_padding_is_multiplied_forward_and_left_out_backward(config: DepthwiseConfig, value: float):
-    geometry = Geometry()
     x = torch.ones(1, 3, 4, 4, device=DEVICE, dtype=torch.float64, requires_grad=True)
     weight_dw = torch.ones(3, 1, 3, 3, device=DEVICE, dtype=torch.float64, requires_grad=True)
     with torch.no_grad():
@@ -204,24 +204,23 @@ def test_padding_is_multiplied_forward_and_left_out_backward(config: DepthwiseCo
     dy = torch.ones_like(y)
     dx, dw = torch.autograd.grad(y, (x, weight_dw), dy)
     x, weight_dw, dy = x.detach(), weight_dw.detach(), dy.to(DEVICE)
-    got = depthwise_fwd(x, weight_dw, None, *geometry[1:4], None, channels_last=True, config=config)
+    got = depthwise_fwd(x, weight_dw, None, SAME, None, channels_last=True, config=config)
     assert_exact(got.cpu(), y.detach())
     got = depthwise_bwd_input(
-        dy, weight_dw, tuple(x.shape), *geometry[1:4], channels_last=True, config=config
+        dy, weight_dw, tuple(x.shape), SAME, channels_last=True, config=config
     )
     assert_exact(got.cpu(), dx.cpu())
-    got = depthwise_bwd_weight(dy, x, tuple(weight_dw.shape), *geometry[1:4], config=config)
+    got = depthwise_bwd_weight(dy, x, tuple(weight_dw.shape), SAME, config=config)
     assert_exact(got.cpu(), dw.cpu())
 
 
 def test_nothing_is_launched_for_empty_tensors():
-    geometry = ((1, 1), (1, 1, 1, 1), (1, 1))
     x = torch.empty(0, 3, 4, 5, device=DEVICE)
     weight_dw, weight_pw = integers(3, 1, 3, 3), integers(2, 3, 1, 1)
     last = {"channels_last": True}
-    assert depthwise_fwd(x, weight_dw, None, *geometry, None, **last).shape == (0, 3, 4, 5)
-    assert depthwise_bwd_input(x, weight_dw, x.shape, *geometry, **last).shape == x.shape
-    assert_exact(depthwise_bwd_weight(x, x, (3, 1, 3, 3), *geometry), torch.zeros(3, 1, 3, 3))
+    assert depthwise_fwd(x, weight_dw, None, SAME, None, **last).shape == (0, 3, 4, 5)
+    assert depthwise_bwd_input(x, weight_dw, x.shape, SAME, **last).shape == x.shape
+    assert_exact(depthwise_bwd_weight(x, x, (3, 1, 3, 3), SAME), torch.zeros(3, 1, 3, 3))
     y = pointwise_fwd(x, weight_pw, None, None, None, allow_tf32=False, **last)
     assert y.shape == (0, 2, 4, 5)
 
@@ -244,7 +243,7 @@ def test_too_long_an_axis_is_refused():
     x = torch.empty(1, 1, 1, MAX_AXIS + 1, dtype=torch.float16, device="meta")
     weight_dw = torch.empty(1, 1, 1, 1, dtype=torch.float16, device="meta")
     with pytest.raises(NotImplementedError, match="axis longer than"):
-        depthwise_fwd(x, weight_dw, None, (1, 1), (0,) * 4, (1, 1), None, channels_last=True)
+        depthwise_fwd(x, weight_dw, None, Geometry(), None, channels_last=True)
 
 
 def test_tensors_on_two_devices_are_refused():

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from sepconv.kernels import channelwise, depthwise, pointwise, statistics
 from sepconv.kernels.configs import DepthwiseConfig, GemmConfig
+from sepconv.kernels.geometry import Geometry
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 AXES = (0, 2, 3)
+SAME = Geometry(padding=(1, 1, 1, 1))
 # Strips of several rows and of none, tiles that fit and that do not.
 CONFIGS = [DepthwiseConfig(16, 16), DepthwiseConfig(16, 8, 4), DepthwiseConfig(8, 16, 3), None]
 
@@ -49,16 +51,16 @@ def test_depthwise(dtype, config, stride, offset):
     """Far from zero a sum of squares would leave no digit of the variance."""
     x, weight = tensors(dtype, (2, 3, 6, 7), (6, 1, 3, 3))
     bias = torch.full((6,), offset, dtype=dtype, device=DEVICE)
-    geometry = ((stride, stride), (1, 1, 1, 1), (1, 1))
+    geometry = Geometry((stride, stride), (1, 1, 1, 1))
     with poisoned_allocations():
         y, mean, var = depthwise.depthwise_fwd_statistics(
-            x, weight, bias, *geometry, channels_last=True, config=config
+            x, weight, bias, geometry, channels_last=True, config=config
         )
     plain = depthwise.depthwise_fwd(
-        x, weight, bias, *geometry, None, channels_last=True, config=config
+        x, weight, bias, geometry, None, channels_last=True, config=config
     )
     assert torch.equal(y, plain)
-    problem = Problem(x, weight, bias_dw=bias, stride=geometry[0], padding=geometry[1])
+    problem = Problem(x, weight, bias_dw=bias, stride=geometry.stride, padding=geometry.padding)
     assert_statistics(mean, var, accurate(dtype, problem).to(mean.dtype))
 
 
@@ -99,7 +101,7 @@ def test_constant_channels_have_no_variance():
     x = torch.full((2, 3, 8, 8), 1e4, device=DEVICE)
     weight = torch.full((3, 1, 1, 1), 3.0, device=DEVICE)
     _, mean, var = depthwise.depthwise_fwd_statistics(
-        x, weight, None, (1, 1), (0,) * 4, (1, 1), channels_last=True
+        x, weight, None, Geometry(), channels_last=True
     )
     assert torch.equal(mean, torch.full((3,), 3e4, device=DEVICE))
     assert torch.equal(var, torch.zeros(3, device=DEVICE))
@@ -109,9 +111,7 @@ def test_constant_channels_have_no_variance():
 def test_what_is_not_finite_stays_in_its_channel(value):
     x, weight = tensors(torch.float32, (2, 3, 5, 5), (3, 1, 3, 3))
     x[1, 1, 2, 2] = value
-    _, mean, var = depthwise.depthwise_fwd_statistics(
-        x, weight, None, (1, 1), (1, 1, 1, 1), (1, 1), channels_last=True
-    )
+    _, mean, var = depthwise.depthwise_fwd_statistics(x, weight, None, SAME, channels_last=True)
     assert mean.isfinite().tolist() == var.isfinite().tolist() == [True, False, True]
 
 
@@ -119,8 +119,7 @@ def test_the_same_bits_every_time():
     x, weight = tensors(torch.float32, (2, 5, 11, 17), (5, 1, 3, 3))
 
     def run():
-        geometry = ((1, 1), (1, 1, 1, 1), (1, 1))
-        return depthwise.depthwise_fwd_statistics(x, weight, None, *geometry, channels_last=True)
+        return depthwise.depthwise_fwd_statistics(x, weight, None, SAME, channels_last=True)
 
     first = run()
     for _ in range(50 if DEVICE == "cuda" else 2):

@@ -179,8 +179,8 @@ MUTANTS = [
     Mutant(
         "padding_bottom_for_top",
         "separable.py",
-        '"PAD_TOP": padding[0]',
-        '"PAD_TOP": padding[1]',
+        "**geometry_constants(geometry),",
+        '**geometry_constants(geometry) | {"PAD_TOP": geometry.padding[1]},',
         SEPARABLE,
     ),
     Mutant(

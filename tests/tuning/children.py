@@ -17,8 +17,7 @@ if not torch.cuda.is_available():
 from tuning.problems import FEW, depthwise, entry, few_candidates, pointwise, preferring
 
 from sepconv.ops import choice as tuning
-from sepconv.tuning import tune as model
-from sepconv.tuning import tune_problems
+from sepconv.tuning import search, tune_problems
 
 TESTS = Path(__file__).resolve().parents[1]
 THREE = [depthwise(), depthwise(C=8), depthwise(C=12)]
@@ -27,7 +26,7 @@ THREE = [depthwise(), depthwise(C=8), depthwise(C=12)]
 def start(name: str, *arguments: object, cache: Path) -> subprocess.Popen:
     """Call one of the functions below in a new process that uses `cache`."""
     return subprocess.Popen(
-        [sys.executable, "-m", "tuner.children", name, *map(str, arguments)],
+        [sys.executable, "-m", "tuning.children", name, *map(str, arguments)],
         cwd=TESTS,
         env={**os.environ, "SEPCONV_CACHE_DIR": str(cache), "PYTHONPATH": f"{TESTS.parent}"},
     )
@@ -57,5 +56,5 @@ def rank_of_two(rank: str, store: str, answer: str) -> None:
 
 
 if __name__ == "__main__":
-    model.candidates = few_candidates
+    search.candidates = few_candidates
     {f.__name__: f for f in (killed_after_the_first, rank_of_two)}[sys.argv[1]](*sys.argv[2:])

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sepconv.kernels.configs import DepthwiseConfig, GemmConfig
+from sepconv.kernels.geometry import Geometry
 from sepconv.ops import choice as tuning
 from sepconv.ops import choice_files as tuning_files
 from sepconv.ops.choice import Problem
@@ -17,20 +18,20 @@ FEW_GEMM = [GemmConfig(16, 16, 16, 1, 1), GemmConfig(32, 16, 16, 1, 1)]
 
 def depthwise(C: int = 4, N: int = 1, op: str = "depthwise_fwd", stride: int = 1) -> Problem:
     return Problem(
-        op, torch.float32, DEVICE, (N, C, 5, 5), (C, 3, 3), C, (stride, stride), (1, 1, 1, 1),
-        (1, 1), True, False, "bwd" not in op, False, False,
+        op, torch.float32, DEVICE, (N, C, 5, 5), (C, 3, 3), C,
+        Geometry((stride, stride), (1, 1, 1, 1)), channels_last=True, epilogue="bwd" not in op,
     )  # fmt: skip
 
 
 def activation_gradient(epilogue: bool) -> Problem:
-    plain = {"filter_shape": (4, 1, 1), "padding": (0, 0, 0, 0), "epilogue": epilogue}
+    plain = {"filter_shape": (4, 1, 1), "geometry": Geometry(), "epilogue": epilogue}
     return depthwise(op="activation_bwd")._replace(**plain)
 
 
 def pointwise(C: int = 4, K: int = 6) -> Problem:
     return Problem(
-        "pointwise_fwd", torch.float32, DEVICE, (1, C, 5, 5), (C, 1, 1), K, (1, 1), (0, 0, 0, 0),
-        (1, 1), True, False, True, False, False,
+        "pointwise_fwd", torch.float32, DEVICE, (1, C, 5, 5), (C, 1, 1), K, Geometry(),
+        channels_last=True, epilogue=True,
     )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tuning.problems import depthwise, pointwise, separable
 
-from sepconv.kernels.configs import DepthwiseConfig, GemmConfig, candidates, shared_bytes
+from sepconv.kernels.configs import DepthwiseConfig, GemmConfig, candidates, default, shared_bytes
+from sepconv.kernels.geometry import Geometry
 from sepconv.ops import choice as tuning
 from sepconv.ops.choice import Problem, Target
 from sepconv.tuning import candidates as tuner_candidates
@@ -85,8 +86,8 @@ def test_strips_are_offered_where_they_run_another_kernel():
 
     by_1 = at(depthwise(), 128, 128, 56)
     assert strips(by_1) == {0, 4, 16}
-    assert strips(by_1._replace(stride=(2, 2))) == {0}
-    wide = by_1._replace(filter_shape=(128, 5, 5), padding=(2, 2, 2, 2))
+    assert strips(by_1._replace(geometry=Geometry((2, 2), (1, 1, 1, 1)))) == {0}
+    wide = by_1._replace(filter_shape=(128, 5, 5), geometry=Geometry(padding=(2,) * 4))
     assert strips(wide) == {0}
     assert strips(by_1._replace(op="depthwise_bwd_input")) == {0, 4, 16}
     assert strips(by_1._replace(op="depthwise_bwd_weight")) == {0}
@@ -95,12 +96,7 @@ def test_strips_are_offered_where_they_run_another_kernel():
 def test_the_default_block_sizes_have_one_turn():
     for problem in (at(separable(), 128, 128, 56), at(depthwise(), 128, 128, 56)):
         found = tuner_candidates.candidates(problem, 1000)
-        assert (
-            tuner_candidates.kernel_module("configs").default(
-                problem.op, problem.dtype, problem.conv_shape
-            )
-            not in found
-        )
+        assert default(problem.op, problem.dtype, problem.conv_shape) not in found
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,7 @@ import sepconv
 from sepconv.kernels import depthwise as depthwise_kernels
 from sepconv.ops import choice as tuning
 from sepconv.timing import CaptureError
-from sepconv.tuning import candidates as tuner_candidates
-from sepconv.tuning import race as tuner_search
-from sepconv.tuning import tune, tune_problems
-from sepconv.tuning import tune as tuner_model
+from sepconv.tuning import candidates, race, search, tune, tune_problems
 from sepconv.tuning.check import PoisonedMemory, is_right
 from sepconv.tuning.compiling import compile_all
 from sepconv.tuning.inputs import make_operands, operands_in_turn, right_answer
@@ -38,7 +35,7 @@ from sepconv.tuning.inputs import make_operands, operands_in_turn, right_answer
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tuner_model, "candidates", few_candidates)
+    monkeypatch.setattr(search, "candidates", few_candidates)
 
 
 def far() -> float:
@@ -205,7 +202,7 @@ def test_operands_that_do_not_fit_lose_every_candidate(monkeypatch: pytest.Monke
     def too_large(*_):
         raise torch.cuda.OutOfMemoryError("tried to allocate 80 GiB")
 
-    monkeypatch.setattr(tuner_search, "right_answer", too_large)
+    monkeypatch.setattr(race, "right_answer", too_large)
     found = tune_problems([depthwise(), pointwise()], timer=preferring(None))
     assert [(tuned.choice, tuned.tried) for tuned in found] == [(None, 0), (None, 0)]
     assert {reason for tuned in found for _, reason in tuned.lost} == {
@@ -395,7 +392,7 @@ def test_ranks_agree(tmp_path: Path):
     ids=lambda problem: problem.op,
 )
 def test_candidates_are_right_and_a_changed_answer_is_not(problem):
-    choices = tuner_candidates.candidates(problem)
+    choices = candidates.candidates(problem)
     assert choices[0] is None
     assert len(set(choices)) == len(choices)
     operands = make_operands(problem, integers=True)
@@ -428,7 +425,7 @@ def test_every_candidate_is_right_and_repeatable(op: str, dtype: torch.dtype):
     problem = depthwise(C=64, op=op)._replace(x_shape=BIG, dtype=dtype, K=64)
     operands = make_operands(problem, integers=True)
     expected = right_answer(problem, operands)
-    choices = tuner_candidates.candidates(problem)
+    choices = candidates.candidates(problem)
     compile_all([(problem, choice) for choice in choices], workers=4)
     for choice in choices:
         for _ in range(50):

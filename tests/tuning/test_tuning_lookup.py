@@ -8,6 +8,7 @@ from tuning.problems import depthwise, pointwise, separable
 
 import sepconv
 from sepconv.kernels.configs import DepthwiseConfig
+from sepconv.kernels.geometry import Geometry
 from sepconv.ops import choice as tuning
 from sepconv.ops import choice_files as tuning_files
 from sepconv.ops.choice import Problem, Target
@@ -18,10 +19,7 @@ PROBLEM = depthwise()
 
 
 def answer(problem: Problem = PROBLEM) -> Choice:
-    device = "cuda" if problem.device >= 0 else "cpu"
-    like = torch.empty(0, dtype=problem.dtype, device=device)
-    op, _, _, *sizes, _ = problem
-    return tuning.lookup(op, like, *sizes)
+    return tuning.lookup(problem)
 
 
 def keep(choice: Choice, problem: Problem = PROBLEM) -> None:
@@ -84,7 +82,7 @@ def test_keys_join_close_sizes_and_part_different_ones():
         PROBLEM._replace(dtype=torch.float16), PROBLEM._replace(channels_last=False),
         PROBLEM._replace(tf32=True), PROBLEM._replace(epilogue=False),
         PROBLEM._replace(epilogue_mid=True),
-        PROBLEM._replace(dilation=(2, 2), padding=(2, 2, 2, 2)),
+        PROBLEM._replace(geometry=Geometry((1, 1), (2, 2, 2, 2), (2, 2))),
         PROBLEM._replace(filter_shape=(8, 3, 3), K=8), PROBLEM._replace(filter_shape=(4, 3, 1)),
         PROBLEM._replace(x_shape=(1, 4, 6, 5)), separable(), pointwise(),
     ]  # fmt: skip
@@ -103,13 +101,13 @@ def test_the_halves_are_what_the_unfused_call_asks_for(biases: tuple[bool, bool]
     bias_dw = torch.ones(4, device=device) if biases[0] else None
     bias_pw = torch.ones(6, device=device) if biases[1] else None
     arguments = (x, weight_dw, weight_pw, bias_dw, bias_pw, 2, 1)
-    with sepconv.backend("triton"), tuning.recording() as calls:
+    with sepconv.backend("triton"), tuning.recording() as problems:
         sepconv.ops.separable_conv2d(*arguments)
-    (problem,) = (Problem(*call) for call in calls)
+    (problem,) = problems
     tuning.install(tuning.target(problem.device), problem.key, "unfused")
-    with sepconv.backend("triton"), tuning.recording() as calls:
+    with sepconv.backend("triton"), tuning.recording() as problems:
         sepconv.ops.separable_conv2d(*arguments)
-    assert [Problem(*call).key for call in calls] == [
+    assert [asked.key for asked in problems] == [
         problem.key, *(half.key for half in problem.halves)
     ]  # fmt: skip
 
@@ -209,13 +207,12 @@ def test_every_choice_computes_the_same(
 
     with sepconv.backend("reference"):
         expected = run()
-    with sepconv.backend("triton"), tuning.recording() as calls:
+    with sepconv.backend("triton"), tuning.recording() as problems:
         run()
-    (call,) = calls
-    problem = Problem(*call)
+    (problem,) = problems
     assert problem.op == op
     tuning.install(tuning.target(problem.device), problem.key, choice)
-    assert tuning.lookup(call[0], x, *call[3:-1]) == choice
+    assert tuning.lookup(problem) == choice
     with sepconv.backend("triton"), poisoned_allocations():
         y = run()
     assert torch.equal(y, expected)

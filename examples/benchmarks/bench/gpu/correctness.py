@@ -96,7 +96,7 @@ def _by_library(problem: Problem, operands: Operands) -> Tensor:
 def _checks(dry: bool) -> Iterator[_Check]:
     for problem in _dry_problems() if dry else mobilenet_problems(256, torch.bfloat16, 0):
         _, c, h, w = problem.x_shape
-        name = f"MobileNetV1 {c}x{h}x{w} s{problem.stride[0]} -> {problem.K}"
+        name = f"MobileNetV1 {c}x{h}x{w} s{problem.geometry.stride[0]} -> {problem.K}"
         yield _Check(name, problem, None)
         yield _Check(name, problem, "unfused")
     for stated in kernelbench.STATED:

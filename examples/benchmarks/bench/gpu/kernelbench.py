@@ -6,6 +6,7 @@ import torch
 
 from examples.benchmarks.bench.gpu.measure import Bench
 from examples.benchmarks.bench.gpu.ops import measure_problem
+from sepconv.kernels.geometry import Geometry
 from sepconv.ops.choice import Problem
 
 
@@ -56,12 +57,7 @@ def as_problem(stated: Stated, dtype: torch.dtype, channels_last: bool, dry: boo
         x_shape,
         (C, R, S),
         outputs or C,
-        (1, 1),
-        (p, p, p, p),
-        (1, 1),
+        Geometry(padding=(p, p, p, p)),
         channels_last=channels_last,
         tf32=bool(outputs) and dtype == torch.float32,
-        epilogue=False,
-        epilogue_mid=False,
-        deterministic=False,
     )

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from sepconv.kernels.geometry import Geometry
 from sepconv.mobilenet.config import paper_config
 from sepconv.ops.choice import Problem
 
@@ -55,14 +56,8 @@ def problems(layer: Layer, batch: int, dtype: torch.dtype, device: int) -> Itera
         (batch, C, size, size),
         (C, layer.filter, layer.filter),
         C,
-        (layer.stride, layer.stride),
-        (half, half, half, half),
-        (1, 1),
+        Geometry((layer.stride, layer.stride), (half, half, half, half)),
         channels_last=True,
-        tf32=False,
-        epilogue=False,
-        epilogue_mid=False,
-        deterministic=False,
     )
     yield depthwise
     yield depthwise._replace(op="depthwise_bwd_input")
@@ -75,8 +70,7 @@ def problems(layer: Layer, batch: int, dtype: torch.dtype, device: int) -> Itera
             x_shape=(batch, C, *depthwise.output_size),
             filter_shape=(C, 1, 1),
             K=layer.outputs,
-            stride=(1, 1),
-            padding=(0, 0, 0, 0),
+            geometry=Geometry(),
             tf32=tf32,
         )
 
@@ -111,14 +105,11 @@ def mobilenet_problems(
                 (batch, block.in_channels, size, size),
                 (block.in_channels, 3, 3),
                 block.out_channels,
-                (block.stride, block.stride),
-                (1, 1, 1, 1),
-                (1, 1),
+                Geometry((block.stride, block.stride), (1, 1, 1, 1)),
                 channels_last=True,
                 tf32=dtype == torch.float32,
                 epilogue=True,
                 epilogue_mid=True,
-                deterministic=False,
             )
         )
         size //= block.stride

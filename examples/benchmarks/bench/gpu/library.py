@@ -62,7 +62,8 @@ def _converted(operands: Operands, memory_format: torch.memory_format) -> Operan
 
 
 def _geometry(problem: Problem) -> tuple[Any, Any, Any]:
-    return problem.stride, (problem.padding[0], problem.padding[2]), problem.dilation
+    stride, (top, _, left, _), dilation = problem.geometry
+    return stride, (top, left), dilation
 
 
 def _depthwise(problem: Problem, operands: Operands) -> Tensor:

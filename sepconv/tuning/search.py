@@ -120,12 +120,12 @@ def record(
 ) -> list[Problem]:
     """The problems that one run of the model poses, each once."""
     args, kwargs = split_inputs(x)
-    with _kept_buffers(model), torch.random.fork_rng(), tuning.recording() as calls:
+    with _kept_buffers(model), torch.random.fork_rng(), tuning.recording() as found:
         with torch.set_grad_enabled(backward):
             y = model(*args, **kwargs)
         if backward:
             _run_backward(model, y)
-    return list(dict.fromkeys(Problem(*call)._replace(deterministic=False) for call in calls))
+    return list(dict.fromkeys(problem._replace(deterministic=False) for problem in found))
 
 
 def tune_problems(
