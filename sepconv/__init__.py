@@ -12,7 +12,7 @@ from sepconv.conversion.search import search
 from sepconv.cost import Cost, cost
 from sepconv.distill import distill
 from sepconv.fusion.fuse import fuse
-from sepconv.ops import backend
+from sepconv.ops import backend, register_flops
 from sepconv.ops.memory import keep_freed_memory
 from sepconv.reports.conversion import Report, report
 from sepconv.reports.fusion import FusionReport
@@ -41,6 +41,7 @@ __all__ = [
     "nn",
     "ops",
     "read_recipe",
+    "register_flops",
     "report",
     "save",
     "search",

@@ -16,7 +16,7 @@ from sepconv.graph import Capture, Match
 from sepconv.kernels.cost_model import Gpu, find_gpu, predicted_seconds
 from sepconv.nn import SeparableConv2d
 from sepconv.ops.kernel_modules import kernel_module
-from sepconv.ops.run import allows_tf32
+from sepconv.ops.pointwise import allows_tf32
 
 
 class PredictedLatencies:
@@ -77,7 +77,7 @@ class PredictedLatencies:
         return self._seconds("conv2d", shape._replace(C=weight.shape[1]), weight)
 
     def _seconds(self, op: str, shape: Any, like: Tensor) -> float:
-        tf32 = like.dtype == torch.float32 and allows_tf32()
+        tf32 = allows_tf32(like)
         return predicted_seconds(op, shape, like.dtype, self.gpu, tf32=tf32)
 
 

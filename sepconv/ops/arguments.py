@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sepconv.kernels.geometry import Geometry, Pair, Sides
-from sepconv.ops.reference import ACTIVATIONS
+from sepconv.ops.reference import ACTIVATIONS, Epilogue, Weights
 
 IntPair: TypeAlias = int | Sequence[int]
 Padding: TypeAlias = int | str | Sequence[int] | Sequence[Sequence[int]]
@@ -33,11 +33,14 @@ def pair(name: str, value: IntPair, least: int = 1) -> Pair:
     """
     if isinstance(value, int):
         both = (value, value)
-    elif isinstance(value, Sequence) and len(value) == 2:
+    elif (
+        isinstance(value, Sequence)
+        and len(value) == 2
+        and isinstance(value[0], int)
+        and isinstance(value[1], int)
+    ):
         both = (value[0], value[1])
     else:
-        _fail(name, "an int or a pair of ints", _shown(value))
-    if not (isinstance(both[0], int) and isinstance(both[1], int)):
         _fail(name, "an int or a pair of ints", _shown(value))
     if both[0] < least or both[1] < least:
         _fail(name, f"at least {least}", _shown(value))
@@ -77,6 +80,18 @@ def sides(padding: Padding, weight_dw: Tensor, stride: Pair, dilation: Pair) -> 
     return top, bottom, left, right
 
 
+def geometry_of(
+    stride: IntPair, padding: Padding, dilation: IntPair, weight_dw: Tensor
+) -> Geometry:
+    """The geometry that the arguments of a public function mean.
+
+    Raises:
+        ValueError: One of them is of no known form, or too small.
+    """
+    stride, dilation = pair("stride", stride), pair("dilation", dilation)
+    return Geometry(stride, sides(padding, weight_dw, stride, dilation), dilation)
+
+
 def check_depthwise(
     x: Tensor,
     weight_dw: Tensor,
@@ -107,18 +122,10 @@ def check_pointwise(
     return _check_mixing((n, c, h, w), kind, "bias", weight_pw, bias, activation, residual)
 
 
-def check_separable(
-    x: Tensor,
-    weight_dw: Tensor,
-    weight_pw: Tensor,
-    bias_dw: Tensor | None,
-    bias_pw: Tensor | None,
-    geometry: Geometry,
-    activation_mid: str | None,
-    activation: str | None,
-    residual: Tensor | None,
-) -> Shape:
+def check_separable(x: Tensor, weights: Weights, geometry: Geometry, epilogue: Epilogue) -> Shape:
     """Check normalised arguments of the separable convolution; return the shape of its result."""
+    weight_dw, weight_pw, bias_dw, bias_pw = weights
+    activation_mid, activation, residual = epilogue
     kind = _check_images(x)
     middle = _check_filters(x, weight_dw, kind, geometry)
     if bias_dw is not None:
@@ -171,14 +178,16 @@ def _named_sides(padding: str, weight_dw: Tensor, stride: Pair, dilation: Pair) 
         _fail("padding", "'same', 'valid' or numbers", _shown(padding))
     if stride != (1, 1):
         _fail("padding", "numbers where the stride is not 1", f"'same' with stride {stride}")
-    _check_4d("weight_dw", weight_dw, "[C*M, 1, R, S]")
+    if not isinstance(weight_dw, Tensor) or weight_dw.dim() != 4:
+        _fail_4d("weight_dw", weight_dw, "[C*M, 1, R, S]")
     rows = dilation[0] * (weight_dw.shape[2] - 1)
     columns = dilation[1] * (weight_dw.shape[3] - 1)
     return rows // 2, rows - rows // 2, columns // 2, columns - columns // 2
 
 
 def _check_images(x: Tensor) -> Kind:
-    _check_4d("x", x, "[N, C, H, W]")
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        _fail_4d("x", x, "[N, C, H, W]")
     dtype = x.dtype
     if dtype not in _DTYPES:
         _fail("x", f"dtype {', '.join(map(_name, _DTYPES))}", f"dtype {_name(dtype)}")
@@ -186,7 +195,8 @@ def _check_images(x: Tensor) -> Kind:
 
 
 def _check_filters(x: Tensor, weight_dw: Tensor, kind: Kind, geometry: Geometry) -> Shape:
-    _check_4d("weight_dw", weight_dw, "[C*M, 1, R, S]")
+    if not isinstance(weight_dw, Tensor) or weight_dw.dim() != 4:
+        _fail_4d("weight_dw", weight_dw, "[C*M, 1, R, S]")
     x_shape, weight_shape = x.shape, weight_dw.shape
     channels = x_shape[1]
     filters, one, rows, columns = weight_shape
@@ -217,7 +227,8 @@ def _check_mixing(
 ) -> Shape:
     """Check the pointwise half, which is given images of shape `middle`."""
     n, channels, p, q = middle
-    _check_4d("weight_pw", weight_pw, "[K, C*M, 1, 1]")
+    if not isinstance(weight_pw, Tensor) or weight_pw.dim() != 4:
+        _fail_4d("weight_pw", weight_pw, "[K, C*M, 1, 1]")
     filters, weight_channels, rows, columns = weight_pw.shape
     if weight_channels != channels or rows != 1 or columns != 1:
         _fail("weight_pw", f"shape [K, {channels}, 1, 1]", f"shape {_shown(weight_pw.shape)}")
@@ -232,11 +243,10 @@ def _check_mixing(
     return shape
 
 
-def _check_4d(name: str, t: Tensor, axes: str) -> None:
+def _fail_4d(name: str, t: Any, axes: str) -> NoReturn:
     if not isinstance(t, Tensor):
         _fail(name, f"a tensor {axes}", type(t).__name__)
-    if t.dim() != 4:
-        _fail(name, f"shape {axes}", f"shape {_shown(t.shape)}")
+    _fail(name, f"shape {axes}", f"shape {_shown(t.shape)}")
 
 
 def _check_like(name: str, t: Tensor, shape: tuple[int, ...], kind: Kind) -> None:

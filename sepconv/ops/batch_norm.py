@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepconv.kernels.geometry import Geometry
-from sepconv.ops import reference, run
-from sepconv.ops.activation_gradients import composite_where_differentiated
+from sepconv.ops import depthwise, pointwise, reference
 from sepconv.ops.arguments import (
     IntPair,
     Padding,
@@ -26,23 +24,20 @@ from sepconv.ops.arguments import (
     check_depthwise,
     check_more_than_one,
     check_pointwise,
-    pair,
-    sides,
+    geometry_of,
 )
-from sepconv.ops.autocast import cast, cast_optional, is_autocasting
-from sepconv.ops.autograd import Gradient, depthwise_gradients, differentiable, pointwise_gradients
+from sepconv.ops.autocast import autocasted
 from sepconv.ops.backend import can_run_kernels, chooses_kernels
-from sepconv.ops.batching import one_by_one
 from sepconv.ops.kernel_modules import kernel_module
 from sepconv.ops.layout import suggests_channels_last, to_layout
-from sepconv.ops.library import (
+from sepconv.ops.registry import (
     GEOMETRY_SCHEMA,
-    LIBRARY,
-    TAGS,
+    Gradient,
+    as_geometry,
+    composite_where_differentiated,
+    define,
+    differentiable,
     empty,
-    fake,
-    normalised,
-    real,
     refused,
 )
 
@@ -50,16 +45,6 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 _AXES = (0, 2, 3)
 _NORM_SCHEMA = "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, str? activation"
-
-for _schema in (
-    "depthwise_conv2d_statistics(Tensor x, Tensor weight_dw, Tensor? bias, "
-    f"{GEOMETRY_SCHEMA}) -> (Tensor, Tensor, Tensor)",
-    "pointwise_conv2d_statistics(Tensor x, Tensor weight_pw, Tensor? bias) "
-    "-> (Tensor, Tensor, Tensor)",
-    f"batch_norm(Tensor z, {_NORM_SCHEMA}) -> Tensor",
-    f"batch_norm_backward(Tensor dy, Tensor z, {_NORM_SCHEMA}) -> (Tensor, Tensor, Tensor)",
-):
-    LIBRARY.define(_schema, tags=TAGS)
 
 
 class BatchNorm(NamedTuple):
@@ -143,13 +128,8 @@ def depthwise_conv2d_batch_norm(
         tensor(True)
     """
     try:
-        stride, dilation = pair("stride", stride), pair("dilation", dilation)
-        padding = sides(padding, weight_dw, stride, dilation)
-        if is_autocasting(x):
-            device = x.device.type
-            x, weight_dw = cast(x, device), cast(weight_dw, device)
-            bias = cast_optional(bias, device)
-        geometry = Geometry(stride, padding, dilation)
+        geometry = geometry_of(stride, padding, dilation, weight_dw)
+        x, weight_dw, bias = autocasted(x, weight_dw, bias)
         shape = check_depthwise(x, weight_dw, bias, geometry, activation)
         _check_norm(norm, x, shape)
     except ValueError as error:
@@ -190,10 +170,7 @@ def pointwise_conv2d_batch_norm(
         torch.Size([2, 8, 5, 5])
     """
     try:
-        if is_autocasting(x):
-            device = x.device.type
-            x, weight_pw = cast(x, device), cast(weight_pw, device)
-            bias = cast_optional(bias, device)
+        x, weight_pw, bias = autocasted(x, weight_pw, bias)
         shape = check_pointwise(x, weight_pw, bias, activation, None)
         _check_norm(norm, x, shape)
     except ValueError as error:
@@ -231,144 +208,43 @@ def _normalise(made: Triple, norm: BatchNorm, activation: str | None) -> Tensor:
     return torch.ops.sepconv.batch_norm(z, mean, var, norm.weight, norm.bias, norm.eps, activation)
 
 
-@real("depthwise_conv2d_statistics")
-def _depthwise_statistics(
-    x: Tensor, weight_dw: Tensor, bias: Tensor | None, *geometry: Any
-) -> Triple:
-    arguments = (x, weight_dw, bias, normalised(*geometry))
-    check_depthwise(*arguments, None)
-    if not can_run_kernels(x):
-        return run.with_statistics(reference.depthwise_conv2d(*arguments, None))
-    return run.depthwise_statistics(*arguments, suggests_channels_last(x, weight_dw))
+class _Norm(NamedTuple):
+    """The arguments that follow `z`: the batch's statistics, the parameters, what comes after.
 
+    Attributes:
+        mean: [C], at least float32, like `var`, the biased variance.
+    """
 
-@real("pointwise_conv2d_statistics")
-def _pointwise_statistics(x: Tensor, weight_pw: Tensor, bias: Tensor | None) -> Triple:
-    check_pointwise(x, weight_pw, bias, None, None)
-    if not can_run_kernels(x):
-        return run.with_statistics(reference.pointwise_conv2d(x, weight_pw, bias, None, None))
-    return run.pointwise_statistics(x, weight_pw, bias, suggests_channels_last(x, weight_pw))
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    activation: str | None
 
-
-def _fake_statistics(x: Tensor, weight: Tensor, shape: tuple[int, int, int, int]) -> Triple:
-    y = empty(x, shape, suggests_channels_last(x, weight))
-    mean, var = (y.new_empty(shape[1], dtype=_wide(x)) for _ in range(2))
-    return y, mean, var
-
-
-@fake("depthwise_conv2d_statistics")
-def _fake_depthwise_statistics(
-    x: Tensor, weight_dw: Tensor, bias: Tensor | None, *geometry: Any
-) -> Triple:
-    shape = check_depthwise(x, weight_dw, bias, normalised(*geometry), None)
-    return _fake_statistics(x, weight_dw, shape)
-
-
-@fake("pointwise_conv2d_statistics")
-def _fake_pointwise_statistics(x: Tensor, weight_pw: Tensor, bias: Tensor | None) -> Triple:
-    return _fake_statistics(x, weight_pw, check_pointwise(x, weight_pw, bias, None, None))
+    def affine(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What goes into the activation, and the normalised values before weight and bias."""
+        scale = torch.rsqrt(self.var + self.eps).view(-1, 1, 1)
+        u = normal = (z - self.mean.view(-1, 1, 1)) * scale
+        if self.weight is not None:
+            u = u * self.weight.to(z.dtype).view(-1, 1, 1)
+        return u if self.bias is None else u + self.bias.to(z.dtype).view(-1, 1, 1), normal
 
 
 def _wide(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def _kernels(
-    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Any, Any]:
-    kernels = kernel_module("channelwise")
-    return kernels, kernels.Normalisation(mean, var, weight, bias, eps)
+def _with_statistics(y: Tensor) -> Triple:
+    """`y` with the mean and the biased variance of each channel, at least in float32."""
+    var, mean = torch.var_mean(y.to(_wide(y)), _AXES, correction=0)
+    return y, mean, var
 
 
-@real("batch_norm")
-def _batch_norm(
-    z: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-) -> Tensor:
-    channels_last = suggests_channels_last(z, z)
-    if can_run_kernels(z):
-        kernels, norm = _kernels(mean, var, weight, bias, eps)
-        return kernels.normalise_fwd(z, norm, activation, channels_last=channels_last)
-    u, _ = _affine(z.to(_wide(z)), mean, var, weight, bias, eps)
-    y = reference.activate(u, activation).to(z.dtype)
-    return to_layout(y.contiguous(), channels_last)
-
-
-@fake("batch_norm")
-def _fake_batch_norm(z: Tensor, *_: Any) -> Tensor:
-    return empty(z, z.shape, suggests_channels_last(z, z))
-
-
-@real("batch_norm_backward")
-def _batch_norm_backward(
-    dy: Tensor,
-    z: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-) -> Triple:
-    channels_last = suggests_channels_last(z, z)
-    if not can_run_kernels(z):
-        dz, dweight, dbias = _composite_backward(dy, z, mean, var, weight, bias, eps, activation)
-        return to_layout(dz.contiguous(), channels_last), dweight, dbias
-    kernels, norm = _kernels(mean, var, weight, bias, eps)
-    dz, (dbias, moments) = kernels.normalise_bwd(
-        dy, z, norm, activation, channels_last=channels_last
-    )
-    return dz, moments * torch.rsqrt(var + eps), dbias.clone()
-
-
-@fake("batch_norm_backward")
-def _fake_batch_norm_backward(dy: Tensor, z: Tensor, mean: Tensor, *_: Any) -> Triple:
-    dz = empty(z, z.shape, suggests_channels_last(z, z))
-    return dz, torch.empty_like(mean), torch.empty_like(mean)
-
-
-def _affine(
-    z: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """What goes into the activation, and the normalised values before weight and bias."""
-    normal = (z - mean.view(-1, 1, 1)) * torch.rsqrt(var + eps).view(-1, 1, 1)
-    u = normal if weight is None else normal * weight.to(z.dtype).view(-1, 1, 1)
-    return u if bias is None else u + bias.to(z.dtype).view(-1, 1, 1), normal
-
-
-def _composite_backward(
-    dy: Tensor,
-    z: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-) -> Triple:
-    """The formula in torch's operators, which autograd can differentiate again."""
-    wide = z.to(_wide(z))
-    if torch.is_grad_enabled():
-        var, mean = torch.var_mean(wide, _AXES, correction=0)
-    u, normal = _affine(wide, mean, var, weight, bias, eps)
-    du = reference.activation_backward(dy.to(wide.dtype), u, activation)
-    dbias, dweight = du.sum(_AXES), (du * normal).sum(_AXES)
-    average, slope = (t.view(-1, 1, 1) / (du.numel() // du.shape[1]) for t in (dbias, dweight))
-    scale = torch.rsqrt(var + eps)
-    if weight is not None:
-        scale = scale * weight.to(wide.dtype)
-    dz = scale.view(-1, 1, 1) * (du - average - normal * slope)
-    return dz.to(z.dtype), dweight, dbias
+def _fake_statistics(x: Tensor, weight: Tensor, shape: tuple[int, int, int, int]) -> Triple:
+    y = empty(x, shape, suggests_channels_last(x, weight))
+    mean, var = (y.new_empty(shape[1], dtype=_wide(x)) for _ in range(2))
+    return y, mean, var
 
 
 def _setup_statistics(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
@@ -384,19 +260,92 @@ def _statistics_backward(ctx: Any, dy: Tensor, *_: Gradient) -> tuple[Gradient, 
     _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     needs = (needs_x, needs_weight)
     if ctx.geometry:
-        dx, dweight = depthwise_gradients(dy, x, weight, ctx.geometry, needs)
+        dx, dweight = depthwise.gradients(dy, x, weight, ctx.geometry, needs)
     else:
-        dx, dweight = pointwise_gradients(dy, x, weight, needs)
+        dx, dweight = pointwise.gradients(dy, x, weight, needs)
     dbias = torch.ops.sepconv.channel_sum(dy) if needs_bias else None
     return dx, dweight, dbias, *(None for _ in ctx.geometry)
 
 
-def _setup_batch_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _depthwise(x: Tensor, weight_dw: Tensor, bias: Tensor | None, *flat: Any) -> Triple:
+    geometry = as_geometry(*flat)
+    check_depthwise(x, weight_dw, bias, geometry, None)
+    if not can_run_kernels(x):
+        return _with_statistics(reference.depthwise_conv2d(x, weight_dw, bias, geometry, None))
+    last = suggests_channels_last(x, weight_dw)
+    choice = depthwise.fwd_choice(x, weight_dw, geometry, last, bias is not None)
+    if choice == "library":
+        y = depthwise.run_fwd(x, weight_dw, bias, geometry, None, last, choice)
+        return _with_statistics(y)
+    launch = kernel_module("depthwise").depthwise_fwd_statistics
+    return launch(x, weight_dw, bias, geometry, channels_last=last, config=choice)
+
+
+def _fake_depthwise(x: Tensor, weight_dw: Tensor, bias: Tensor | None, *flat: Any) -> Triple:
+    shape = check_depthwise(x, weight_dw, bias, as_geometry(*flat), None)
+    return _fake_statistics(x, weight_dw, shape)
+
+
+define(
+    "depthwise_conv2d_statistics(Tensor x, Tensor weight_dw, Tensor? bias, "
+    f"{GEOMETRY_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    _depthwise,
+    _fake_depthwise,
+    autograd=differentiable(_setup_statistics, _statistics_backward),
+)
+
+
+def _pointwise(x: Tensor, weight_pw: Tensor, bias: Tensor | None) -> Triple:
+    check_pointwise(x, weight_pw, bias, None, None)
+    if not can_run_kernels(x):
+        return _with_statistics(reference.pointwise_conv2d(x, weight_pw, bias, None, None))
+    last = suggests_channels_last(x, weight_pw)
+    choice = pointwise.fwd_choice(x, weight_pw, last, bias is not None)
+    if choice in ("library", "linear"):
+        return _with_statistics(pointwise.run_fwd(x, weight_pw, bias, None, None, last, choice))
+    options = {"allow_tf32": pointwise.allows_tf32(x), "channels_last": last, "config": choice}
+    return kernel_module("pointwise").pointwise_fwd_statistics(x, weight_pw, bias, **options)
+
+
+def _fake_pointwise(x: Tensor, weight_pw: Tensor, bias: Tensor | None) -> Triple:
+    return _fake_statistics(x, weight_pw, check_pointwise(x, weight_pw, bias, None, None))
+
+
+define(
+    "pointwise_conv2d_statistics(Tensor x, Tensor weight_pw, Tensor? bias) "
+    "-> (Tensor, Tensor, Tensor)",
+    _pointwise,
+    _fake_pointwise,
+    autograd=differentiable(_setup_statistics, _statistics_backward),
+)
+
+
+def _kernels(norm: _Norm) -> tuple[Any, Any]:
+    kernels = kernel_module("channelwise")
+    return kernels, kernels.Normalisation(*norm[:5])
+
+
+def _real(z: Tensor, *flat: Any) -> Tensor:
+    norm = _Norm(*flat)
+    channels_last = suggests_channels_last(z, z)
+    if can_run_kernels(z):
+        kernels, given = _kernels(norm)
+        return kernels.normalise_fwd(z, given, norm.activation, channels_last=channels_last)
+    u, _ = norm.affine(z.to(_wide(z)))
+    y = reference.activate(u, norm.activation).to(z.dtype)
+    return to_layout(y.contiguous(), channels_last)
+
+
+def _fake(z: Tensor, *_: Any) -> Tensor:
+    return empty(z, z.shape, suggests_channels_last(z, z))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.eps, ctx.activation = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _batch_norm_gradients(ctx: Any, dy: Tensor) -> tuple[Gradient, ...]:
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Gradient, ...]:
     z, mean, var, weight, bias = ctx.saved_tensors
     dz, dweight, dbias = torch.ops.sepconv.batch_norm_backward(
         dy, z, mean, var, weight, bias, ctx.eps, ctx.activation
@@ -405,36 +354,52 @@ def _batch_norm_gradients(ctx: Any, dy: Tensor) -> tuple[Gradient, ...]:
     return dz, None, None, dweight, None if bias is None else dbias.to(bias.dtype), None, None
 
 
-for _name, _setup, _backward in (
-    ("depthwise_conv2d_statistics", _setup_statistics, _statistics_backward),
-    ("pointwise_conv2d_statistics", _setup_statistics, _statistics_backward),
-    ("batch_norm", _setup_batch_norm, _batch_norm_gradients),
-):
-    _op = getattr(torch.ops.sepconv, _name).default
-    LIBRARY.impl(_name, differentiable(_op, _setup, _backward), "Autograd", with_keyset=True)
-_op = torch.ops.sepconv.batch_norm_backward.default
-LIBRARY.impl(
-    "batch_norm_backward",
-    composite_where_differentiated(_op, _composite_backward),
-    "Autograd",
-    with_keyset=True,
+define(
+    f"batch_norm(Tensor z, {_NORM_SCHEMA}) -> Tensor",
+    _real,
+    _fake,
+    autograd=differentiable(_setup, _gradients),
 )
 
 
-def _register_vmap(name: str) -> None:
-    op = getattr(torch.ops.sepconv, name)
+def _real_backward(dy: Tensor, z: Tensor, *flat: Any) -> Triple:
+    norm = _Norm(*flat)
+    channels_last = suggests_channels_last(z, z)
+    if not can_run_kernels(z):
+        dz, dweight, dbias = _composite_backward(dy, z, *flat)
+        return to_layout(dz.contiguous(), channels_last), dweight, dbias
+    kernels, given = _kernels(norm)
+    dz, (dbias, moments) = kernels.normalise_bwd(
+        dy, z, given, norm.activation, channels_last=channels_last
+    )
+    return dz, moments * torch.rsqrt(norm.var + norm.eps), dbias.clone()
 
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        results = one_by_one(op, info, in_dims, args)
-        return results, (0,) * len(results) if isinstance(results, tuple) else 0
 
-    torch.library.register_vmap(f"sepconv::{name}", rule, lib=LIBRARY)
+def _fake_backward(dy: Tensor, z: Tensor, mean: Tensor, *_: Any) -> Triple:
+    return _fake(z), torch.empty_like(mean), torch.empty_like(mean)
 
 
-for _name in (
-    "depthwise_conv2d_statistics",
-    "pointwise_conv2d_statistics",
-    "batch_norm",
-    "batch_norm_backward",
-):
-    _register_vmap(_name)
+def _composite_backward(dy: Tensor, z: Tensor, *flat: Any) -> Triple:
+    """The formula in torch's operators, which autograd can differentiate again."""
+    norm = _Norm(*flat)
+    wide = z.to(_wide(z))
+    if torch.is_grad_enabled():
+        var, mean = torch.var_mean(wide, _AXES, correction=0)
+        norm = norm._replace(mean=mean, var=var)
+    u, normal = norm.affine(wide)
+    du = reference.activation_backward(dy.to(wide.dtype), u, norm.activation)
+    dbias, dweight = du.sum(_AXES), (du * normal).sum(_AXES)
+    average, slope = (t.view(-1, 1, 1) / (du.numel() // du.shape[1]) for t in (dbias, dweight))
+    scale = torch.rsqrt(norm.var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(wide.dtype)
+    dz = scale.view(-1, 1, 1) * (du - average - normal * slope)
+    return dz.to(z.dtype), dweight, dbias
+
+
+define(
+    f"batch_norm_backward(Tensor dy, Tensor z, {_NORM_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    _real_backward,
+    _fake_backward,
+    autograd=composite_where_differentiated(_composite_backward),
+)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -32,6 +32,10 @@ from sepconv.ops.choice_files import Choice
 _MOST_CALLS = 4096
 # Two kernels run in place of the fused one, unmeasured, if predicted to take less than this of it.
 _SURELY_FASTER = 0.8
+
+
+# Not a choice: look one up.
+ASK: Literal["ask"] = "ask"
 
 
 class Target(NamedTuple):

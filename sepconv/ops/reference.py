@@ -7,6 +7,7 @@ contiguous tensor is up to ten times slower there.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,23 @@ from sepconv.kernels.geometry import Geometry
 from sepconv.ops.layout import is_channels_last, memory_format, to_channels_last, to_layout
 
 ACTIVATIONS = ("relu", "relu6", "silu", "hardswish", "gelu")
+
+
+class Weights(NamedTuple):
+    """Parameters of a separable convolution: [C*M, 1, R, S], [K, C*M, 1, 1], [C*M], [K]."""
+
+    dw: Tensor
+    pw: Tensor
+    bias_dw: Tensor | None
+    bias_pw: Tensor | None
+
+
+class Epilogue(NamedTuple):
+    """What follows the two sums of a separable convolution; the residual is [N, K, P, Q]."""
+
+    activation_mid: str | None
+    activation: str | None
+    residual: Tensor | None
 
 
 def activate(z: Tensor, activation: str | None) -> Tensor:
@@ -89,25 +107,17 @@ def pointwise_conv2d(
     return to_layout(activate(y, activation), channels_last)
 
 
-def separable_conv2d(
-    x: Tensor,
-    weight_dw: Tensor,
-    weight_pw: Tensor,
-    bias_dw: Tensor | None,
-    bias_pw: Tensor | None,
-    geometry: Geometry,
-    activation_mid: str | None,
-    activation: str | None,
-    residual: Tensor | None,
-) -> Tensor:
+def separable_conv2d(x: Tensor, weights: Weights, geometry: Geometry, epilogue: Epilogue) -> Tensor:
     """The depthwise, then the pointwise convolution, with an activation after each."""
+    weight_dw, weight_pw, bias_dw, bias_pw = weights
+    activation_mid, activation, residual = epilogue
     x, channels_last = _computing_layout(x, weight_dw)
     channels_last = channels_last or is_channels_last(weight_pw)
     x, geometry = _pad_unevenly(x, geometry)
     filters, channels = weight_dw.shape[0], x.shape[1]
     if filters == channels:
         z = _depthwise(x, weight_dw, bias_dw, geometry)
-        y = _pointwise(activate(z, activation_mid), weight_pw, bias_pw)
+        y = _pointwise(activate(z, activation_mid) if activation_mid else z, weight_pw, bias_pw)
     else:
         multiplier = filters // channels
         # One filter per channel at a time: a group with several outputs leaves the fast path.

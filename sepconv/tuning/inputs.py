@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sepconv.ops import reference, run
+from sepconv.ops import activation, depthwise, pointwise, reference, separable
 from sepconv.ops.choice import Problem
 from sepconv.ops.choice_files import Choice
 from sepconv.ops.layout import memory_format
+from sepconv.ops.reference import Epilogue, Weights
 
 # Tensors in turn are to exceed the last cache level; beyond this many sets a model's own
 # activations would be found in the cache as well.
@@ -91,7 +92,7 @@ def run_choice(problem: Problem, operands: Operands, choice: Choice) -> tuple[Te
     if problem.op != "activation_bwd":
         return (run_convolution(problem, operands, choice),)
     last = problem.channels_last
-    dz, dbias = run.activation_bwd(operands.dy, operands.x, "relu", problem.epilogue, last, choice)
+    dz, dbias = activation.run_bwd(operands.dy, operands.x, "relu", problem.epilogue, last, choice)
     return (dz,) if dbias is None else (dz, dbias)
 
 
@@ -103,17 +104,18 @@ def run_convolution(problem: Problem, operands: Operands, choice: Choice) -> Ten
     relu = "relu" if problem.epilogue else None
     relu_mid = "relu" if problem.epilogue_mid else None
     if problem.op == "depthwise_fwd":
-        return run.depthwise(x, weight_dw, bias_dw, geometry, relu, last, choice)
+        return depthwise.run_fwd(x, weight_dw, bias_dw, geometry, relu, last, choice)
     if problem.op == "pointwise_fwd":
-        return run.pointwise(x, weight_pw, bias_pw, relu, None, last, choice)
+        return pointwise.run_fwd(x, weight_pw, bias_pw, relu, None, last, choice)
     if problem.op == "separable_fwd":
-        weights = (weight_dw, weight_pw, bias_dw, bias_pw)
-        return run.separable(x, *weights, geometry, relu_mid, relu, None, last, choice)
+        weights = Weights(weight_dw, weight_pw, bias_dw, bias_pw)
+        epilogue = Epilogue(relu_mid, relu, None)
+        return separable.run_fwd(x, weights, geometry, epilogue, last, choice)
     if problem.op == "depthwise_bwd_input":
         n, c, h, w = problem.x_shape
-        return run.depthwise_bwd_input(dy, weight_dw, (n, c, h, w), geometry, last, choice)
+        return depthwise.run_bwd_input(dy, weight_dw, (n, c, h, w), geometry, last, choice)
     assert problem.op == "depthwise_bwd_weight", f"no launcher {problem.op}"
-    return run.depthwise_bwd_weight(dy, x, weight_dw.shape, geometry, choice)
+    return depthwise.run_bwd_weight(dy, x, weight_dw.shape, geometry, choice)
 
 
 def right_answer(problem: Problem, operands: Operands) -> tuple[Tensor, ...]:
@@ -165,8 +167,8 @@ def _right_answer(problem: Problem, operands: Operands) -> tuple[Tensor, ...]:
     elif problem.op == "pointwise_fwd":
         y = reference.pointwise_conv2d(x, weight_pw, bias_pw, relu, None)
     elif problem.op == "separable_fwd":
-        weights = (weight_dw, weight_pw, bias_dw, bias_pw)
-        y = reference.separable_conv2d(x, *weights, geometry, relu_mid, relu, None)
+        weights = Weights(weight_dw, weight_pw, bias_dw, bias_pw)
+        y = reference.separable_conv2d(x, weights, geometry, Epilogue(relu_mid, relu, None))
     else:
         x, weight_dw = (t.detach().requires_grad_() for t in (x, weight_dw))
         with torch.enable_grad():

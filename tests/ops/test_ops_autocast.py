@@ -5,15 +5,7 @@ import torch
 import torch.nn.functional as F
 from ops.calls import DEVICE, OPS, arguments, expected, public, registered, tensors_of
 
-from sepconv.ops import library
-
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture
-def without_kernels(monkeypatch):
-    """Let the operators run torch's own on a CPU: autocast is registered around them."""
-    monkeypatch.setattr(library, "can_run_kernels", lambda x: x.is_cuda)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,9 +10,8 @@ from examples.benchmarks.bench.gpu.layers import DRY_LAYERS, LAYERS, problems
 from examples.benchmarks.bench.gpu.library import baselines
 from examples.benchmarks.bench.gpu.measure import Bench, Contender
 from sepconv.kernels.cost_model import moved_bytes, predicted_seconds
-from sepconv.ops.choice import Problem, cache_bytes
+from sepconv.ops.choice import ASK, Problem, cache_bytes
 from sepconv.ops.choice_files import Choice
-from sepconv.ops.run import ASK
 from sepconv.timing import Call
 from sepconv.tuning.candidates import known_gpu
 from sepconv.tuning.inputs import Operands, operands_in_turn, run_convolution
