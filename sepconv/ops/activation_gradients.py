@@ -63,7 +63,7 @@ def _activation_backward(
 def _channel_sum(dy: Tensor) -> Tensor:
     if not can_run_kernels(dy):
         return dy.sum(_AXES)
-    return kernel_module("channelwise").channel_sum(dy)
+    return kernel_module("activation_bwd").channel_sum(dy)
 
 
 @fake("activation_backward")

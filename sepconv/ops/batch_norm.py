@@ -273,13 +273,6 @@ def _wide(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def _kernels(
-    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Any, Any]:
-    kernels = kernel_module("channelwise")
-    return kernels, kernels.Normalisation(mean, var, weight, bias, eps)
-
-
 @real("batch_norm")
 def _batch_norm(
     z: Tensor,
@@ -292,8 +285,9 @@ def _batch_norm(
 ) -> Tensor:
     channels_last = suggests_channels_last(z, z)
     if can_run_kernels(z):
-        kernels, norm = _kernels(mean, var, weight, bias, eps)
-        return kernels.normalise_fwd(z, norm, activation, channels_last=channels_last)
+        kernels = kernel_module("normalise")
+        norm = kernels.normalisation(mean, var, weight, bias)
+        return kernels.normalise_fwd(z, norm, eps, activation, channels_last=channels_last)
     u, _ = _affine(z.to(_wide(z)), mean, var, weight, bias, eps)
     y = reference.activate(u, activation).to(z.dtype)
     return to_layout(y.contiguous(), channels_last)
@@ -319,9 +313,10 @@ def _batch_norm_backward(
     if not can_run_kernels(z):
         dz, dweight, dbias = _composite_backward(dy, z, mean, var, weight, bias, eps, activation)
         return to_layout(dz.contiguous(), channels_last), dweight, dbias
-    kernels, norm = _kernels(mean, var, weight, bias, eps)
+    kernels = kernel_module("normalise")
+    norm = kernels.normalisation(mean, var, weight, bias)
     dz, (dbias, moments) = kernels.normalise_bwd(
-        dy, z, norm, activation, channels_last=channels_last
+        dy, z, norm, eps, activation, channels_last=channels_last
     )
     return dz, moments * torch.rsqrt(var + eps), dbias.clone()
 

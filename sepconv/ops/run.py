@@ -221,7 +221,7 @@ def activation_bwd(
     channels_last: bool,
     choice: Choice = ASK,
 ) -> tuple[Tensor, Tensor | None]:
-    """`activation_bwd`: the gradient in front of an activation, and of the bias there if wanted."""
+    """`activation_bwd`: the gradient before an activation, and of the bias there if wanted."""
     if choice == ASK:
         C = dy.shape[1]
         sizes = (dy.shape, (C, 1, 1), C, _PLAIN)
@@ -234,7 +234,7 @@ def activation_bwd(
         if not dz.is_contiguous(memory_format=memory_format(channels_last)):
             dz = to_layout(dz.contiguous(), channels_last)
         return dz, dbias
-    return kernel_module("channelwise").activation_bwd(
+    return kernel_module("activation_bwd").activation_bwd(
         dy, z, activation, bias=bias, channels_last=channels_last, config=choice
     )
 
@@ -258,7 +258,7 @@ def depthwise_bwd_input(
         return reference.depthwise_conv2d_backward_input(
             dy, weight_dw, x_shape, geometry, channels_last
         )
-    return kernel_module("depthwise_bwd").depthwise_bwd_input(
+    return kernel_module("depthwise_bwd_input").depthwise_bwd_input(
         dy, weight_dw, x_shape, geometry, channels_last=channels_last, config=choice
     )
 
@@ -277,6 +277,6 @@ def depthwise_bwd_weight(
         choice = lookup(
             Problem("depthwise_bwd_weight", dy.dtype, dy.get_device(), *sizes, is_channels_last(x))
         )
-    return kernel_module("depthwise_bwd").depthwise_bwd_weight(
+    return kernel_module("depthwise_bwd_weight").depthwise_bwd_weight(
         dy, x, tuple(weight_shape), geometry, config=choice
     )
