@@ -21,10 +21,11 @@ from sepconv.kernels.launch import (
     accumulator,
     ceil_div,
     check_axes,
+    conv_constants,
     empty_output,
-    geometry_constants,
     launch,
-    pack_depthwise,
+    pack_filters,
+    view,
 )
 from sepconv.kernels.statistics import Partial, collected_by, store_statistics
 from sepconv.kernels.tiles import split_nq
@@ -45,15 +46,14 @@ def depthwise_row(
     W,
     stride_xw,
     stride_wt,
-    S: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    CONV: tl.constexpr,
 ):
     """Add the products of one filter row to `acc`."""
-    for i in tl.range(S, loop_unroll_factor=S if S <= 9 else 1):
+    for i in tl.range(CONV.S, loop_unroll_factor=CONV.S if CONV.S <= 9 else 1):
         s = tl.cast(i, tl.int64)
-        w = column + s * DILATION_W
+        w = column + s * CONV.DILATION_W
         mask = (mask_nq & (w >= 0) & (w < W))[:, None] & mask_c[None, :]
-        x = tl.load(x_ptrs + s * DILATION_W * stride_xw, mask=mask, other=0.0).to(acc.dtype)
+        x = tl.load(x_ptrs + s * CONV.DILATION_W * stride_xw, mask=mask, other=0.0).to(acc.dtype)
         weight = tl.load(w_ptrs + s * stride_wt, mask=mask_c, other=0.0).to(acc.dtype)
         acc += x * weight[None, :]
     return acc
@@ -61,44 +61,22 @@ def depthwise_row(
 
 @triton.jit
 def _depthwise_fwd_kernel(
-    x_ptr,  # [N, C, H, W]
-    w_ptr,  # [R*S, G] through strides
-    bias_ptr,  # [G] or None
-    y_ptr,  # [N, G, P, Q]
-    moments_ptr,  # [TILES, 2, G], or None where no statistics are wanted
-    counts_ptr,  # [TILES]
-    N,
-    H,
-    W,
-    G,
-    P,
-    Q,
-    num_g,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    stride_wt,
-    stride_wg,
-    stride_bias,
-    stride_yn,
-    stride_yc,
-    stride_yh,
-    stride_yw,
-    M: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_TOP: tl.constexpr,
-    PAD_LEFT: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    x,  # [N, C, H, W]
+    weight,  # [R*S, G]
+    bias,  # [G] or None
+    y,  # [N, G, P, Q]
+    triples,  # [TILES], or None where no statistics are wanted
+    sizes,
+    CONV: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_NQ: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    N, H, W, G, P, Q, num_g = sizes
+    stride_xn, stride_xc, stride_xh, stride_xw = x.stride
+    stride_wt, stride_wg = weight.stride
+    stride_yn, stride_yc, stride_yh, stride_yw = y.stride
     pid = tl.program_id(0).to(tl.int64)
     pid_g = pid % num_g
     p = pid // num_g % P
@@ -108,43 +86,44 @@ def _depthwise_fwd_kernel(
     mask_nq = n < N
     offs_g = pid_g * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_g = offs_g < G
-    h = p * STRIDE_H - PAD_TOP
-    w = q * STRIDE_W - PAD_LEFT
+    h = p * CONV.STRIDE_H - CONV.PAD_TOP
+    w = q * CONV.STRIDE_W - CONV.PAD_LEFT
 
     # [BLOCK_NQ, BLOCK_C]
-    x_ptrs = x_ptr + (n * stride_xn + w * stride_xw)[:, None] + (offs_g // M * stride_xc)[None, :]
-    w_ptrs = w_ptr + offs_g * stride_wg
+    x_ptrs = (
+        x.ptr + (n * stride_xn + w * stride_xw)[:, None] + (offs_g // CONV.M * stride_xc)[None, :]
+    )
+    w_ptrs = weight.ptr + offs_g * stride_wg
     acc = tl.zeros([BLOCK_NQ, BLOCK_C], ACC)
-    for i in tl.range(R, loop_unroll_factor=R if R <= 5 else 1):
+    for i in tl.range(CONV.R, loop_unroll_factor=CONV.R if CONV.R <= 5 else 1):
         r = tl.cast(i, tl.int64)
-        row = h + r * DILATION_H
+        row = h + r * CONV.DILATION_H
         acc = depthwise_row(
             acc,
             x_ptrs + row * stride_xh,
-            w_ptrs + r * S * stride_wt,
+            w_ptrs + r * CONV.S * stride_wt,
             w,
             mask_nq & (row >= 0) & (row < H),
             mask_g,
             W,
             stride_xw,
             stride_wt,
-            S,
-            DILATION_W,
+            CONV,
         )
 
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + offs_g * stride_bias, mask=mask_g, other=0.0).to(ACC)
-        acc += bias[None, :]
-    y = apply_activation(acc, ACTIVATION)
-    if moments_ptr is not None:
+    if bias is not None:
+        shift = tl.load(bias.ptr + offs_g * bias.stride[0], mask=mask_g, other=0.0).to(ACC)
+        acc += shift[None, :]
+    acc = apply_activation(acc, ACTIVATION)
+    if triples is not None:
         squares = tl.zeros([BLOCK_NQ, BLOCK_C], ACC)
         tile = pid // num_g
-        store_statistics(moments_ptr, counts_ptr, tile, y, squares, 1, mask_nq, offs_g, mask_g, G)
+        store_statistics(triples, tile, acc, squares, 1, mask_nq, offs_g, mask_g, G)
 
-    y_ptrs = y_ptr + (n * stride_yn + p * stride_yh + q * stride_yw)[:, None]
+    y_ptrs = y.ptr + (n * stride_yn + p * stride_yh + q * stride_yw)[:, None]
     y_ptrs += (offs_g * stride_yc)[None, :]
-    y = y.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptrs, y, mask=mask_nq[:, None] & mask_g[None, :])
+    acc = acc.to(y.ptr.dtype.element_ty)
+    tl.store(y_ptrs, acc, mask=mask_nq[:, None] & mask_g[None, :])
 
 
 def depthwise_fwd(
@@ -226,7 +205,7 @@ def _depthwise(
         rolls = fits_rolling((R, S), geometry)
         if statistics and not rolls and config.block_nq < _STATISTICS_BLOCK_NQ <= N * Q:
             config = config._replace(block_nq=_STATISTICS_BLOCK_NQ, num_warps=8)
-    taps = pack_depthwise(weight_dw, 1, y.numel())
+    taps = pack_filters(weight_dw, y.numel())
     if config.rows and fits_rolling((R, S), geometry):
         partial = depthwise_rolling(
             x,
@@ -247,20 +226,10 @@ def _depthwise(
     launch(
         _depthwise_fwd_kernel,
         num_g * tiles,
-        (x, taps.weights, bias, y, *collected_by(partial)),
-        (
-            *(N, H, W, G, P, Q, num_g),
-            *x.stride(),
-            taps.strides[0],
-            taps.strides[2],
-            0 if bias is None else bias.stride(0),
-            *y.stride(),
-        ),
+        (view(x), taps, view(bias), view(y), collected_by(partial)),
+        ((N, H, W, G, P, Q, num_g),),
         {
-            "M": M,
-            "R": R,
-            "S": S,
-            **geometry_constants(geometry),
+            "CONV": conv_constants(M, (R, S), geometry),
             "ACTIVATION": activation,
             "ACC": accumulator(x.dtype),
             "BLOCK_NQ": config.block_nq,

@@ -15,47 +15,20 @@ import triton.language as tl
 from sepconv.kernels.activations import apply_activation
 from sepconv.kernels.configs import ROLLING_MOST_TAPS, DepthwiseConfig
 from sepconv.kernels.geometry import Geometry, Pair
-from sepconv.kernels.launch import Packed, accumulator, ceil_div, launch
+from sepconv.kernels.launch import View, accumulator, ceil_div, conv_constants, launch, view
 from sepconv.kernels.statistics import Partial, collected_by, store_statistics
 from sepconv.kernels.tiles import split_nq
 
 
 @triton.jit
 def _depthwise_rolling_kernel(
-    x_ptr,  # [N, C, H, W]
-    w_ptr,  # [R*S, G] through strides
-    bias_ptr,  # [G] or None
-    y_ptr,  # [N, G, P, Q]
-    moments_ptr,  # [TILES, 2, G], or None where no statistics are wanted
-    counts_ptr,  # [TILES]
-    N,
-    H,
-    W,
-    G,
-    P,
-    Q,
-    num_g,
-    num_strips,
-    rows,
-    steps,  # rows + R - 1
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    stride_wt,
-    stride_wg,
-    stride_bias,
-    stride_yn,
-    stride_yc,
-    stride_yh,
-    stride_yw,
-    M: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_TOP: tl.constexpr,
-    PAD_LEFT: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    x,  # [N, C, H, W]
+    weight,  # [R*S, G]
+    bias,  # [G] or None
+    y,  # [N, G, P, Q]
+    triples,  # [TILES], or None where no statistics are wanted
+    sizes,
+    CONV: tl.constexpr,
     INPUT_GRADIENT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
@@ -63,6 +36,12 @@ def _depthwise_rolling_kernel(
     BLOCK_C: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
+    N, H, W, G, P, Q, num_g, num_strips, rows, steps = sizes  # steps = rows + R - 1
+    R: tl.constexpr = CONV.R  # Triton unrolls over what it knows as a constant only
+    S: tl.constexpr = CONV.S
+    stride_xn, stride_xc, stride_xh, stride_xw = x.stride
+    stride_wt, stride_wg = weight.stride
+    stride_yn, stride_yc, stride_yh, stride_yw = y.stride
     pid = tl.program_id(0).to(tl.int64)
     pid_g = pid % num_g
     first_p = pid // num_g % num_strips * rows
@@ -72,21 +51,23 @@ def _depthwise_rolling_kernel(
     mask_nq = n < N
     offs_g = pid_g * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_g = offs_g < G
-    w = q * STRIDE_W - PAD_LEFT
+    w = q * CONV.STRIDE_W - CONV.PAD_LEFT
 
     # [BLOCK_NQ, BLOCK_C]
-    x_ptrs = x_ptr + (n * stride_xn + w * stride_xw)[:, None] + (offs_g // M * stride_xc)[None, :]
-    y_ptrs = y_ptr + (n * stride_yn + q * stride_yw)[:, None] + (offs_g * stride_yc)[None, :]
-    bias = tl.zeros([BLOCK_C], ACC)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + offs_g * stride_bias, mask=mask_g, other=0.0).to(ACC)
+    x_ptrs = (
+        x.ptr + (n * stride_xn + w * stride_xw)[:, None] + (offs_g // CONV.M * stride_xc)[None, :]
+    )
+    y_ptrs = y.ptr + (n * stride_yn + q * stride_yw)[:, None] + (offs_g * stride_yc)[None, :]
+    shift = tl.zeros([BLOCK_C], ACC)
+    if bias is not None:
+        shift = tl.load(bias.ptr + offs_g * bias.stride[0], mask=mask_g, other=0.0).to(ACC)
     weights = ()
     for tap in tl.static_range(R * S):
         source = R * S - 1 - tap if INPUT_GRADIENT else tap
-        w_ptrs = w_ptr + offs_g * stride_wg + tl.cast(stride_wt, tl.int64) * source
-        weight = tl.load(w_ptrs, mask=mask_g, other=0.0).to(ACC)
+        w_ptrs = weight.ptr + offs_g * stride_wg + tl.cast(stride_wt, tl.int64) * source
+        tap_weight = tl.load(w_ptrs, mask=mask_g, other=0.0).to(ACC)
         # Triton has no starred tuples.
-        weights = weights + (weight[None, :],)  # noqa: RUF005
+        weights = weights + (tap_weight[None, :],)  # noqa: RUF005
 
     means = tl.zeros([BLOCK_NQ, BLOCK_C], ACC)
     squares = tl.zeros([BLOCK_NQ, BLOCK_C], ACC)
@@ -95,15 +76,17 @@ def _depthwise_rolling_kernel(
     # Loads of the next rows are under way while this one is summed.
     for i in tl.range(steps, num_stages=NUM_STAGES):
         step = tl.cast(i, tl.int64)
-        h = first_p + step - PAD_TOP
+        h = first_p + step - CONV.PAD_TOP
         mask_h = mask_nq & (h >= 0) & (h < H)
         for s in tl.static_range(S):
-            column = w + s * DILATION_W
+            column = w + s * CONV.DILATION_W
             mask = (mask_h & (column >= 0) & (column < W))[:, None] & mask_g[None, :]
-            tap_ptrs = x_ptrs + (h * stride_xh + tl.cast(stride_xw, tl.int64) * (s * DILATION_W))
-            x = tl.load(tap_ptrs, mask=mask, other=0.0).to(ACC)
+            tap_ptrs = x_ptrs + (
+                h * stride_xh + tl.cast(stride_xw, tl.int64) * (s * CONV.DILATION_W)
+            )
+            value = tl.load(tap_ptrs, mask=mask, other=0.0).to(ACC)
             for r in tl.static_range(R):
-                acc = accs[r] + x * weights[r * S + s]
+                acc = accs[r] + value * weights[r * S + s]
                 if INPUT_GRADIENT:
                     acc = tl.where(mask, acc, accs[r])
                 accs = accs[:r] + (acc,) + accs[r + 1 :]  # noqa: RUF005
@@ -111,25 +94,23 @@ def _depthwise_rolling_kernel(
         # The strip's first R - 1 steps finish rows that belong to the strip above.
         p = first_p + step - (R - 1)
         mask_p = mask_nq & (p >= first_p) & (p < P)
-        y = apply_activation(accs[R - 1] + bias[None, :], ACTIVATION)
-        if moments_ptr is not None:
+        out = apply_activation(accs[R - 1] + shift[None, :], ACTIVATION)
+        if triples is not None:
             # Each lane's mean so far and squared deviations from it (Welford, 1962).
             finished = (p >= first_p) & (p < P)
             share = 1.0 / tl.maximum(p - first_p + 1, 1).to(ACC)
-            delta = y - means
+            delta = out - means
             mean = means + delta * share
-            squares = tl.where(finished, squares + delta * (y - mean), squares)
+            squares = tl.where(finished, squares + delta * (out - mean), squares)
             means = tl.where(finished, mean, means)
-        y = y.to(y_ptr.dtype.element_ty)
-        tl.store(y_ptrs + p * stride_yh, y, mask=mask_p[:, None] & mask_g[None, :])
+        out = out.to(y.ptr.dtype.element_ty)
+        tl.store(y_ptrs + p * stride_yh, out, mask=mask_p[:, None] & mask_g[None, :])
         accs = (tl.zeros([BLOCK_NQ, BLOCK_C], ACC),) + accs[: R - 1]  # noqa: RUF005
 
-    if moments_ptr is not None:
+    if triples is not None:
         tile = pid // num_g
         height = tl.minimum(rows, P - first_p)
-        store_statistics(
-            moments_ptr, counts_ptr, tile, means, squares, height, mask_nq, offs_g, mask_g, G
-        )
+        store_statistics(triples, tile, means, squares, height, mask_nq, offs_g, mask_g, G)
 
 
 def fits_rolling(filter_size: Pair, geometry: Geometry) -> bool:
@@ -141,7 +122,7 @@ def fits_rolling(filter_size: Pair, geometry: Geometry) -> bool:
 
 def depthwise_rolling(
     x: torch.Tensor,
-    taps: Packed,
+    taps: View,
     filter_size: Pair,
     bias: torch.Tensor | None,
     y: torch.Tensor,
@@ -156,7 +137,7 @@ def depthwise_rolling(
 
     Args:
         x: [N, C, H, W], any strides.
-        taps: Weights packed with M = 1.
+        taps: Weights, from `pack_filters`.
         filter_size: (R, S).
         bias: [C*M] or None.
         y: [N, C*M, P, Q], any strides.
@@ -178,23 +159,10 @@ def depthwise_rolling(
     launch(
         _depthwise_rolling_kernel,
         num_g * tiles,
-        (x, taps.weights, bias, y, *collected_by(partial)),
-        (
-            *(N, H, W, G, P, Q, num_g, num_strips, config.rows, config.rows + R - 1),
-            *x.stride(),
-            taps.strides[0],
-            taps.strides[2],
-            0 if bias is None else bias.stride(0),
-            *y.stride(),
-        ),
+        (view(x), taps, view(bias), view(y), collected_by(partial)),
+        ((N, H, W, G, P, Q, num_g, num_strips, config.rows, config.rows + R - 1),),
         {
-            "M": G // C,
-            "R": R,
-            "S": S,
-            "STRIDE_W": geometry.stride[1],
-            "PAD_TOP": geometry.padding[0],
-            "PAD_LEFT": geometry.padding[2],
-            "DILATION_W": geometry.dilation[1],
+            "CONV": conv_constants(G // C, (R, S), geometry),
             "INPUT_GRADIENT": input_gradient,
             "ACTIVATION": activation,
             "ACC": accumulator(x.dtype),

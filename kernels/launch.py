@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sepconv.kernels.geometry import Geometry
+from sepconv.kernels.geometry import Geometry, Pair
 
 # Offsets inside one axis are 32 bits wide; whole tensors may be larger.
 MAX_AXIS = 2**31 - 2**16
@@ -23,6 +23,32 @@ _TL_DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
 }
+
+
+class View(NamedTuple):
+    """A tensor as a kernel takes it: where it lies, and the strides that the kernel needs."""
+
+    ptr: torch.Tensor
+    stride: Sequence[int]
+
+
+class Conv(NamedTuple):
+    """What the depthwise loops are compiled for. What is at the bottom and right, sizes say."""
+
+    M: int
+    R: int
+    S: int
+    STRIDE_H: int
+    STRIDE_W: int
+    PAD_TOP: int
+    PAD_LEFT: int
+    DILATION_H: int
+    DILATION_W: int
+
+
+def view(tensor: torch.Tensor | None) -> View | None:
+    """A tensor with all its strides; None for none."""
+    return None if tensor is None else View(tensor, tensor.stride())
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -80,14 +106,25 @@ def collapse(sizes: Sequence[int], *strides: Sequence[int]) -> tuple[list[int], 
     return merged_sizes, merged_strides
 
 
-class Packed(NamedTuple):
-    """Weights as the kernels read them: a tensor and the three strides that matter to them."""
+def merged_views(*tensors: torch.Tensor | None) -> tuple[list[int], list[View | None]]:
+    """Tensors [N, C, H, W] as kernels take them that do not know rows from columns.
 
-    weights: torch.Tensor
-    strides: tuple[int, int, int]
+    Args:
+        tensors: Of equal N, H and W, any strides; only the first must be there.
+
+    Returns:
+        Three sizes, outermost first, and each tensor with their strides and that of the channels.
+    """
+    first = tensors[0]
+    present = [tensor for tensor in tensors if tensor is not None]
+    pixels = [tensor.stride() for tensor in present]
+    N, _, H, W = first.shape
+    sizes, strides = collapse((N, H, W), *((s[0], s[2], s[3]) for s in pixels))
+    views = [View(t, (*s, p[1])) for t, s, p in zip(present, strides, pixels, strict=True)]
+    return sizes, [None if tensor is None else views.pop(0) for tensor in tensors]
 
 
-def pack_depthwise(weight_dw: torch.Tensor, M: int, outputs: int) -> Packed:
+def pack_depthwise(weight_dw: torch.Tensor, M: int, outputs: int) -> View:
     """Depthwise weights [C*M, 1, R, S], with the strides of a tap, of m and of c.
 
     Packed as [R*S, M, C] in the accumulator's type, the channels of one tap lie side by side and
@@ -96,14 +133,20 @@ def pack_depthwise(weight_dw: torch.Tensor, M: int, outputs: int) -> Packed:
     """
     G, _, R, S = weight_dw.shape
     if outputs < _WORTH_PACKING and weight_dw.is_contiguous():
-        return Packed(weight_dw, (1, R * S, M * R * S))
+        return View(weight_dw, (1, R * S, M * R * S))
     view = weight_dw.unflatten(0, (G // M, M)).permute(3, 4, 2, 1, 0)
     dtype = accumulator_dtype(weight_dw.dtype)
     packed = torch.empty(view.shape, dtype=dtype, device=weight_dw.device).copy_(view)
-    return Packed(packed, (G, G // M, 1))
+    return View(packed, (G, G // M, 1))
 
 
-def pack_pointwise(weight_pw: torch.Tensor, M: int, outputs: int) -> Packed:
+def pack_filters(weight_dw: torch.Tensor, outputs: int) -> View:
+    """Depthwise weights as `pack_depthwise` packs them, with the strides of a tap and of g."""
+    packed, (stride_t, _, stride_g) = pack_depthwise(weight_dw, 1, outputs)
+    return View(packed, (stride_t, stride_g))
+
+
+def pack_pointwise(weight_pw: torch.Tensor, M: int, outputs: int) -> View:
     """Pointwise weights [K, C*M, 1, 1], with the strides of k, of m and of c.
 
     Packed as [K, M, C] where several filters per channel lie between channels, if it is worth it.
@@ -111,18 +154,25 @@ def pack_pointwise(weight_pw: torch.Tensor, M: int, outputs: int) -> Packed:
     G = weight_pw.shape[1]
     stride_k, stride_g = weight_pw.stride()[:2]
     if M == 1 or outputs < _WORTH_PACKING:
-        return Packed(weight_pw, (stride_k, stride_g, stride_g * M))
+        return View(weight_pw, (stride_k, stride_g, stride_g * M))
     packed = weight_pw[:, :, 0, 0].unflatten(1, (G // M, M)).transpose(1, 2).contiguous()
-    return Packed(packed, (G, G // M, 1))
+    return View(packed, (G, G // M, 1))
 
 
-def dot_options(x: torch.Tensor, allow_tf32: bool) -> dict[str, Any]:
-    """The operand type and precision of `tl.dot` for tensors like `x`."""
+class Dot(NamedTuple):
+    """Operand type and precision of `tl.dot`."""
+
+    TYPE: tl.dtype
+    PRECISION: str | None
+
+
+def dot_options(x: torch.Tensor, allow_tf32: bool) -> Dot:
+    """How tensors like `x` are multiplied."""
     # AMD back ends accept only their own default precision.
     precision = None
     if x.dtype == torch.float32 and torch.version.hip is None:
         precision = "tf32" if allow_tf32 else "ieee"
-    return {"DOT": _TL_DTYPES[dot_dtype(x)], "PRECISION": precision}
+    return Dot(_TL_DTYPES[dot_dtype(x)], precision)
 
 
 def dot_dtype(x: torch.Tensor) -> torch.dtype:
@@ -146,17 +196,10 @@ def _before_ampere(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) < (8, 0)
 
 
-def geometry_constants(geometry: Geometry) -> dict[str, int]:
-    """A geometry by the names of the kernels' constants."""
+def conv_constants(M: int, filter_size: Pair, geometry: Geometry) -> Conv:
+    """The constants of a depthwise convolution."""
     stride, (top, _, left, _), dilation = geometry
-    return {
-        "STRIDE_H": stride[0],
-        "STRIDE_W": stride[1],
-        "PAD_TOP": top,
-        "PAD_LEFT": left,
-        "DILATION_H": dilation[0],
-        "DILATION_W": dilation[1],
-    }
+    return Conv(M, *filter_size, *stride, top, left, *dilation)
 
 
 def active_target() -> Any:
@@ -168,11 +211,22 @@ def active_target() -> Any:
     return triton.runtime.driver.active.get_current_target()
 
 
+def _check_device(tensors: Sequence[torch.Tensor | tuple | None], device: torch.device) -> None:
+    for each in tensors:
+        if each is None:
+            continue
+        tensor = each[0] if isinstance(each, tuple) else each
+        if isinstance(tensor, tuple):
+            _check_device(each, device)
+        elif tensor.device != device:
+            raise ValueError(f"expected every tensor on {device}, got one on {tensor.device}")
+
+
 def launch(
     kernel: Any,
     programs: int,
-    tensors: Sequence[torch.Tensor | None],
-    scalars: Sequence[int],
+    tensors: Sequence[torch.Tensor | tuple | None],
+    sizes: Sequence[tuple[int, ...]],
     constants: dict[str, Any],
     *,
     num_warps: int,
@@ -183,19 +237,26 @@ def launch(
     Neither synchronises nor reads device memory, so it can be captured in a CUDA graph. For meta
     tensors the kernel is compiled, for the target that Triton's active driver names, and not run.
 
+    Args:
+        kernel: Takes the tensors and the sizes by position, the constants by name.
+        programs: How many.
+        tensors: Views, contiguous tensors, tuples of these, None. The first is a tuple.
+        sizes: What the kernel needs to know of shapes and of its grid.
+        constants: What it is compiled for.
+        num_warps: Of one program.
+        num_stages: Of its pipelined loops.
+
     Raises:
         ValueError: The tensors lie on different devices.
     """
-    device = tensors[0].device
-    for tensor in tensors:
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"expected every tensor on {device}, got one on {tensor.device}")
+    device = tensors[0][0].device
+    _check_device(tensors, device)
     if device.type == "meta":
         options = {"num_warps": num_warps, "num_stages": num_stages, "grid": (programs,)}
-        kernel.warmup(*tensors, *scalars, **constants, **options)
+        kernel.warmup(*tensors, *sizes, **constants, **options)
         return
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[(programs,)](
-            *tensors, *scalars, **constants, num_warps=num_warps, num_stages=num_stages
+            *tensors, *sizes, **constants, num_warps=num_warps, num_stages=num_stages
         )

@@ -14,56 +14,41 @@ import triton.language as tl
 from sepconv.kernels.activations import apply_activation
 from sepconv.kernels.configs import ConvShape, GemmConfig, default
 from sepconv.kernels.launch import (
+    View,
     accumulator,
     ceil_div,
-    collapse,
     dot_dtype,
     dot_options,
     empty_output,
     launch,
+    merged_views,
+    view,
 )
 from sepconv.kernels.statistics import Partial, collected_by, store_statistics
 
 
 @triton.jit
 def _pointwise_fwd_kernel(
-    x_ptr,  # [OUTER_0, OUTER_1, INNER, C] through strides
-    w_ptr,  # [K, C]
-    bias_ptr,  # [K] or None
-    residual_ptr,  # like y, or None
-    y_ptr,  # [OUTER_0, OUTER_1, INNER, K] through strides
-    moments_ptr,  # [TILES, 2, K], or None where no statistics are wanted
-    counts_ptr,  # [TILES]
-    OUTER_1,
-    INNER,
-    C,
-    K,
-    num_k,
-    num_c,
-    num_tiles,
-    stride_x0,
-    stride_x1,
-    stride_x2,
-    stride_xc,
-    stride_wk,
-    stride_wc,
-    stride_bias,
-    stride_r0,
-    stride_r1,
-    stride_r2,
-    stride_rc,
-    stride_y0,
-    stride_y1,
-    stride_y2,
-    stride_yc,
+    x,  # [OUTER_0, OUTER_1, INNER, C]
+    weight,  # [K, C]
+    bias,  # [K] or None
+    residual,  # like y, or None
+    y,  # [OUTER_0, OUTER_1, INNER, K]
+    triples,  # [TILES], or None where no statistics are wanted
+    sizes,
+    grid,
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
     DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_NQ: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    OUTER_1, INNER, C, K = sizes
+    num_k, num_c, num_tiles = grid
+    stride_x0, stride_x1, stride_x2, stride_xc = x.stride
+    stride_wk, stride_wc = weight.stride
+    stride_y0, stride_y1, stride_y2, stride_yc = y.stride
     pid = tl.program_id(0).to(tl.int64)
     pid_k = pid % num_k
     pid_tile = pid // num_k % num_tiles
@@ -77,39 +62,42 @@ def _pointwise_fwd_kernel(
     mask_nq = offs_nq < INNER
     mask_k = offs_k < K
 
-    x_ptr += outer_0 * stride_x0 + outer_1 * stride_x1
-    x_ptrs = x_ptr + (offs_nq * stride_x2)[:, None] + (offs_c * stride_xc)[None, :]
-    w_ptrs = w_ptr + (offs_c * stride_wc)[:, None] + (offs_k * stride_wk)[None, :]
+    x_pixels = x.ptr + outer_0 * stride_x0 + outer_1 * stride_x1
+    x_ptrs = x_pixels + (offs_nq * stride_x2)[:, None] + (offs_c * stride_xc)[None, :]
+    w_ptrs = weight.ptr + (offs_c * stride_wc)[:, None] + (offs_k * stride_wk)[None, :]
     acc = tl.zeros([BLOCK_NQ, BLOCK_K], ACC)
     for i in range(num_c):
         first_c = tl.cast(i, tl.int64) * BLOCK_C
         mask_c = first_c + offs_c < C
-        x = tl.load(
+        value = tl.load(
             x_ptrs + first_c * stride_xc, mask=mask_nq[:, None] & mask_c[None, :], other=0.0
         )
-        weight = tl.load(
+        mix = tl.load(
             w_ptrs + first_c * stride_wc, mask=mask_c[:, None] & mask_k[None, :], other=0.0
         )
-        acc = tl.dot(x.to(DOT), weight.to(DOT), acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = tl.dot(
+            value.to(DOT.TYPE), mix.to(DOT.TYPE), acc, input_precision=DOT.PRECISION, out_dtype=ACC
+        )
 
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + offs_k * stride_bias, mask=mask_k, other=0.0).to(ACC)
-        acc += bias[None, :]
+    if bias is not None:
+        shift = tl.load(bias.ptr + offs_k * bias.stride[0], mask=mask_k, other=0.0).to(ACC)
+        acc += shift[None, :]
     mask = mask_nq[:, None] & mask_k[None, :]
-    if residual_ptr is not None:
-        residual_ptr += outer_0 * stride_r0 + outer_1 * stride_r1
-        residual_ptrs = residual_ptr + (offs_nq * stride_r2)[:, None]
+    if residual is not None:
+        stride_r0, stride_r1, stride_r2, stride_rc = residual.stride
+        residual_pixels = residual.ptr + outer_0 * stride_r0 + outer_1 * stride_r1
+        residual_ptrs = residual_pixels + (offs_nq * stride_r2)[:, None]
         residual_ptrs += (offs_k * stride_rc)[None, :]
         acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(ACC)
-    y = apply_activation(acc, ACTIVATION)
-    if moments_ptr is not None:
+    acc = apply_activation(acc, ACTIVATION)
+    if triples is not None:
         squares = tl.zeros([BLOCK_NQ, BLOCK_K], ACC)
         tile = pid // num_k
-        store_statistics(moments_ptr, counts_ptr, tile, y, squares, 1, mask_nq, offs_k, mask_k, K)
+        store_statistics(triples, tile, acc, squares, 1, mask_nq, offs_k, mask_k, K)
 
-    y_ptr += outer_0 * stride_y0 + outer_1 * stride_y1
-    y_ptrs = y_ptr + (offs_nq * stride_y2)[:, None] + (offs_k * stride_yc)[None, :]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    y_pixels = y.ptr + outer_0 * stride_y0 + outer_1 * stride_y1
+    y_ptrs = y_pixels + (offs_nq * stride_y2)[:, None] + (offs_k * stride_yc)[None, :]
+    tl.store(y_ptrs, acc.to(y.ptr.dtype.element_ty), mask=mask)
 
 
 def pointwise_fwd(
@@ -198,30 +186,21 @@ def _pointwise(
     if config is None:
         shape = ConvShape(N, C, H, W, K, H, W, channels_last=channels_last)
         config = default("pointwise_fwd", dot_dtype(x), shape)
-    tensors = (x, y, y if residual is None else residual)
-    pixels = [tensor.stride() for tensor in tensors]
-    sizes, strides = collapse((N, H, W), *((s[0], s[2], s[3]) for s in pixels))
-    stride_x, stride_y, stride_r = ([*s, p[1]] for s, p in zip(strides, pixels, strict=True))
+    (OUTER_0, OUTER_1, INNER), (view_x, view_y, view_residual) = merged_views(x, y, residual)
+    weight = View(weight_pw, weight_pw.stride()[:2])
     num_k = ceil_div(K, config.block_k)
-    num_tiles = ceil_div(sizes[2], config.block_nq)
-    tiles = num_tiles * sizes[0] * sizes[1]
+    num_tiles = ceil_div(INNER, config.block_nq)
+    tiles = num_tiles * OUTER_0 * OUTER_1
     partial = Partial(y, tiles) if statistics else None
     launch(
         _pointwise_fwd_kernel,
         num_k * tiles,
-        (x, weight_pw, bias, residual, y, *collected_by(partial)),
-        (
-            *(sizes[1], sizes[2], C, K, num_k, ceil_div(C, config.block_c), num_tiles),
-            *stride_x,
-            *weight_pw.stride()[:2],
-            0 if bias is None else bias.stride(0),
-            *stride_r,
-            *stride_y,
-        ),
+        (view_x, weight, view(bias), view_residual, view_y, collected_by(partial)),
+        ((OUTER_1, INNER, C, K), (num_k, ceil_div(C, config.block_c), num_tiles)),
         {
             "ACTIVATION": activation,
             "ACC": accumulator(x.dtype),
-            **dot_options(x, allow_tf32),
+            "DOT": dot_options(x, allow_tf32),
             "BLOCK_NQ": config.block_nq,
             "BLOCK_C": config.block_c,
             "BLOCK_K": config.block_k,

@@ -21,13 +21,14 @@ from sepconv.kernels.launch import (
     accumulator,
     ceil_div,
     check_axes,
+    conv_constants,
     dot_dtype,
     dot_options,
     empty_output,
-    geometry_constants,
     launch,
     pack_depthwise,
     pack_pointwise,
+    view,
 )
 from sepconv.kernels.tiles import split_nq
 
@@ -39,44 +40,40 @@ _MAX_STRIP_R = 5
 def _mid_strip(
     x_ptrs,  # [BLOCK_NQ, BLOCK_C], the strip's first tap
     w_ptrs,  # [BLOCK_C], the first tap
-    h,
-    w,  # [BLOCK_NQ]
-    mask_nq,
-    mask_c,
-    H,
-    W,
-    stride_xh,
-    stride_xw,
-    stride_wt,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    place,  # row, and columns [BLOCK_NQ], of the first tap
+    masks,  # [BLOCK_NQ] and [BLOCK_C]
+    image,  # (H, W)
+    x_stride,
+    w_stride,
+    CONV: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_NQ: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Depthwise sums of `ROWS` output rows: that many [BLOCK_NQ, BLOCK_C]."""
+    R: tl.constexpr = CONV.R  # Triton unrolls over what it knows as a constant only
+    h, w = place
+    mask_nq, mask_c = masks
+    H, W = image
     mids = (tl.zeros([BLOCK_NQ, BLOCK_C], ACC),) * ROWS
     # A loop over columns, not an unrolled one: unrolled, every tap goes through shared memory.
-    for i in range(S):
+    for i in range(CONV.S):
         s = tl.cast(i, tl.int64)
-        column = w + s * DILATION_W
+        column = w + s * CONV.DILATION_W
         mask_w = mask_nq & (column >= 0) & (column < W)
         weights = ()
         for r in tl.static_range(R):
-            weight = tl.load(w_ptrs + (r * S + s) * stride_wt, mask=mask_c, other=0.0).to(ACC)
+            weight = tl.load(w_ptrs + (r * CONV.S + s) * w_stride[0], mask=mask_c, other=0.0)
             # Triton has no starred tuples.
-            weights = weights + (weight[None, :],)  # noqa: RUF005
-        for row in tl.static_range((ROWS - 1) * STRIDE_H + (R - 1) * DILATION_H + 1):
+            weights = weights + (weight.to(ACC)[None, :],)  # noqa: RUF005
+        for row in tl.static_range((ROWS - 1) * CONV.STRIDE_H + (R - 1) * CONV.DILATION_H + 1):
             mask = (mask_w & (h + row >= 0) & (h + row < H))[:, None] & mask_c[None, :]
-            offset = tl.cast(stride_xh, tl.int64) * row + s * DILATION_W * stride_xw
+            offset = tl.cast(x_stride[2], tl.int64) * row + s * CONV.DILATION_W * x_stride[3]
             x = tl.load(x_ptrs + offset, mask=mask, other=0.0).to(ACC)
             for t in tl.static_range(ROWS):
                 for r in tl.static_range(R):
-                    if t * STRIDE_H + r * DILATION_H == row:
+                    if t * CONV.STRIDE_H + r * CONV.DILATION_H == row:
                         mids = mids[:t] + (mids[t] + x * weights[r],) + mids[t + 1 :]  # noqa: RUF005
     return mids
 
@@ -85,103 +82,67 @@ def _mid_strip(
 def _mid_row(
     x_ptrs,
     w_ptrs,
-    h,
-    w,
-    mask_nq,
-    mask_c,
-    H,
-    W,
-    stride_xh,
-    stride_xw,
-    stride_wt,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    place,
+    masks,
+    image,
+    x_stride,
+    w_stride,
+    CONV: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_NQ: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Depthwise sum [BLOCK_NQ, BLOCK_C] of one output row, any filter; arguments as above."""
+    h, w = place
+    mask_nq, mask_c = masks
+    H, W = image
     mid = tl.zeros([BLOCK_NQ, BLOCK_C], ACC)
     # A loop over rows, not an unrolled one: unrolled, the pipeliner buffers every tap.
-    for i in range(R):
+    for i in range(CONV.R):
         r = tl.cast(i, tl.int64)
-        row = r * DILATION_H
+        row = r * CONV.DILATION_H
         mid = depthwise_row(
             mid,
-            x_ptrs + row * stride_xh,
-            w_ptrs + r * S * stride_wt,
+            x_ptrs + row * x_stride[2],
+            w_ptrs + r * CONV.S * w_stride[0],
             w,
             mask_nq & (h + row >= 0) & (h + row < H),
             mask_c,
             W,
-            stride_xw,
-            stride_wt,
-            S,
-            DILATION_W,
+            x_stride[3],
+            w_stride[0],
+            CONV,
         )
     return mid
 
 
 @triton.jit
 def _separable_fwd_kernel(
-    x_ptr,  # [N, C, H, W]
-    w_dw_ptr,  # [R*S, M, C] through strides
-    w_pw_ptr,  # [K, M, C] through strides
-    bias_dw_ptr,  # [C*M] or None
-    bias_pw_ptr,  # [K] or None
-    residual_ptr,  # [N, K, P, Q] or None
-    y_ptr,  # [N, K, P, Q]
-    N,
-    C,
-    H,
-    W,
-    K,
-    P,
-    Q,
-    num_k,
-    num_strips,
-    num_tiles,  # of h: ceil(C / BLOCK_C) * M
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    stride_wt,
-    stride_wm,
-    stride_wc,
-    stride_pwk,
-    stride_pwm,
-    stride_pwc,
-    stride_bias_dw,
-    stride_bias_pw,
-    stride_rn,
-    stride_rc,
-    stride_rh,
-    stride_rw,
-    stride_yn,
-    stride_yc,
-    stride_yh,
-    stride_yw,
-    M: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_TOP: tl.constexpr,
-    PAD_LEFT: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    x,  # [N, C, H, W]
+    weight_dw,  # [R*S, M, C]
+    weight_pw,  # [K, M, C]
+    bias_dw,  # [C*M] or None
+    bias_pw,  # [K] or None
+    residual,  # [N, K, P, Q] or None
+    y,  # [N, K, P, Q]
+    sizes,
+    grid,
+    CONV: tl.constexpr,
     ACTIVATION_MID: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
     DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_NQ: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    N, C, H, W, K, P, Q = sizes
+    num_k, num_strips, num_tiles = grid  # num_tiles, of h: ceil(C / BLOCK_C) * M
+    stride_xn, stride_xc, stride_xh, stride_xw = x.stride
+    _, stride_wm, stride_wc = weight_dw.stride
+    stride_pwk, stride_pwm, stride_pwc = weight_pw.stride
+    stride_yn, stride_yc, stride_yh, stride_yw = y.stride
     pid = tl.program_id(0).to(tl.int64)
     pid_k = pid % num_k
     p = pid // num_k % num_strips * ROWS
@@ -191,94 +152,56 @@ def _separable_fwd_kernel(
     mask_nq = n < N
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
-    h = p * STRIDE_H - PAD_TOP
-    w = q * STRIDE_W - PAD_LEFT
+    h = p * CONV.STRIDE_H - CONV.PAD_TOP
+    w = q * CONV.STRIDE_W - CONV.PAD_LEFT
 
-    x_pixels = x_ptr + n * stride_xn + h * stride_xh + w * stride_xw
+    x_pixels = x.ptr + n * stride_xn + h * stride_xh + w * stride_xw
     # ROWS times [BLOCK_NQ, BLOCK_K]
     accs = (tl.zeros([BLOCK_NQ, BLOCK_K], ACC),) * ROWS
     # The M tiles of one block of input channels follow each other, so that x stays cached.
     for i in range(num_tiles):
-        m = tl.cast(i, tl.int64) % M
-        offs_c = tl.cast(i, tl.int64) // M * BLOCK_C + tl.arange(0, BLOCK_C)
+        m = tl.cast(i, tl.int64) % CONV.M
+        offs_c = tl.cast(i, tl.int64) // CONV.M * BLOCK_C + tl.arange(0, BLOCK_C)
         mask_c = offs_c < C
 
         # [BLOCK_C, BLOCK_K], asked for early, needed after the depthwise sums.
-        w_pw_ptrs = w_pw_ptr + m * stride_pwm + (offs_c * stride_pwc)[:, None]
+        w_pw_ptrs = weight_pw.ptr + m * stride_pwm + (offs_c * stride_pwc)[:, None]
         w_pw_ptrs += (offs_k * stride_pwk)[None, :]
-        w_pw = tl.load(w_pw_ptrs, mask=mask_c[:, None] & mask_k[None, :], other=0.0).to(DOT)
+        w_pw = tl.load(w_pw_ptrs, mask=mask_c[:, None] & mask_k[None, :], other=0.0).to(DOT.TYPE)
 
         x_ptrs = x_pixels[:, None] + (offs_c * stride_xc)[None, :]
-        w_dw_ptrs = w_dw_ptr + m * stride_wm + offs_c * stride_wc
+        w_dw_ptrs = weight_dw.ptr + m * stride_wm + offs_c * stride_wc
+        place, masks = (h, w), (mask_nq, mask_c)
+        at = (x_ptrs, w_dw_ptrs, place, masks, (H, W), x.stride, weight_dw.stride)
         if ROWS == 1:
-            mids = (
-                _mid_row(
-                    x_ptrs,
-                    w_dw_ptrs,
-                    h,
-                    w,
-                    mask_nq,
-                    mask_c,
-                    H,
-                    W,
-                    stride_xh,
-                    stride_xw,
-                    stride_wt,
-                    R,
-                    S,
-                    DILATION_H,
-                    DILATION_W,
-                    ACC,
-                    BLOCK_NQ,
-                    BLOCK_C,
-                ),
-            )
+            mids = (_mid_row(*at, CONV, ACC, BLOCK_NQ, BLOCK_C),)
         else:
-            mids = _mid_strip(
-                x_ptrs,
-                w_dw_ptrs,
-                h,
-                w,
-                mask_nq,
-                mask_c,
-                H,
-                W,
-                stride_xh,
-                stride_xw,
-                stride_wt,
-                R,
-                S,
-                STRIDE_H,
-                DILATION_H,
-                DILATION_W,
-                ACC,
-                BLOCK_NQ,
-                BLOCK_C,
-                ROWS,
-            )
-        bias_dw = tl.zeros([BLOCK_C], ACC)
-        if bias_dw_ptr is not None:
-            bias_dw_ptrs = bias_dw_ptr + (offs_c * M + m) * stride_bias_dw
-            bias_dw = tl.load(bias_dw_ptrs, mask=mask_c, other=0.0).to(ACC)
+            mids = _mid_strip(*at, CONV, ACC, BLOCK_NQ, BLOCK_C, ROWS)
+        shift_dw = tl.zeros([BLOCK_C], ACC)
+        if bias_dw is not None:
+            bias_dw_ptrs = bias_dw.ptr + (offs_c * CONV.M + m) * bias_dw.stride[0]
+            shift_dw = tl.load(bias_dw_ptrs, mask=mask_c, other=0.0).to(ACC)
         for t in tl.static_range(ROWS):
-            mid = apply_activation(mids[t] + bias_dw[None, :], ACTIVATION_MID)
-            mid = mid.to(x_ptr.dtype.element_ty).to(DOT)
-            acc = tl.dot(mid, w_pw, accs[t], input_precision=PRECISION, out_dtype=ACC)
+            mid = apply_activation(mids[t] + shift_dw[None, :], ACTIVATION_MID)
+            mid = mid.to(x.ptr.dtype.element_ty).to(DOT.TYPE)
+            acc = tl.dot(mid, w_pw, accs[t], input_precision=DOT.PRECISION, out_dtype=ACC)
             accs = accs[:t] + (acc,) + accs[t + 1 :]  # noqa: RUF005
 
-    bias_pw = tl.zeros([BLOCK_K], ACC)
-    if bias_pw_ptr is not None:
-        bias_pw = tl.load(bias_pw_ptr + offs_k * stride_bias_pw, mask=mask_k, other=0.0).to(ACC)
+    shift_pw = tl.zeros([BLOCK_K], ACC)
+    if bias_pw is not None:
+        bias_pw_ptrs = bias_pw.ptr + offs_k * bias_pw.stride[0]
+        shift_pw = tl.load(bias_pw_ptrs, mask=mask_k, other=0.0).to(ACC)
     for t in tl.static_range(ROWS):
         mask = (mask_nq & (p + t < P))[:, None] & mask_k[None, :]
-        acc = accs[t] + bias_pw[None, :]
-        if residual_ptr is not None:
-            residual_ptrs = residual_ptr + n * stride_rn + (p + t) * stride_rh + q * stride_rw
+        acc = accs[t] + shift_pw[None, :]
+        if residual is not None:
+            stride_rn, stride_rc, stride_rh, stride_rw = residual.stride
+            residual_ptrs = residual.ptr + n * stride_rn + (p + t) * stride_rh + q * stride_rw
             residual_ptrs = residual_ptrs[:, None] + (offs_k * stride_rc)[None, :]
             acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(ACC)
-        y = apply_activation(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
-        y_ptrs = y_ptr + n * stride_yn + (p + t) * stride_yh + q * stride_yw
-        tl.store(y_ptrs[:, None] + (offs_k * stride_yc)[None, :], y, mask=mask)
+        acc = apply_activation(acc, ACTIVATION).to(y.ptr.dtype.element_ty)
+        y_ptrs = y.ptr + n * stride_yn + (p + t) * stride_yh + q * stride_yw
+        tl.store(y_ptrs[:, None] + (offs_k * stride_yc)[None, :], acc, mask=mask)
 
 
 def separable_fwd(
@@ -331,32 +254,18 @@ def separable_fwd(
     num_k = ceil_div(K, config.block_k)
     num_strips = ceil_div(P, rows)
     outputs = N * P * Q * G
-    taps = pack_depthwise(weight_dw, M, outputs)
-    packed_pw = pack_pointwise(weight_pw, M, outputs)
+    weights = (pack_depthwise(weight_dw, M, outputs), pack_pointwise(weight_pw, M, outputs))
     launch(
         _separable_fwd_kernel,
         num_k * num_strips * ceil_div(N * Q, config.block_nq),
-        (x, taps.weights, packed_pw.weights, bias_dw, bias_pw, residual, y),
-        (
-            *(N, C, H, W, K, P, Q, num_k, num_strips),
-            ceil_div(C, config.block_c) * M,
-            *x.stride(),
-            *taps.strides,
-            *packed_pw.strides,
-            0 if bias_dw is None else bias_dw.stride(0),
-            0 if bias_pw is None else bias_pw.stride(0),
-            *(y if residual is None else residual).stride(),
-            *y.stride(),
-        ),
+        (view(x), *weights, view(bias_dw), view(bias_pw), view(residual), view(y)),
+        ((N, C, H, W, K, P, Q), (num_k, num_strips, ceil_div(C, config.block_c) * M)),
         {
-            "M": M,
-            "R": R,
-            "S": S,
-            **geometry_constants(geometry),
+            "CONV": conv_constants(M, (R, S), geometry),
             "ACTIVATION_MID": activation_mid,
             "ACTIVATION": activation,
             "ACC": accumulator(x.dtype),
-            **dot_options(x, allow_tf32),
+            "DOT": dot_options(x, allow_tf32),
             "BLOCK_NQ": config.block_nq,
             "BLOCK_C": config.block_c,
             "BLOCK_K": config.block_k,

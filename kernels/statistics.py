@@ -11,6 +11,8 @@ The tiles are combined in a fixed order by a kernel that runs twice at most: the
 time. A sum of squares would lose the variance of a channel whose mean is large.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -22,10 +24,26 @@ _BLOCK_T, _BLOCK_C, _NUM_WARPS = 32, 32, 4
 _MOST_TRIPLES = 64
 
 
+class Triples(NamedTuple):
+    """Triples of several tiles, of every channel.
+
+    Attributes:
+        moments: [TILES, 2, G], means and sums of squared deviations, in the accumulator's type.
+        counts: [TILES], likewise.
+    """
+
+    moments: torch.Tensor
+    counts: torch.Tensor
+
+    @classmethod
+    def empty(cls, like: torch.Tensor, tiles: int, G: int) -> "Triples":
+        """Uninitialised, in the type and on the device of a tensor."""
+        return cls(like.new_empty((tiles, 2, G)), like.new_empty(tiles))
+
+
 @triton.jit
 def store_statistics(
-    moments_ptr,  # [TILES, 2, G]: means and sums of squared deviations
-    counts_ptr,  # [TILES]
+    triples,
     tile,
     means,  # [BLOCK_NQ, BLOCK_C], of `rows` values of each lane
     squares,  # [BLOCK_NQ, BLOCK_C], their squared deviations from these means
@@ -41,26 +59,22 @@ def store_statistics(
     mean = tl.sum(tl.where(inside, means, 0.0), axis=0) / tl.maximum(lanes, 1.0)
     deviation = tl.where(inside, means - mean[None, :], 0.0)
     m2 = tl.sum(tl.where(inside, squares, 0.0) + deviation * deviation * rows, axis=0)
-    moments_ptrs = moments_ptr + tile * 2 * G + offs_g
+    moments_ptrs = triples.moments + tile * 2 * G + offs_g
     tl.store(moments_ptrs, mean, mask=mask_g)
     tl.store(moments_ptrs + tl.cast(G, tl.int64), m2, mask=mask_g)
-    tl.store(counts_ptr + tile, lanes * rows)
+    tl.store(triples.counts + tile, lanes * rows)
 
 
 @triton.jit
 def _combine_kernel(
-    moments_ptr,  # [TILES, 2, G]
-    counts_ptr,  # [TILES]
-    combined_ptr,  # [SPLITS, 2, G]
-    combined_counts_ptr,  # [SPLITS]
-    TILES,
-    G,
-    num_g,
-    trips,
+    triples,  # TILES of them
+    combined,  # SPLITS of them
+    sizes,
     ACC: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    TILES, G, num_g, trips = sizes
     pid = tl.program_id(0).to(tl.int64)
     pid_g = pid % num_g
     split = pid // num_g
@@ -76,8 +90,8 @@ def _combine_kernel(
         t = (split * trips + tl.cast(i, tl.int64)) * BLOCK_T + tl.arange(0, BLOCK_T)
         mask_t = t < TILES
         mask = mask_t[:, None] & mask_g[None, :]
-        count = tl.load(counts_ptr + t, mask=mask_t, other=0.0)
-        ptrs = moments_ptr + (t * 2 * G)[:, None] + offs_g[None, :]
+        count = tl.load(triples.counts + t, mask=mask_t, other=0.0)
+        ptrs = triples.moments + (t * 2 * G)[:, None] + offs_g[None, :]
         mean = tl.load(ptrs, mask=mask, other=0.0)
         m2 = tl.load(ptrs + tl.cast(G, tl.int64), mask=mask, other=0.0)
 
@@ -92,58 +106,55 @@ def _combine_kernel(
     mean = tl.sum(means * counts[:, None], axis=0) / tl.maximum(total, 1.0)
     deviation = means - mean[None, :]
     m2 = tl.sum(squares + deviation * deviation * counts[:, None], axis=0)
-    combined_ptrs = combined_ptr + split * 2 * G + offs_g
+    combined_ptrs = combined.moments + split * 2 * G + offs_g
     tl.store(combined_ptrs, mean, mask=mask_g)
     tl.store(combined_ptrs + tl.cast(G, tl.int64), m2, mask=mask_g)
-    tl.store(combined_counts_ptr + split, total)
+    tl.store(combined.counts + split, total)
 
 
 class Partial:
     """What the tiles of one convolution leave, and how it becomes a mean and a variance.
 
     Attributes:
-        moments: [TILES, 2, G] in the accumulator's type, uninitialised.
-        counts: [TILES], likewise.
+        triples: Of each tile, uninitialised.
     """
 
     def __init__(self, y: torch.Tensor, tiles: int) -> None:
-        dtype, device = accumulator_dtype(y.dtype), y.device
-        self.moments = torch.empty((tiles, 2, y.shape[1]), dtype=dtype, device=device)
-        self.counts = torch.empty(tiles, dtype=dtype, device=device)
+        like = torch.empty(0, dtype=accumulator_dtype(y.dtype), device=y.device)
+        self.triples = Triples.empty(like, tiles, y.shape[1])
         self.per_channel = y.shape[0] * y.shape[2] * y.shape[3]
 
     def combine(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and biased variance [G] of each channel."""
-        moments, counts = self.moments, self.counts
-        if not len(counts):
-            nothing = moments.new_full(moments.shape[2:], torch.nan)
+        triples = self.triples
+        tiles = len(triples.counts)
+        if not tiles:
+            nothing = triples.moments.new_full(triples.moments.shape[2:], torch.nan)
             return nothing, nothing.clone()
-        splits = ceil_div(len(counts), _MOST_TRIPLES)
+        splits = ceil_div(tiles, _MOST_TRIPLES)
         if splits > 1:
-            moments, counts = _combined(moments, counts, min(splits, _MOST_TRIPLES))
-        moments, counts = _combined(moments, counts, 1)
-        return moments[0, 0], moments[0, 1] / self.per_channel
+            triples = _combined(triples, min(splits, _MOST_TRIPLES))
+        (moments,), _ = _combined(triples, 1)
+        return moments[0], moments[1] / self.per_channel
 
 
-def collected_by(partial: Partial | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The arguments of a kernel that may have to collect statistics."""
-    return (None, None) if partial is None else (partial.moments, partial.counts)
+def collected_by(partial: Partial | None) -> Triples | None:
+    """The argument of a kernel that may have to collect statistics."""
+    return None if partial is None else partial.triples
 
 
-def _combined(
-    moments: torch.Tensor, counts: torch.Tensor, splits: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _combined(triples: Triples, splits: int) -> Triples:
     """The triples combined into that many."""
-    tiles, _, G = moments.shape
+    tiles, _, G = triples.moments.shape
     num_g = ceil_div(G, _BLOCK_C)
-    combined, combined_counts = moments.new_empty((splits, 2, G)), counts.new_empty(splits)
+    combined = Triples.empty(triples.counts, splits, G)
     launch(
         _combine_kernel,
         num_g * splits,
-        (moments, counts, combined, combined_counts),
-        (tiles, G, num_g, ceil_div(ceil_div(tiles, _BLOCK_T), splits)),
-        {"ACC": accumulator(moments.dtype), "BLOCK_T": _BLOCK_T, "BLOCK_C": _BLOCK_C},
+        (triples, combined),
+        ((tiles, G, num_g, ceil_div(ceil_div(tiles, _BLOCK_T), splits)),),
+        {"ACC": accumulator(triples.counts.dtype), "BLOCK_T": _BLOCK_T, "BLOCK_C": _BLOCK_C},
         num_warps=_NUM_WARPS,
         num_stages=1,
     )
-    return combined, combined_counts
+    return combined

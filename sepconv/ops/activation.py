@@ -71,7 +71,7 @@ def run_bwd(
         if not dz.is_contiguous(memory_format=memory_format(channels_last)):
             dz = to_layout(dz.contiguous(), channels_last)
         return dz, dbias
-    return kernel_module("channelwise").activation_bwd(
+    return kernel_module("activation_bwd").activation_bwd(
         dy, z, activation, bias=bias, channels_last=channels_last, config=choice
     )
 
@@ -115,7 +115,7 @@ define(
 def _real_sum(dy: Tensor) -> Tensor:
     if not can_run_kernels(dy):
         return dy.sum(_AXES)
-    return kernel_module("channelwise").channel_sum(dy)
+    return kernel_module("activation_bwd").channel_sum(dy)
 
 
 def _fake_sum(dy: Tensor) -> Tensor:

@@ -320,17 +320,13 @@ define(
 )
 
 
-def _kernels(norm: _Norm) -> tuple[Any, Any]:
-    kernels = kernel_module("channelwise")
-    return kernels, kernels.Normalisation(*norm[:5])
-
-
 def _real(z: Tensor, *flat: Any) -> Tensor:
     norm = _Norm(*flat)
     channels_last = suggests_channels_last(z, z)
     if can_run_kernels(z):
-        kernels, given = _kernels(norm)
-        return kernels.normalise_fwd(z, given, norm.activation, channels_last=channels_last)
+        kernels = kernel_module("normalise")
+        given = kernels.normalisation(*norm[:4])
+        return kernels.normalise_fwd(z, given, *norm[4:], channels_last=channels_last)
     u, _ = norm.affine(z.to(_wide(z)))
     y = reference.activate(u, norm.activation).to(z.dtype)
     return to_layout(y.contiguous(), channels_last)
@@ -368,9 +364,10 @@ def _real_backward(dy: Tensor, z: Tensor, *flat: Any) -> Triple:
     if not can_run_kernels(z):
         dz, dweight, dbias = _composite_backward(dy, z, *flat)
         return to_layout(dz.contiguous(), channels_last), dweight, dbias
-    kernels, given = _kernels(norm)
+    kernels = kernel_module("normalise")
+    given = kernels.normalisation(*norm[:4])
     dz, (dbias, moments) = kernels.normalise_bwd(
-        dy, z, given, norm.activation, channels_last=channels_last
+        dy, z, given, *norm[4:], channels_last=channels_last
     )
     return dz, moments * torch.rsqrt(norm.var + norm.eps), dbias.clone()
 

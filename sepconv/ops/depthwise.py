@@ -128,7 +128,7 @@ def run_bwd_input(
         return reference.depthwise_conv2d_backward_input(
             dy, weight_dw, x_shape, geometry, channels_last
         )
-    return kernel_module("depthwise_bwd").depthwise_bwd_input(
+    return kernel_module("depthwise_bwd_input").depthwise_bwd_input(
         dy, weight_dw, x_shape, geometry, channels_last=channels_last, config=choice
     )
 
@@ -147,7 +147,7 @@ def run_bwd_weight(
         choice = lookup(
             Problem("depthwise_bwd_weight", dy.dtype, dy.get_device(), *sizes, is_channels_last(x))
         )
-    return kernel_module("depthwise_bwd").depthwise_bwd_weight(
+    return kernel_module("depthwise_bwd_weight").depthwise_bwd_weight(
         dy, x, tuple(weight_shape), geometry, config=choice
     )
 

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from sepconv import ops
 from sepconv.kernels import (
-    channelwise,
+    activation_bwd,
     configs,
     depthwise,
-    depthwise_bwd,
+    depthwise_bwd_input,
+    depthwise_bwd_weight,
     launch,
     pointwise,
     separable,
+    walk,
 )
 from sepconv.ops import choice
 from sepconv.ops.backend import Backend
@@ -164,10 +166,11 @@ def _default_tiles(case: Case) -> Iterator[None]:
         return config._replace(block_nq=nq, block_c=c, block_k=k, rows=max(rows, 1))
 
     with ExitStack() as stack:
-        for module in (channelwise, depthwise, depthwise_bwd, pointwise, separable):
+        weight, act = depthwise_bwd_weight, activation_bwd
+        for module in (depthwise, depthwise_bwd_input, weight, walk, pointwise, separable):
             stack.enter_context(mock.patch.object(module, "default", chosen))
-        stack.enter_context(mock.patch.object(depthwise_bwd, "_BWD_WEIGHT_PROGRAMS", programs))
-        stack.enter_context(mock.patch.object(channelwise, "_PROGRAMS", programs))
+        stack.enter_context(mock.patch.object(weight, "_BWD_WEIGHT_PROGRAMS", programs))
+        stack.enter_context(mock.patch.object(act, "_PROGRAMS", programs))
         packs = 0 if packed else 2**62
         stack.enter_context(mock.patch.object(launch, "_WORTH_PACKING", packs))
         yield

@@ -24,13 +24,16 @@ import faulty_kernels
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from sepconv.kernels import (
-    channelwise,
+    activation_bwd,
     depthwise,
-    depthwise_bwd,
+    depthwise_bwd_input,
+    depthwise_bwd_weight,
     depthwise_rolling,
+    normalise,
     pointwise,
     separable,
     statistics,
@@ -76,12 +79,13 @@ DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-_POINTER_TYPES = {dtype: f"*{name}" for name, dtype in DTYPES.items()}
 _KERNEL_MODULES = (
-    channelwise,
+    activation_bwd,
     depthwise,
-    depthwise_bwd,
+    depthwise_bwd_input,
+    depthwise_bwd_weight,
     depthwise_rolling,
+    normalise,
     pointwise,
     separable,
     statistics,
@@ -96,7 +100,7 @@ class Launch(NamedTuple):
     kernel: Any
     programs: int
     tensors: tuple
-    scalars: tuple
+    sizes: tuple
     constants: dict
     num_warps: int
     num_stages: int
@@ -106,10 +110,8 @@ def record(call: Callable[[], object], target: str) -> list[Launch]:
     """The launches that `call` would make on `target`."""
     launches: list[Launch] = []
 
-    def keep(kernel, programs, tensors, scalars, constants, *, num_warps, num_stages):
-        launches.append(
-            Launch(kernel, programs, tensors, scalars, constants, num_warps, num_stages)
-        )
+    def keep(kernel, programs, tensors, sizes, constants, *, num_warps, num_stages):
+        launches.append(Launch(kernel, programs, tensors, sizes, constants, num_warps, num_stages))
 
     with ExitStack() as stack:
         for module in _KERNEL_MODULES:
@@ -122,31 +124,16 @@ def record(call: Callable[[], object], target: str) -> list[Launch]:
     return launches
 
 
-def source(launch: Launch) -> ASTSource:
-    """The launch's kernel with the specialisations that Triton's own launcher would choose."""
-    signature: dict[str, str] = {}
-    constants = dict(launch.constants)
-    attributes: dict[tuple[int, ...], list] = {}
-    positional = (*launch.tensors, *launch.scalars)
-    for i, name in enumerate(launch.kernel.arg_names):
-        value = positional[i] if i < len(positional) else None
-        if isinstance(value, torch.Tensor):
-            signature[name] = _POINTER_TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif value is None or value == 1:
-            signature[name] = "constexpr"
-            constants.setdefault(name, value)
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, attributes)
-
-
 def build(launch: Launch, target: str, **options: Any) -> Any:
-    """Compile for `target`, a key of `TARGETS`."""
+    """Compile for `target`, a key of `TARGETS`, specialised as Triton's own launcher would."""
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **options}
-    return triton.compile(source(launch), target=TARGETS[target], options=options)
+    kernel, backend = launch.kernel, make_backend(TARGETS[target])
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    keywords = launch.constants | options
+    bound = binder(*launch.tensors, *launch.sizes, **keywords)
+    _, signature, constants, attributes = kernel._pack_args(backend, keywords, *bound)
+    ir = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(ir, target=TARGETS[target], options=options)
 
 
 def nhwc(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -174,18 +161,18 @@ def launch_of(
     last = {"channels_last": channels_last}
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     mean, var = (torch.empty(K, dtype=wide, device="meta") for _ in range(2))
-    norm = channelwise.Normalisation(mean, var, bias_pw, bias_pw, 1e-5)
+    norm = normalise.normalisation(mean, var, bias_pw, bias_pw)
     calls: dict[str, Callable[[], object]] = {
         "depthwise_fwd": lambda: depthwise.depthwise_fwd(
             x, weight_dw, bias_dw, geometry, "relu", **last, config=config
         ),
-        "depthwise_bwd_input": lambda: depthwise_bwd.depthwise_bwd_input(
+        "depthwise_bwd_input": lambda: depthwise_bwd_input.depthwise_bwd_input(
             dy, weight_dw, (N, C, H, W), geometry, **last, config=config
         ),
-        "depthwise_bwd_weight": lambda: depthwise_bwd.depthwise_bwd_weight(
+        "depthwise_bwd_weight": lambda: depthwise_bwd_weight.depthwise_bwd_weight(
             dy, x, (C * M, 1, R, S), geometry, config=config
         ),
-        "activation_bwd": lambda: channelwise.activation_bwd(
+        "activation_bwd": lambda: activation_bwd.activation_bwd(
             y, y, "relu", bias=True, **last, config=config
         ),
         "depthwise_fwd_statistics": lambda: depthwise.depthwise_fwd_statistics(
@@ -194,8 +181,8 @@ def launch_of(
         "pointwise_fwd_statistics": lambda: pointwise.pointwise_fwd_statistics(
             x, nhwc(dtype, K, C, 1, 1), None, allow_tf32=False, **last, config=config
         ),
-        "normalise_fwd": lambda: channelwise.normalise_fwd(y, norm, "relu", **last),
-        "normalise_bwd_sums": lambda: channelwise.normalise_bwd(y, y, norm, "relu", **last),
+        "normalise_fwd": lambda: normalise.normalise_fwd(y, norm, 1e-5, "relu", **last),
+        "normalise_bwd_sums": lambda: normalise.normalise_bwd(y, y, norm, 1e-5, "relu", **last),
         "pointwise_fwd": lambda: pointwise.pointwise_fwd(
             x, nhwc(dtype, K, C, 1, 1), bias_pw, "relu", None,
             allow_tf32=False, **last, config=config,

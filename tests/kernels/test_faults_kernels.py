@@ -25,7 +25,15 @@ from oracle import (
 
 import sepconv
 from sepconv import ops
-from sepconv.kernels import configs, depthwise, depthwise_bwd, launch, pointwise, separable
+from sepconv.kernels import (
+    configs,
+    depthwise,
+    depthwise_bwd_input,
+    depthwise_bwd_weight,
+    launch,
+    pointwise,
+    separable,
+)
 from sepconv.kernels.geometry import Geometry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,12 +79,12 @@ def run_launcher(op, p, config=None):
         y = depthwise.depthwise_fwd(p.x, p.weight_dw, p.bias_dw, GEOMETRY, None, **options)
         return y, forward(only_dw, arithmetic)
     if op == "depthwise_bwd_input":
-        dx = depthwise_bwd.depthwise_bwd_input(
+        dx = depthwise_bwd_input.depthwise_bwd_input(
             dy, p.weight_dw, tuple(p.x.shape), GEOMETRY, **options
         )
         return dx, backward(only_dw, dy, arithmetic)["x"]
     if op == "depthwise_bwd_weight":
-        dw = depthwise_bwd.depthwise_bwd_weight(
+        dw = depthwise_bwd_weight.depthwise_bwd_weight(
             dy, p.x, tuple(p.weight_dw.shape), GEOMETRY, config=config
         )
         return dw, backward(only_dw, dy, arithmetic)["weight_dw"]
@@ -214,7 +222,8 @@ def test_13_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **options: launched.append((grid, current[-1]))
 
-    launch.launch(Kernel(), 70000, (_FakeTensor(), None), (), {}, num_warps=4, num_stages=1)
+    fake = launch.View(_FakeTensor(), ())
+    launch.launch(Kernel(), 70000, (fake, None), (), {}, num_warps=4, num_stages=1)
     # one axis of programs: the second and third are limited to 65535 (row 22)
     assert launched == [((70000,), 1)]
     assert current == [0]

@@ -10,7 +10,8 @@ from torch import Tensor
 from sepconv.kernels import launch
 from sepconv.kernels.configs import DepthwiseConfig, GemmConfig
 from sepconv.kernels.depthwise import depthwise_fwd
-from sepconv.kernels.depthwise_bwd import depthwise_bwd_input, depthwise_bwd_weight
+from sepconv.kernels.depthwise_bwd_input import depthwise_bwd_input
+from sepconv.kernels.depthwise_bwd_weight import depthwise_bwd_weight
 from sepconv.kernels.geometry import Geometry
 from sepconv.kernels.launch import MAX_AXIS, collapse
 from sepconv.kernels.pointwise import pointwise_fwd

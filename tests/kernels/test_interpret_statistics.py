@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from oracle import Arithmetic, Problem, forward, poisoned_allocations
 from torch import Tensor
 
-from sepconv.kernels import channelwise, depthwise, pointwise, statistics
+from sepconv.kernels import depthwise, normalise, pointwise, statistics
 from sepconv.kernels.configs import DepthwiseConfig, GemmConfig
 from sepconv.kernels.geometry import Geometry
 
@@ -87,11 +87,11 @@ def test_triples_of_unequal_counts_combine(tiles, monkeypatch):
     parts = [torch.randn(int(n), 37, dtype=torch.float64, device=DEVICE) + 5 for n in counts]
     y = torch.cat(parts).t().reshape(1, 37, 1, -1)
     partial = statistics.Partial(y, tiles)
-    partial.counts.copy_(counts)
+    partial.triples.counts.copy_(counts)
     for i, part in enumerate(parts):
         mean = part.mean(0) if len(part) else torch.zeros(37, dtype=y.dtype)
-        partial.moments[i, 0] = mean
-        partial.moments[i, 1] = (part - mean).square().sum(0)
+        partial.triples.moments[i, 0] = mean
+        partial.triples.moments[i, 1] = (part - mean).square().sum(0)
     with poisoned_allocations():
         mean, var = partial.combine()
     assert_statistics(mean, var, y)
@@ -151,13 +151,13 @@ def test_normalisation(dtype, activation):
     dz, dw, db = torch.autograd.grad(y, (leaf, w, b), dy.double())
 
     var, mean = (t.to(dtype) for t in torch.var_mean(z.double(), AXES, correction=0))
-    norm = channelwise.Normalisation(mean, var, weight.detach(), bias.detach(), 1e-3)
+    norm = normalise.normalisation(mean, var, weight.detach(), bias.detach())
     config = DepthwiseConfig(32, 8)
     options = {"channels_last": True, "config": config}
     close = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0, "atol": 2e-5}
     with poisoned_allocations():
-        got = channelwise.normalise_fwd(z, norm, activation, **options)
-        got_dz, sums = channelwise.normalise_bwd(dy, z, norm, activation, **options)
+        got = normalise.normalise_fwd(z, norm, 1e-3, activation, **options)
+        got_dz, sums = normalise.normalise_bwd(dy, z, norm, 1e-3, activation, **options)
     for ours, truth in (
         (got, y),
         (got_dz, dz),

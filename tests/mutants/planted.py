@@ -65,9 +65,9 @@ MUTANTS = [
     ),
     Mutant(
         "swapped_stride",
-        "depthwise_bwd.py",
-        "w = q * STRIDE_W - PAD_LEFT",
-        "w = q * STRIDE_H - PAD_LEFT",
+        "depthwise_bwd_weight.py",
+        "w = q * CONV.STRIDE_W - CONV.PAD_LEFT",
+        "w = q * CONV.STRIDE_H - CONV.PAD_LEFT",
         DEPTHWISE_BACKWARD,
     ),
     Mutant(
@@ -87,16 +87,16 @@ MUTANTS = [
     Mutant(
         "wrong_dilation",
         "separable.py",
-        "row = r * DILATION_H",
-        "row = r * DILATION_W",
+        "row = r * CONV.DILATION_H",
+        "row = r * CONV.DILATION_W",
         SEPARABLE,
     ),
-    Mutant("dropped_bias", "pointwise.py", "acc += bias[None, :]", "acc += 0.0", POINTWISE),
+    Mutant("dropped_bias", "pointwise.py", "acc += shift[None, :]", "acc += 0.0", POINTWISE),
     Mutant(
         "bias_of_another_channel",
         "separable.py",
-        "(offs_c * M + m) * stride_bias_dw",
-        "(offs_c + m) * stride_bias_dw",
+        "(offs_c * CONV.M + m) * bias_dw.stride[0]",
+        "(offs_c + m) * bias_dw.stride[0]",
         SEPARABLE,
     ),
     Mutant(
@@ -116,8 +116,8 @@ MUTANTS = [
     Mutant(
         "residual_strides_of_y",
         "pointwise.py",
-        "residual_ptr + (offs_nq * stride_r2)[:, None]",
-        "residual_ptr + (offs_nq * stride_y2)[:, None]",
+        "residual_pixels + (offs_nq * stride_r2)[:, None]",
+        "residual_pixels + (offs_nq * stride_y2)[:, None]",
         POINTWISE,
     ),
     Mutant(
@@ -129,35 +129,35 @@ MUTANTS = [
     ),
     Mutant(
         "dgrad_parity_ignored",
-        "depthwise_bwd.py",
-        "mask_nq & met & (r < R)",
-        "mask_nq & (r < R)",
+        "depthwise_bwd_input.py",
+        "mask_nq & met & (r < CONV.R)",
+        "mask_nq & (r < CONV.R)",
         DEPTHWISE_BACKWARD,
     ),
     Mutant(
         "dgrad_assumes_dense_dy",
-        "depthwise_bwd.py",
-        "columns), *dy.stride(), *taps.strides",
-        "columns), C * M * P * Q, P * Q, Q, 1, *taps.strides",
+        "depthwise_bwd_input.py",
+        "(view(dy), taps, view(dx))",
+        "(view(dy)._replace(stride=(C * M * P * Q, P * Q, Q, 1)), taps, view(dx))",
         DEPTHWISE_BACKWARD,
     ),
     Mutant(
         "dgrad_of_one_filter_per_channel",
-        "depthwise_bwd.py",
-        "for k in tl.range(M):",
+        "depthwise_bwd_input.py",
+        "for k in tl.range(CONV.M):",
         "for k in tl.range(1):",
         DEPTHWISE_BACKWARD,
     ),
     Mutant(
         "dw_missing_an_image",
-        "depthwise_bwd.py",
+        "depthwise_bwd_weight.py",
         "mask_nq = (n < N) & (tile < num_tiles)",
         "mask_nq = (n < tl.maximum(N - 1, 1)) & (tile < num_tiles)",
         DEPTHWISE_BACKWARD,
     ),
     Mutant(
         "dw_missing_a_split",
-        "depthwise_bwd.py",
+        "depthwise_bwd_weight.py",
         "partial.sum(0)",
         "partial[:-1].sum(0)",
         DEPTHWISE_BACKWARD,
@@ -179,22 +179,22 @@ MUTANTS = [
     Mutant(
         "padding_bottom_for_top",
         "separable.py",
-        "**geometry_constants(geometry),",
-        '**geometry_constants(geometry) | {"PAD_TOP": geometry.padding[1]},',
+        '"CONV": conv_constants(M, (R, S), geometry),',
+        '"CONV": conv_constants(M, (R, S), geometry)._replace(PAD_TOP=geometry.padding[1]),',
         SEPARABLE,
     ),
     Mutant(
         "channel_multiplier_ignored",
         "depthwise.py",
-        "(offs_g // M * stride_xc)",
+        "(offs_g // CONV.M * stride_xc)",
         "(offs_g * stride_xc)",
         DEPTHWISE,
     ),
     Mutant(
         "weight_strides_ignored",
         "pointwise.py",
-        "*weight_pw.stride()[:2],",
-        "*(C, 1),",
+        "View(weight_pw, weight_pw.stride()[:2])",
+        "View(weight_pw, (C, 1))",
         POINTWISE,
     ),
     Mutant(
@@ -215,13 +215,13 @@ MUTANTS = [
         "half_precision_sums",
         "separable.py",
         "            accs = accs[:t] + (acc,) + accs[t + 1 :]  # noqa: RUF005",
-        "            acc = acc.to(x_ptr.dtype.element_ty).to(ACC)\n"
+        "            acc = acc.to(x.ptr.dtype.element_ty).to(ACC)\n"
         "            accs = accs[:t] + (acc,) + accs[t + 1 :]",
         SEPARABLE,
     ),
     Mutant(
         "bias_gradient_missing_a_split",
-        "channelwise.py",
+        "activation_bwd.py",
         "partial.sum(0)",
         "partial[:1].sum(0)",
         DEPTHWISE_BACKWARD,
@@ -235,18 +235,14 @@ MUTANTS = [
     ),
     Mutant(
         "activation_gradient_assumes_strides_of_dy",
-        "channelwise.py",
-        "z_ptrs += (offs_nq * stride_z2)[:, None] + (offs_c * stride_zc)[None, :]\n"
-        "            z = tl.load(z_ptrs, mask=mask, other=0.0).to(ACC)\n"
-        "            if",
-        "z_ptrs += (offs_nq * stride_dy2)[:, None] + (offs_c * stride_zc)[None, :]\n"
-        "            z = tl.load(z_ptrs, mask=mask, other=0.0).to(ACC)\n"
-        "            if",
+        "activation_bwd.py",
+        "(view_dy, view_z, view_dz, partial, norm)",
+        "(view_dy, view_z and view_z._replace(stride=view_dy.stride), view_dz, partial, norm)",
         DEPTHWISE_BACKWARD,
     ),
     Mutant(
         "activation_gradient_missing_a_tile",
-        "channelwise.py",
+        "activation_bwd.py",
         "mask = (mask_nq & (tile < all_tiles))[:, None] & mask_c[None, :]",
         "mask = (mask_nq & (tile < tl.maximum(all_tiles - 1, 1)))[:, None] & mask_c[None, :]",
         DEPTHWISE_BACKWARD,
@@ -274,9 +270,9 @@ MUTANTS = [
     ),
     Mutant(
         "normalised_without_the_weight",
-        "channelwise.py",
+        "normalise.py",
         "    scale = 1.0 / tl.sqrt(variance)\n"
-        "    scale *= _channel(weight_ptr, offs_c, mask_c, stride_weight, 1.0, ACC)",
+        "    scale *= channel_values(norm.weight, offs_c, mask_c, 1.0, ACC)",
         "    scale = 1.0 / tl.sqrt(variance)",
         STATISTICS,
     ),
@@ -290,8 +286,8 @@ MUTANTS = [
     Mutant(
         "load_without_other",
         "depthwise.py",
-        "tl.load(bias_ptr + offs_g * stride_bias, mask=mask_g, other=0.0)",
-        "tl.load(bias_ptr + offs_g * stride_bias, mask=mask_g)",
+        "tl.load(bias.ptr + offs_g * bias.stride[0], mask=mask_g, other=0.0)",
+        "tl.load(bias.ptr + offs_g * bias.stride[0], mask=mask_g)",
         LINT,
     ),
 ]

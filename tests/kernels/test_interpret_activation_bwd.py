@@ -19,7 +19,7 @@ from oracle import (
     through_activation,
 )
 
-from sepconv.kernels import channelwise
+from sepconv.kernels import activation_bwd
 from sepconv.kernels.configs import ConvShape, DepthwiseConfig, candidates, default
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,7 +43,7 @@ def arithmetic(dtype: torch.dtype) -> Arithmetic:
 def run(dy, z, activation, dtype, **options):
     """The launcher on placed tensors, held to the oracle; the worst error over its bound."""
     with poisoned_allocations():
-        dz, dbias = channelwise.activation_bwd(
+        dz, dbias = activation_bwd.activation_bwd(
             dy.tensor, z.tensor, activation, bias=True, channels_last=True, **options
         )
     dy.assert_untouched("dy")
@@ -82,7 +82,7 @@ def test_every_layout(layout_dy, layout_z):
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 17, 1, 5), (1, 8, 4, 4), (2, 65, 3, 1)])
 @pytest.mark.parametrize("programs", [1, 3, 2048])
 def test_ragged_sizes_and_splits(shape, programs, monkeypatch):
-    monkeypatch.setattr(channelwise, "_PROGRAMS", programs)
+    monkeypatch.setattr(activation_bwd, "_PROGRAMS", programs)
     torch.manual_seed(0)
     dy, z = normal(torch.float32, DENSE, shape=shape), normal(torch.float32, DENSE, shape=shape)
     run(dy, z, "silu", torch.float32, config=DepthwiseConfig(4, 8))
@@ -109,7 +109,7 @@ def test_special_values_are_those_of_torch(activation):
         dy = torch.full_like(z, value)
         leaf = z.clone().requires_grad_()
         (expected,) = torch.autograd.grad(ACTIVATIONS[activation].function(leaf), leaf, dy)
-        dz, _ = channelwise.activation_bwd(
+        dz, _ = activation_bwd.activation_bwd(
             *(t.view(1, 1, 1, -1) for t in (dy, z)), activation, bias=False, channels_last=False
         )
         torch.testing.assert_close(dz.flatten(), expected, rtol=1e-12, atol=1e-12, equal_nan=True)
@@ -121,7 +121,7 @@ def test_channel_sum(dtype, layout):
     torch.manual_seed(0)
     dy = normal(dtype, LAYOUTS[layout])
     with poisoned_allocations():
-        sums = channelwise.channel_sum(dy.tensor)
+        sums = activation_bwd.channel_sum(dy.tensor)
     dy.assert_untouched("dy")
     rules = arithmetic(dtype)
     assert sums.dtype == dtype
@@ -131,15 +131,15 @@ def test_channel_sum(dtype, layout):
 def test_the_same_bits_every_time():
     torch.manual_seed(0)
     dy = torch.randn(2, 9, 40, 41, device=DEVICE)
-    first = channelwise.channel_sum(dy)
+    first = activation_bwd.channel_sum(dy)
     for _ in range(50 if DEVICE == "cuda" else 2):
-        assert torch.equal(first, channelwise.channel_sum(dy))
+        assert torch.equal(first, activation_bwd.channel_sum(dy))
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)])
 def test_nothing_is_launched_for_empty_tensors(shape):
     dy = torch.empty(shape, device=DEVICE)
-    dz, dbias = channelwise.activation_bwd(dy, dy, "relu", bias=True, channels_last=True)
+    dz, dbias = activation_bwd.activation_bwd(dy, dy, "relu", bias=True, channels_last=True)
     assert dz.shape == shape
-    for sums in (dbias, channelwise.channel_sum(dy)):
+    for sums in (dbias, activation_bwd.channel_sum(dy)):
         assert torch.equal(sums, torch.zeros(shape[1], device=DEVICE))
