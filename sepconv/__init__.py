@@ -13,6 +13,7 @@ from sepconv.cost import cost
 from sepconv.distill import distill
 from sepconv.fusion.fuse import fuse
 from sepconv.ops import backend
+from sepconv.ops.memory import keep_freed_memory
 from sepconv.reports.conversion import report
 from sepconv.saving.files import load, read_recipe, save
 from sepconv.saving.recipe import apply_recipe
@@ -29,6 +30,7 @@ __all__ = [
     "cost",
     "distill",
     "fuse",
+    "keep_freed_memory",
     "load",
     "nn",
     "ops",
