@@ -103,7 +103,7 @@ class FusedConv2d(_FusedConvolution):
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
         top, bottom, left, right = sides = self._sides(x, weight)
-        if self._packable and usable(x, weight, bias):
+        if self._packable and usable(x, weight, bias) and self._packed.takes(weight):
             if self._pointwise and residual is None and x.shape[2:] == (1, 1):
                 return self._of_one_pixel(x)
             return self._packed(x, weight, bias, sides, self.activation, residual)
@@ -183,7 +183,8 @@ class FusedSeparableConv2d(_FusedConvolution):
         dw, pw, bias_dw, bias_pw = parameters
         top, bottom, left, right = sides = self._sides(x, dw)
         # Several filters per channel leave oneDNN's fast path; the op goes around that.
-        if self._packable and len(dw) == x.shape[1] and usable(x, dw, pw, bias_dw, bias_pw):
+        packable = self._packable and len(dw) == x.shape[1] and usable(x, *parameters)
+        if packable and self._packed_dw.takes(dw) and self._packed_pw.takes(pw):
             z = self._packed_dw(x, dw, bias_dw, sides, self.activation_mid)
             return self._packed_pw(z, pw, bias_pw, _NO_PADDING, self.activation, residual)
 
@@ -238,10 +239,10 @@ class FusedLinear(_Fused):
         """Mix the channels of each row, activate."""
         channels = self.weight.shape[1]
         # In this order: under torch.export a question about sizes would limit the batch.
-        if usable(x, self.weight, self.bias) and x.numel() >= _PACKED_ROWS * channels:
-            # A matrix product is a 1x1 convolution; its rows are pixels.
+        many = usable(x, self.weight, self.bias) and x.numel() >= _PACKED_ROWS * channels
+        # A matrix product is a 1x1 convolution; its rows are pixels.
+        if many and self._packed.takes(weight := self.weight[:, :, None, None]):
             pixels = x.reshape(1, 1, -1, channels).permute(0, 3, 1, 2)
-            weight = self.weight[:, :, None, None]
             y = self._packed(pixels, weight, self.bias, _NO_PADDING, self.activation)
             return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
         return reference.activate(F.linear(x, self.weight, self.bias), self.activation)

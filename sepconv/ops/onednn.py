@@ -52,7 +52,7 @@ def usable(x: Tensor, *parameters: Tensor | None) -> bool:
 
     It may not where the caller chose a backend, nor where anything watches or transforms single
     operators: autograd, autocast, compilation, tracing, functorch, dispatch modes (flop counters,
-    fake tensors).
+    fake tensors). Whether the weight itself can be packed, `PackedConv2d.takes` tells.
 
     Example:
         >>> usable(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3, requires_grad=True))
@@ -61,22 +61,14 @@ def usable(x: Tensor, *parameters: Tensor | None) -> bool:
     # First: under torch.export a question about sizes would limit the batch.
     if torch.compiler.is_compiling() or _OPERATORS is None or type(x) is not Tensor:
         return False
-    watched = torch.is_grad_enabled()
-    if not x.is_cpu or x.dtype is not torch.float32 or (watched and x.requires_grad):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters) if t is not None):
         return False
-    for t in parameters:
-        if t is not None and not (
-            type(t) in _KINDS
-            and t.is_cpu
-            and t.dtype is torch.float32
-            and not (watched and t.requires_grad)
-            and not t.is_inference()  # it would not tell when it is written to
-        ):
-            return False
     return (
-        chosen_backend() == "auto"
-        and bool(torch.backends.mkldnn.enabled)
+        x.is_cpu
+        and x.dtype is torch.float32
         and x.numel() > 0
+        and chosen_backend() == "auto"
+        and torch._C._get_mkldnn_enabled()
         and not torch.is_autocast_enabled("cpu")
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
@@ -109,8 +101,8 @@ class PackedConv2d:
 
     Example:
         >>> conv = PackedConv2d(1, 1)
-        >>> x = torch.tensor([1.0, float("nan")]).expand(1, 3, 1, 2)
-        >>> conv(x, torch.ones(4, 3, 1, 1), None, (0, 0, 0, 0), "relu")[0, 0]
+        >>> x, weight = torch.tensor([1.0, float("nan")]).expand(1, 3, 1, 2), torch.ones(4, 3, 1, 1)
+        >>> conv(x, weight, None, (0, 0, 0, 0), "relu")[0, 0] if conv.takes(weight) else None
         tensor([[3., nan]])
     """
 
@@ -123,6 +115,23 @@ class PackedConv2d:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedConv2d, (self._stride, self._groups)
+
+    def takes(self, weight: Tensor) -> bool:
+        """Whether this weight can be packed. It is asked before each call, and looks for changes.
+
+        A tensor made in inference mode does not tell when it is written to.
+        """
+        if self._made is None or not self._made.is_of(weight):
+            if not (
+                type(weight) in _KINDS
+                and weight.is_cpu
+                and weight.dtype is torch.float32
+                and not weight.is_inference()
+            ):
+                return False
+            # An alias keeps the storage alive, so that no other weight can take its address.
+            self._made = _Made(weight.detach(), weight._version, {})
+        return True
 
     def __call__(
         self,
@@ -137,7 +146,7 @@ class PackedConv2d:
 
         Args:
             x: `[N, C, H, W]`, `usable` with the weight and the bias.
-            weight: `[K, C/groups, R, S]`.
+            weight: `[K, C/groups, R, S]`, as `takes` has just allowed.
             bias: `[K]`, or none.
             padding: Top, bottom, left, right.
             activation: As the ops name it.
@@ -167,9 +176,7 @@ class PackedConv2d:
     def _weight_for(self, x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
         # Read once and replaced as a whole: another thread may run the same convolution.
         made = self._made
-        if made is None or not made.is_of(weight):
-            # An alias keeps the storage alive, so that no other weight can take its address.
-            made = _Made(weight.detach(), weight._version, {})
+        assert made is not None
         key = (x.shape, *settings[0])
         packed = made.packed.get(key)
         if packed is None:

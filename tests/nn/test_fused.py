@@ -179,6 +179,7 @@ def test_residuals(make, activation):
 def test_few_shapes_are_kept():
     conv, weight = PackedConv2d(1, 1), torch.randn(8, 4, 3, 3)
     for size in range(4, 20):
+        assert conv.takes(weight)
         conv(torch.randn(1, 4, size, size), weight, None, (1, 1, 1, 1))
     assert len(conv._made.packed) == onednn._MOST_SHAPES
 
