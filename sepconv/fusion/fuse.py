@@ -89,7 +89,7 @@ def _lower(
     lowered = lowering.root(copied(model), given)
     layers = []
     for name, module in names.items():
-        reason = obstacle(module) or Left.UNTRACED
+        reason = obstacle(module) or (Left.UNUSED if lowering.level == "graph" else Left.UNTRACED)
         left = FusedLayer(name, "left", reason=str(reason))
         layers.append(lowering.fused.pop(name, left))
     layers += lowering.fused.values()

@@ -56,6 +56,7 @@ class Left(StrEnum):
     PADDING_MODE = "padding_mode"
     KIND = "not a 2-D convolution"
     DTYPE = "dtype"
+    UNUSED = "not called on one tensor"
 
 
 @dataclass(frozen=True)
