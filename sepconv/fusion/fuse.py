@@ -11,17 +11,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from sepconv.conversion.checks import checked_model
 from sepconv.conversion.costs import take_turns
-from sepconv.factorize.fold import Affine, batch_norm_affine, fold_after, fold_before
-from sepconv.fusion.chains import Chain, Left, Norm, obstacle
+from sepconv.fusion.chains import Chain
 from sepconv.fusion.lower import lower_graph
-from sepconv.fusion.promises import add_promises
+from sepconv.fusion.recognise import Left, obstacle
 from sepconv.graph import ExampleInputs, split_inputs
 from sepconv.graph.capture import arguments_given
 from sepconv.graph.effects import has_hooks
 from sepconv.graph.state import copied, untouched
 from sepconv.graph.tracing import TraceLevel, trace
-from sepconv.nn import FusedConv2d, FusedLinear, FusedSeparableConv2d, SeparableConv2d
-from sepconv.ops.arguments import pair, sides
+from sepconv.nn import SeparableConv2d
 from sepconv.reports.conversion import attach
 from sepconv.reports.fusion import FusedLayer, FusionReport
 
@@ -34,8 +32,8 @@ def fuse(
 ) -> Any:
     """Lower a model for inference: the same numbers, faster.
 
-    BatchNorm is folded into the convolution before or behind it, activations and sums with a
-    residual become part of it, a depthwise and the pointwise convolution behind it become one
+    BatchNorm is folded into the convolution before or after it, activations and sums with a
+    residual become part of it, a depthwise and the pointwise convolution after it become one
     `sepconv.ops.separable_conv2d`, and everything runs in one memory format. What cannot be fused
     stays as it is; `sepconv.report` of the result says what and why.
 
@@ -91,7 +89,7 @@ def _lower(
     lowered = lowering.root(copied(model), given)
     layers = []
     for name, module in names.items():
-        reason = obstacle(module) or Left.UNTRACED
+        reason = obstacle(module) or (Left.UNUSED if lowering.level == "graph" else Left.UNTRACED)
         left = FusedLayer(name, "left", reason=str(reason))
         layers.append(lowering.fused.pop(name, left))
     layers += lowering.fused.values()
@@ -146,41 +144,14 @@ class _Lowering:
         for leaf in traced.leaves:
             if leaf in (n.target for n in traced.graph.nodes if n.op == "call_module"):
                 self._children(lowered.get_submodule(leaf), f"{prefix}{leaf}.")
-        for chain in lower_graph(lowered, self._module):
+        for chain in lower_graph(lowered, self.channels_last):
             self._note(chain, prefix)
-        if self.channels_last:
-            add_promises(lowered)
         return lowered, traced.level, traced.why
 
     def _children(self, module: nn.Module, prefix: str) -> nn.Module:
         for name, child in module.named_children():
             setattr(module, name, self._part(child, f"{prefix}{name}."))
         return module
-
-    def _module(self, chain: Chain, owner: fx.GraphModule) -> nn.Module:
-        first = owner.get_submodule(chain.stages[0].conv)
-        last = chain.stages[-1]
-        if isinstance(first, SeparableConv2d):
-            weight, bias = _folded(first.weight_pw, first.bias, last.norms, owner)
-            tensors = (first.weight_dw, weight, None, bias)
-            tail = (None, last.activation, self.channels_last)
-            return FusedSeparableConv2d(*tensors, *_geometry(first), *tail)
-        if isinstance(first, nn.Linear):
-            return FusedLinear(first.weight, first.bias, last.activation)
-        assert isinstance(first, nn.Conv2d)
-        weight, bias = first.weight, first.bias
-        for norm in reversed(chain.before):
-            weight, bias = fold_before(weight, bias, _affine(norm, owner), first.groups)
-        weight, bias = _folded(weight, bias, chain.stages[0].norms, owner)
-        if len(chain.stages) == 1:
-            geometry = (*_geometry(first), first.groups)
-            return FusedConv2d(weight, bias, *geometry, last.activation, self.channels_last)
-        second = owner.get_submodule(last.conv)
-        assert isinstance(second, nn.Conv2d)
-        weight_pw, bias_pw = _folded(second.weight, second.bias, last.norms, owner)
-        activations = (chain.stages[0].activation, last.activation)
-        parts = (weight, weight_pw, bias, bias_pw)
-        return FusedSeparableConv2d(*parts, *_geometry(first), *activations, self.channels_last)
 
     def _note(self, chain: Chain, prefix: str) -> None:
         for stage in chain.stages:
@@ -266,29 +237,3 @@ def _forward_parameters(module: nn.Module) -> list[Parameter]:
 
 def _is_convolution(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd | SeparableConv2d)
-
-
-def _affine(norm: Norm, owner: nn.Module) -> Affine:
-    def tensor(name: str | None) -> Any:
-        if name is None:
-            return None
-        holder, _, last = name.rpartition(".")
-        return getattr(owner.get_submodule(holder), last)
-
-    mean, var = tensor(norm.mean), tensor(norm.var)
-    return batch_norm_affine(mean, var, tensor(norm.weight), tensor(norm.bias), norm.eps)
-
-
-def _folded(
-    weight: Tensor, bias: Tensor | None, norms: tuple[Norm, ...], owner: nn.Module
-) -> tuple[Tensor, Tensor | None]:
-    for norm in norms:
-        weight, bias = fold_after(weight, bias, _affine(norm, owner))
-    return weight, bias
-
-
-def _geometry(conv: nn.Conv2d | SeparableConv2d) -> tuple[Any, Any, Any]:
-    """Stride, padding as top, bottom, left, right, and dilation."""
-    stride, dilation = pair("stride", conv.stride), pair("dilation", conv.dilation)
-    filters = conv.weight_dw if isinstance(conv, SeparableConv2d) else conv.weight[:, :1]
-    return stride, sides(conv.padding, filters, stride, dilation), dilation

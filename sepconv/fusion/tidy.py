@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from sepconv.graph.effects import memory, written
+from sepconv.graph.effects import has_hooks, memory, written
 
 _DROPOUTS = {
     F.dropout,
@@ -44,7 +44,7 @@ def _is_identity(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         return False
     if node.op == "call_module":
         module = modules[str(node.target)]
-        if module._forward_hooks or module._forward_pre_hooks:
+        if has_hooks(module):
             return False
         idle = type(module) is nn.Identity
         return idle or (type(module).__module__ == _DropoutNd.__module__ and not module.training)
@@ -61,7 +61,7 @@ def _is_identity(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _erase_axes_check(graph: fx.Graph, check: fx.Node) -> None:
-    """Erase `torch._assert(x.ndim == 4, ...)`: the convolution in front of it has made sure."""
+    """Erase `torch._assert(x.ndim == 4, ...)`: the convolution before it has made sure."""
     test = check.args[0]
     if not isinstance(test, fx.Node) or test.target is not operator.eq:
         return

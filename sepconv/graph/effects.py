@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.module import _has_any_global_hook
 
 from sepconv.nn import SeparableConv2d
 
@@ -88,10 +89,12 @@ def written_between(
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anybody is called when `module` runs."""
+    """Whether anybody is called when `module` runs, or was put into the place of its forward."""
     return bool(
-        module._forward_hooks
+        "forward" in vars(module)
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or _has_any_global_hook()
     )

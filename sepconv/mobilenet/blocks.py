@@ -1,168 +1,126 @@
-"""A convolution with its BatchNorm and activation: alone, and as MobileNet's separable block."""
+"""The blocks of MobileNetV1, and the convolutions that they are made of."""
+
+import math
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from sepconv.mobilenet.config import Activation, Block, MobileNetV1Config
-from sepconv.mobilenet.folding import FoldCache, FoldedConv, Pair, foldable, has_hooks
-from sepconv.mobilenet.layers import (
-    DepthwiseConv2d,
-    MobileNetConv,
-    PointwiseConv2d,
-    StandardConv2d,
-    activate_,
-)
-from sepconv.ops import BatchNorm, separable_conv2d
+from sepconv.graph.effects import has_hooks
+from sepconv.mobilenet.config import Activation, Block, MobileNetV1Config, PaddingRule
+from sepconv.nn import DepthwiseConv2d, PaddedConv2d, PointwiseConv2d
+from sepconv.ops import BatchNorm, depthwise_conv2d_batch_norm, pointwise_conv2d_batch_norm
 from sepconv.ops.backend import chooses_kernels
 
+Conv = TypeVar("Conv", bound=nn.Conv2d)
 
-def conv_norm_act(
-    x: Tensor, conv: MobileNetConv, bn: nn.BatchNorm2d, activation: Activation, folds: FoldCache
-) -> Tensor:
-    """Return `activation(bn(conv(x)))`, as one convolution where `bn` has fixed statistics."""
-    if isinstance(x, Tensor) and foldable(conv, bn):
-        (folded,) = folds.get((conv, bn))
-        return folded(x, activation)
-    return _layer_by_layer(x, conv, bn, activation)
+_ACTIVATIONS = {"relu": F.relu, "relu6": F.relu6}
+
+
+def conv_norm_act(x: Tensor, conv: nn.Module, bn: nn.Module, activation: Activation) -> Tensor:
+    """Return `activation(bn(conv(x)))`.
+
+    While training through the kernels, the convolution's kernel collects the batch's statistics.
+    """
+    if (
+        type(bn) is nn.BatchNorm2d
+        and bn.training
+        and isinstance(x, Tensor)  # not where fx records the layers
+        and (type(conv) is DepthwiseConv2d or type(conv) is PointwiseConv2d)
+        and chooses_kernels(x)
+        and not has_hooks(conv)
+        and not has_hooks(bn)
+    ):
+        norm = BatchNorm.of(bn)
+        if isinstance(conv, PointwiseConv2d):
+            return pointwise_conv2d_batch_norm(x, conv.weight, norm, conv.bias, activation)
+        top, bottom, left, right = conv.sides(x)
+        geometry = (conv.stride, ((top, bottom), (left, right)), conv.dilation)
+        return depthwise_conv2d_batch_norm(
+            x, conv.weight, norm, conv.bias, *geometry, activation=activation
+        )
+    y = bn(conv(x))
+    # Not over what a hook may have kept, or what is not the BatchNorm's own result.
+    inplace = isinstance(bn, _BatchNorm) and not has_hooks(bn)
+    return _ACTIVATIONS[activation](y, inplace=inplace)
 
 
 class SeparableBlock(nn.Module):
-    """Depthwise 3 x 3, BatchNorm, activation, pointwise 1 x 1, BatchNorm, activation.
+    """Depthwise 3 x 3, BatchNorm, activation, pointwise 1 x 1, BatchNorm, activation."""
 
-    With fixed BatchNorm statistics (`eval`) it is one call of `separable_conv2d`. While training
-    through the kernels, each convolution collects the statistics of the BatchNorm behind it.
-    """
-
-    def __init__(
-        self,
-        block: Block,
-        config: MobileNetV1Config,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, block: Block, config: MobileNetV1Config, **factory: Any) -> None:
         super().__init__()
         c, k = block.in_channels, block.out_channels
         self.activation = config.activation
-        self.conv_dw = DepthwiseConv2d(
-            c,
-            c,
-            3,
-            block.stride,
-            groups=c,
-            bias=config.bias,
-            padding=config.padding,
-            device=device,
-            dtype=dtype,
-        )
-        self.bn1 = batch_norm(c, config, device, dtype)
-        self.conv_pw = PointwiseConv2d(c, k, 1, bias=config.bias, device=device, dtype=dtype)
-        self.bn2 = batch_norm(k, config, device, dtype)
-        self._folds = FoldCache()
+        self.conv_dw = depthwise(c, block.stride, config, **factory)
+        self.bn1 = batch_norm(c, config, **factory)
+        self.conv_pw = pointwise(c, k, config, **factory)
+        self.bn2 = batch_norm(k, config, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x [N, C, H, W]` to `[N, K, ceil(H / stride), ceil(W / stride)]`."""
-        # fx records the layers as they are written; folded weights would become constants in it.
-        folds = isinstance(x, Tensor)
-        conv_dw, bn1, conv_pw, bn2 = self.conv_dw, self.bn1, self.conv_pw, self.bn2
-        if folds and foldable(conv_dw, bn1) and foldable(conv_pw, bn2):
-            return self._fused(x, *self._folds.get((conv_dw, bn1), (conv_pw, bn2)))
-        x = _layer_by_layer(x, conv_dw, bn1, self.activation)
-        return _layer_by_layer(x, conv_pw, bn2, self.activation)
-
-    def pairs(self) -> tuple[Pair, ...]:
-        """Return what the block consists of."""
-        return (self.conv_dw, self.bn1), (self.conv_pw, self.bn2)
-
-    def _fused(self, x: Tensor, dw: FoldedConv, pw: FoldedConv) -> Tensor:
-        if dw.packs(x):
-            return pw.run_packed(dw.run_packed(x, self.activation), self.activation)
-        top, bottom, left, right = dw.conv.sides(x)
-        return separable_conv2d(
-            x,
-            dw.weight,
-            pw.weight,
-            dw.bias,
-            pw.bias,
-            stride=dw.conv.stride,
-            padding=((top, bottom), (left, right)),
-            activation_mid=self.activation,
-            activation=self.activation,
-        )
-
-    def train(self, mode: bool = True) -> "SeparableBlock":
-        """Switch between batch and running statistics, and forget folded weights."""
-        self._folds.clear()
-        return super().train(mode)
+        x = conv_norm_act(x, self.conv_dw, self.bn1, self.activation)
+        return conv_norm_act(x, self.conv_pw, self.bn2, self.activation)
 
 
 class ConvBlock(nn.Module):
     """The block of the paper's `Conv MobileNet` (Table 4): a standard 3 x 3 convolution."""
 
-    def __init__(
-        self,
-        block: Block,
-        config: MobileNetV1Config,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, block: Block, config: MobileNetV1Config, **factory: Any) -> None:
         super().__init__()
+        c, k = block.in_channels, block.out_channels
         self.activation = config.activation
-        self.conv = StandardConv2d(
-            block.in_channels,
-            block.out_channels,
-            3,
-            block.stride,
-            bias=config.bias,
-            padding=config.padding,
-            device=device,
-            dtype=dtype,
-        )
-        self.bn1 = batch_norm(block.out_channels, config, device, dtype)
-        self._folds = FoldCache()
+        self.conv = standard(c, k, block.stride, config.padding, config, **factory)
+        self.bn1 = batch_norm(k, config, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x [N, C, H, W]` to `[N, K, ceil(H / stride), ceil(W / stride)]`."""
-        return conv_norm_act(x, self.conv, self.bn1, self.activation, self._folds)
-
-    def pairs(self) -> tuple[Pair, ...]:
-        """Return what the block consists of."""
-        return ((self.conv, self.bn1),)
-
-    def train(self, mode: bool = True) -> "ConvBlock":
-        """Switch between batch and running statistics, and forget folded weights."""
-        self._folds.clear()
-        return super().train(mode)
+        return conv_norm_act(x, self.conv, self.bn1, self.activation)
 
 
-BLOCKS = (SeparableBlock, ConvBlock)
+def standard(
+    c: int, k: int, stride: int, padding: PaddingRule, config: MobileNetV1Config, **factory: Any
+) -> nn.Conv2d:
+    """Return a dense 3 x 3 convolution, torch's own where it has the padding."""
+    zeros = _zeros(padding, stride)
+    make = PaddedConv2d if isinstance(zeros, str) else nn.Conv2d
+    conv = make(c, k, 3, stride, zeros, bias=config.bias, device="meta")
+    return _initialised(conv, **factory)
 
 
-def batch_norm(
-    channels: int,
-    config: MobileNetV1Config,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> nn.BatchNorm2d:
+def depthwise(c: int, stride: int, config: MobileNetV1Config, **factory: Any) -> DepthwiseConv2d:
+    """Return a 3 x 3 convolution with one filter per channel."""
+    zeros = _zeros(config.padding, stride)
+    conv = DepthwiseConv2d(c, 3, stride, zeros, bias=config.bias, device="meta")
+    return _initialised(conv, **factory)
+
+
+def pointwise(c: int, k: int, config: MobileNetV1Config, **factory: Any) -> PointwiseConv2d:
+    """Return a 1 x 1 convolution."""
+    return _initialised(PointwiseConv2d(c, k, config.bias, device="meta"), **factory)
+
+
+def batch_norm(channels: int, config: MobileNetV1Config, **factory: Any) -> nn.BatchNorm2d:
     """Return the BatchNorm that follows every convolution of the network."""
-    return nn.BatchNorm2d(
-        channels, eps=config.bn_eps, momentum=config.bn_momentum, device=device, dtype=dtype
-    )
+    return nn.BatchNorm2d(channels, eps=config.bn_eps, momentum=config.bn_momentum, **factory)
 
 
-def _layer_by_layer(
-    x: Tensor, conv: MobileNetConv, bn: nn.BatchNorm2d, activation: Activation
-) -> Tensor:
-    if (
-        type(bn) is nn.BatchNorm2d
-        and bn.training
-        and (type(conv) is DepthwiseConv2d or type(conv) is PointwiseConv2d)
-        and isinstance(x, Tensor)
-        and chooses_kernels(x)
-        and not has_hooks(conv)
-        and not has_hooks(bn)
-    ):
-        # The kernel of the convolution collects the batch's statistics.
-        return conv.run_batch_norm(x, BatchNorm.of(bn), activation)
-    y = bn(conv(x))
-    # A hook on the BatchNorm may have kept its output: activate a copy.
-    return activate_(y.clone() if has_hooks(bn) else y, activation)
+def _zeros(rule: PaddingRule, stride: int) -> int | str:
+    """The padding of a 3 x 3 convolution: at stride 1 all rules are the same."""
+    return 1 if rule == "symmetric" or stride == 1 else rule
+
+
+def _initialised(conv: Conv, **factory: Any) -> Conv:
+    """Draw weights of variance `2 / fan_out` (He et al. 2015), `fan_out` counted per group.
+
+    They are channels_last: so the whole network is, whatever comes in.
+    """
+    weight = torch.empty(conv.weight.shape, memory_format=torch.channels_last, **factory)
+    conv.weight = nn.Parameter(weight)
+    fan_out = conv.weight[0, 0].numel() * conv.out_channels // conv.groups
+    nn.init.normal_(conv.weight, 0.0, math.sqrt(2.0 / fan_out))
+    if conv.bias is not None:
+        conv.bias = nn.Parameter(torch.zeros(conv.out_channels, **factory))
+    return conv

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from sepconv.mobilenet.padding import PaddingRule
-
 Body = Literal["separable", "conv", "shallow"]
 Activation = Literal["relu", "relu6"]
+PaddingRule = Literal["symmetric", "same", "keras"]
 
-# Table 1 of the paper: output channels and stride of each block behind the stem, by stage. The
+# Table 1 of the paper: output channels and stride of each block after the stem, by stage. The
 # table prints stride 2 for the last depthwise layer, but its own sizes (7 x 7 in and out) and its
 # own mult-adds (569 M) are those of stride 1.
 _STAGES = (
@@ -46,14 +45,15 @@ class MobileNetV1Config:
         num_classes: Outputs of the classifier; 0 for none.
         in_channels: Channels of the images.
         stem_stride: 2 as in the paper, 1 for images of about 32 pixels.
-        padding: How borders are padded (`sepconv.mobilenet.padding`).
+        padding: How borders are padded: `"symmetric"`, one pixel on each side, or a rule of
+            `sepconv.ops.padding`.
         activation: After every convolution.
         bn_eps: Added to the variance in every BatchNorm.
         bn_momentum: Weight of a new batch in the running statistics (torch's meaning).
-        bias: Whether convolutions have a bias of their own, in front of the BatchNorm.
+        bias: Whether convolutions have a bias of their own, before the BatchNorm.
         dropout: Probability that the classifier's input is zeroed while training.
         head_channels: Outputs of a 1 x 1 convolution between body and pooling; 0 for none.
-        pool: Window of the average pooling in front of the classifier; `None` for the whole map.
+        pool: Window of the average pooling before the classifier; `None` for the whole map.
     """
 
     stem_channels: int

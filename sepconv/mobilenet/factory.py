@@ -14,10 +14,10 @@ from sepconv.mobilenet.config import (
     Activation,
     Body,
     MobileNetV1Config,
+    PaddingRule,
     paper_config,
 )
 from sepconv.mobilenet.model import MobileNetV1, MobileNetV1Features
-from sepconv.mobilenet.padding import PaddingRule
 
 
 def mobilenet_v1(
@@ -58,9 +58,9 @@ def mobilenet_v1(
         activation: `"relu"` or `"relu6"`.
         bn_eps: Added to the variance in every BatchNorm.
         bn_momentum: Weight of a new batch in the running statistics.
-        bias: Whether convolutions have a bias in front of the BatchNorm.
+        bias: Whether convolutions have a bias before the BatchNorm.
         dropout: Probability that the classifier's input is zeroed while training.
-        head_channels: Outputs of a 1 x 1 convolution behind the body (timm's `100h`); 0 for none.
+        head_channels: Outputs of a 1 x 1 convolution after the body (timm's `100h`); 0 for none.
         pool: Window of the average pooling; `None` for the whole map.
         features_only: Return a backbone that yields the maps of `out_indices`, as timm does.
         out_indices: Stages that a backbone returns, 0 to 4.

@@ -1,7 +1,6 @@
 """MobileNetV1 as a module, with the interface of a timm backbone."""
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -9,12 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sepconv.mobilenet.blocks import ConvBlock, SeparableBlock, batch_norm, conv_norm_act
+from sepconv.mobilenet.blocks import (
+    ConvBlock,
+    SeparableBlock,
+    batch_norm,
+    conv_norm_act,
+    pointwise,
+    standard,
+)
 from sepconv.mobilenet.config import MobileNetV1Config
-from sepconv.mobilenet.folding import FoldCache, Pair, foldable
-from sepconv.mobilenet.inference import ChainCache, may_chain, stage_pairs
-from sepconv.mobilenet.layers import PointwiseConv2d, StandardConv2d
-from sepconv.ops.onednn import PackedChain
+from sepconv.nn import PointwiseConv2d
 
 
 class FeatureInfo(NamedTuple):
@@ -40,8 +43,7 @@ class MobileNetV1(nn.Module):
 
     Sub-modules and parameters have timm's names (`conv_stem`, `blocks.3.2.conv_dw`, `classifier`).
     Its weights are channels_last, so it computes and returns maps in channels_last whatever layout
-    the images come in. In `eval` BatchNorm is folded and each block is one op; that form is made on
-    the first call and made again when a parameter or buffer has changed.
+    the images come in. For inference, lower it: `sepconv.fuse(net.eval(), x)`.
 
     Args:
         config: What the network consists of; see also `mobilenet_v1`.
@@ -64,36 +66,21 @@ class MobileNetV1(nn.Module):
         super().__init__()
         self.config = config
         self.num_classes = config.num_classes
-        self.conv_stem = StandardConv2d(
-            config.in_channels,
-            config.stem_channels,
-            3,
-            config.stem_stride,
-            bias=config.bias,
-            # Keras' own network pads its first layer by TensorFlow's rule.
-            padding="same" if config.padding == "keras" else config.padding,
-            device=device,
-            dtype=dtype,
-        )
-        self.bn1 = batch_norm(config.stem_channels, config, device, dtype)
-        self.blocks = _body(config, device, dtype)
+        factory = {"device": device, "dtype": dtype}
+        # Keras' own network pads its first layer by TensorFlow's rule.
+        padding = "same" if config.padding == "keras" else config.padding
+        c, stride = config.stem_channels, config.stem_stride
+        self.conv_stem = standard(config.in_channels, c, stride, padding, config, **factory)
+        self.bn1 = batch_norm(c, config, **factory)
+        self.blocks = _body(config, **factory)
         self.conv_head: PointwiseConv2d | nn.Identity = nn.Identity()
         self.bn2: nn.BatchNorm2d | nn.Identity = nn.Identity()
         if config.head_channels:
-            self.conv_head = PointwiseConv2d(
-                config.body_channels,
-                config.head_channels,
-                1,
-                bias=config.bias,
-                device=device,
-                dtype=dtype,
-            )
-            self.bn2 = batch_norm(config.head_channels, config, device, dtype)
+            c, k = config.body_channels, config.head_channels
+            self.conv_head = pointwise(c, k, config, **factory)
+            self.bn2 = batch_norm(k, config, **factory)
         self.num_features = self.head_hidden_size = config.num_features
-        self.classifier = _classifier(config.num_features, config.num_classes, device, dtype)
-        self._stem_folds = FoldCache()
-        self._head_folds = FoldCache()
-        self._chains = ChainCache()
+        self.classifier = _classifier(config.num_features, config.num_classes, **factory)
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
@@ -123,11 +110,8 @@ class MobileNetV1(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the map in front of the pooling, `[N, num_features, P, Q]`."""
+        """Return the map before the pooling, `[N, num_features, P, Q]`."""
         self._check(x)
-        chain, _ = self._chain(x)
-        if chain:
-            return chain(x)
         return self._head(self.blocks(self._stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -153,13 +137,6 @@ class MobileNetV1(nn.Module):
         """
         wanted = stage_indices(indices, len(self.blocks))
         self._check(x)
-        chain, ends = self._chain(x)
-        if chain:
-            places = [ends[i] for i in wanted]
-            if intermediates_only:
-                return chain.outputs(x, places)
-            *chosen, last = chain.outputs(x, [*places, ends[-1]])
-            return last, chosen
         maps: dict[int, Tensor] = {}
         x = self._stem(x)
         for i, stage in enumerate(self.blocks):
@@ -184,15 +161,9 @@ class MobileNetV1(nn.Module):
             raise ValueError(f"num_classes must be 0 or more, got {num_classes}")
         like = self.conv_stem.weight
         self.num_classes = num_classes
-        self.classifier = _classifier(self.num_features, num_classes, like.device, like.dtype)
+        factory = {"device": like.device, "dtype": like.dtype}
+        self.classifier = _classifier(self.num_features, num_classes, **factory)
         self.classifier.train(self.training)
-
-    def train(self, mode: bool = True) -> "MobileNetV1":
-        """Switch between batch and running statistics, and forget folded weights."""
-        self._stem_folds.clear()
-        self._head_folds.clear()
-        self._chains.clear()
-        return super().train(mode)
 
     def _check(self, x: Tensor) -> None:
         if isinstance(x, fx.Proxy):
@@ -205,40 +176,22 @@ class MobileNetV1(nn.Module):
         if not x.is_floating_point():
             raise ValueError(f"{expected} as floating point numbers, got {x.dtype}")
 
-    def _chain(self, x: Tensor) -> tuple[PackedChain | None, list[int]]:
-        """Return the network as a chain, if it may run as one, and where stages and head end."""
-        stages = stage_pairs(self.blocks) if may_chain(x) else None
-        if stages is None:
-            return None, []
-        stem: Pair = self.conv_stem, self.bn1
-        head: list[Pair] = []
-        if not isinstance(self.conv_head, nn.Identity) and not isinstance(self.bn2, nn.Identity):
-            head = [(self.conv_head, self.bn2)]
-        pairs = [stem, *itertools.chain(*stages), *head]
-        if not all(foldable(*pair) for pair in pairs):
-            return None, []
-        ends = itertools.accumulate(map(len, (*stages, head)))
-        return self._chains.chain(pairs, self.config.activation), list(ends)
-
     def _stem(self, x: Tensor) -> Tensor:
-        activation = self.config.activation
-        return conv_norm_act(x, self.conv_stem, self.bn1, activation, self._stem_folds)
+        return conv_norm_act(x, self.conv_stem, self.bn1, self.config.activation)
 
     def _head(self, x: Tensor) -> Tensor:
-        if isinstance(self.conv_head, nn.Identity) or isinstance(self.bn2, nn.Identity):
+        if not self.config.head_channels:
             return x
-        activation = self.config.activation
-        return conv_norm_act(x, self.conv_head, self.bn2, activation, self._head_folds)
+        return conv_norm_act(x, self.conv_head, self.bn2, self.config.activation)
 
     def _pool(self, x: Tensor) -> Tensor:
         window = self.config.pool
         if window is None:
             return x.mean((2, 3))
-        size = x.shape[2:]
-        if not all(n // window == 1 for n in size):
+        if not isinstance(x, fx.Proxy) and not all(n // window == 1 for n in x.shape[2:]):
             raise ValueError(
                 f"pooling with a window of {window} needs a last map of {window} to "
-                f"{2 * window - 1} pixels, got {list(size)}: the images are not near the "
+                f"{2 * window - 1} pixels, got {list(x.shape[2:])}: the images are not near the "
                 f"network's resolution of {self.config.resolution}"
             )
         return F.avg_pool2d(x, window).flatten(1)
@@ -299,24 +252,17 @@ def _headless(config: MobileNetV1Config) -> MobileNetV1Config:
     return dataclasses.replace(config, num_classes=0, head_channels=0, pool=None, dropout=0.0)
 
 
-def _body(
-    config: MobileNetV1Config, device: torch.device | str | None, dtype: torch.dtype | None
-) -> nn.Sequential:
+def _body(config: MobileNetV1Config, **factory: Any) -> nn.Sequential:
     make = SeparableBlock if config.body == "separable" else ConvBlock
     blocks = iter(config.blocks)
     stages = [
-        nn.Sequential(*(make(next(blocks), config, device, dtype) for _ in stage))
+        nn.Sequential(*(make(next(blocks), config, **factory) for _ in stage))
         for stage in config.stages
     ]
     return nn.Sequential(*stages)
 
 
-def _classifier(
-    num_features: int,
-    num_classes: int,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> nn.Module:
+def _classifier(num_features: int, num_classes: int, **factory: Any) -> nn.Module:
     if num_classes == 0:
         return nn.Identity()
-    return nn.Linear(num_features, num_classes, device=device, dtype=dtype)
+    return nn.Linear(num_features, num_classes, **factory)

@@ -1,13 +1,16 @@
 """Modules: parameters and one call of an op."""
 
-from sepconv.nn.fused import FusedConv2d, FusedGate, FusedLinear, FusedSeparableConv2d
+from sepconv.nn.convolution import DepthwiseConv2d, PaddedConv2d, PointwiseConv2d
+from sepconv.nn.fused import FusedConv2d, FusedLinear, FusedSeparableConv2d
 from sepconv.nn.separable import SeparableConv1d, SeparableConv2d
 
 __all__ = [
+    "DepthwiseConv2d",
     "FusedConv2d",
-    "FusedGate",
     "FusedLinear",
     "FusedSeparableConv2d",
+    "PaddedConv2d",
+    "PointwiseConv2d",
     "SeparableConv1d",
     "SeparableConv2d",
 ]

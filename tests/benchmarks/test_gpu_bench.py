@@ -32,7 +32,7 @@ from examples.benchmarks.bench.gpu.measure import (
     ProcessSpentError,
     distance,
 )
-from sepconv import backend, mobilenet
+from sepconv import backend, fuse, mobilenet
 from sepconv.kernels.configs import ConvShape
 from sepconv.ops.backend import can_run_kernels
 from sepconv.ops.choice_files import Lost
@@ -305,7 +305,7 @@ def test_mobilenet_problems_are_the_networks():
         pytest.skip("needs TRITON_INTERPRET=1, which a GPU's kernels are tested without")
     net = mobilenet.mobilenet_v1(width_mult=0.25, resolution=32, num_classes=2).eval()
     with backend("triton"):
-        seen = record(net, torch.zeros(1, 3, 32, 32), backward=False)
+        seen = record(fuse(net), torch.zeros(1, 3, 32, 32), backward=False)
     problems = layers.mobilenet_problems(1, torch.float32, -1, resolution=32, width_mult=0.25)
     assert problems == seen
 

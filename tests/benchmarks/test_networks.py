@@ -117,27 +117,6 @@ def test_what_cannot_be_folded_is_counted_and_stays_right(model: nn.Module, left
     assert caveats == {"eager channels_last, folded": f"{left} BatchNorms could not be folded"}
 
 
-def test_our_network_folds_once():
-    """Where it is made in inference mode, it folds at every call."""
-    bench = Bench("cpu", dry=True)
-
-    def counts() -> list[int]:
-        x = networks.images(bench, 1)
-        (call,) = networks.ours(networks.own_mobilenet(bench), x)[0].make()
-        found = []
-        for _ in range(3):
-            with CountedOps() as ops:
-                call()
-            found.append(len(ops.names))
-        return found
-
-    with torch.no_grad():
-        first, *later = counts()
-    assert later[0] == later[1] < 100 < first
-    with torch.inference_mode():
-        assert min(counts()) > 5 * later[0]
-
-
 @pytest.mark.parametrize("run", [models.run, models.run_rivals, latency.run, convert.run])
 def test_parts_run_without_gradients_and_not_in_inference_mode(run):
     pytest.importorskip("timm", reason="the baselines are timm's: sepconv[zoo]")

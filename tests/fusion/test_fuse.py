@@ -464,7 +464,8 @@ class TestTracing:
 class TestAfterwards:
     def test_copies_pickles_and_reports(self):
         model = settled(nn.Sequential(dw(), nn.BatchNorm2d(CHANNELS), nn.ReLU(), pw(), nn.ReLU()))
-        fused = sepconv.fuse(model, images())
+        fused = sepconv.fuse(model, images(), measure=False)
+        assert kinds(fused) == {FusedSeparableConv2d}
         expected = model(images())
         fused(images())  # packs weights, which a copy must not carry
         for again in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
@@ -501,7 +502,8 @@ class TestAfterwards:
 
     def test_batch_and_size_may_change(self):
         model = settled(nn.Sequential(dw(2), nn.ReLU(), pw(), nn.SiLU()))
-        fused = sepconv.fuse(model, images())
+        fused = sepconv.fuse(model, images(), measure=False)
+        assert kinds(fused) == {FusedSeparableConv2d}
         with torch.no_grad():
             for n, size in ((1, 9), (3, 12), (2, 9), (1, 5)):
                 x = torch.randn(n, CHANNELS, size, size)
@@ -518,7 +520,7 @@ class TestMeasuring:
         model = settled(nn.Sequential(dw(), pw()))
         slow = {"contiguous": 3.0, "fused": 2.2, "channels_last": 2.0}
         monkeypatch.setattr(
-            sys.modules["sepconv.fuse"], "take_turns", lambda forms, rounds: dict(slow)
+            sys.modules["sepconv.fusion.fuse"], "take_turns", lambda forms, rounds: dict(slow)
         )
         kept = sepconv.fuse(model, images())
         assert type(kept) is nn.Sequential

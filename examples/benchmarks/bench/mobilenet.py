@@ -13,7 +13,7 @@ from torch import nn
 
 from examples.benchmarks.bench import torchvision_shim
 from examples.benchmarks.bench.cpu import channels_last, machine, take_turns
-from sepconv import mobilenet
+from sepconv import fuse, mobilenet
 from sepconv._util import track, write_atomically
 
 OURS = "sepconv"
@@ -46,8 +46,8 @@ def measure(batch: int, resolution: int, rounds: int, *, compiled: bool) -> dict
     torch.manual_seed(0)
     theirs = build_timm()
     theirs_last = channels_last(copy.deepcopy(theirs))
-    ours = mobilenet.load(theirs.state_dict())
     x = torch.randn(batch, 3, resolution, resolution)
+    ours = fuse(mobilenet.load(theirs.state_dict()), x, measure=False)
     x_last = x.contiguous(memory_format=torch.channels_last)
     forms = {
         "timm NCHW": lambda: theirs(x),

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sepconv.mobilenet.checkpoints.tensors import ConvEntries, Entry
-from sepconv.mobilenet.config import Activation, MobileNetV1Config
+from sepconv.mobilenet.config import Activation, MobileNetV1Config, PaddingRule
 from sepconv.mobilenet.model import MobileNetV1
-from sepconv.mobilenet.padding import PaddingRule
 
 PAPER_STAGE_SIZES = (1, 2, 2, 6, 2)
 

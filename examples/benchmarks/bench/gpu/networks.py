@@ -1,8 +1,4 @@
-"""Whole networks under every baseline, and ours. To be run under `torch.no_grad()`.
-
-Not in inference mode: its tensors cannot be watched for changes, so that a network of ours which
-was made there folds its BatchNorms again at every call.
-"""
+"""Whole networks under every baseline, and ours. To be run under `torch.no_grad()`."""
 
 import copy
 from collections.abc import Callable
