@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from sepconv import fuse, mobilenet
+from sepconv import fuse, keep_freed_memory, mobilenet
 from sepconv._util import track, write_atomically
 from sepconv.bench import torchvision_shim
 from sepconv.bench.cpu import channels_last, machine, take_turns
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def measure(batch: int, resolution: int, rounds: int, *, compiled: bool) -> dict[str, Any]:
     """Milliseconds a forward of each form takes, the ratio, and the difference of the logits."""
+    keep_freed_memory()
     torch.manual_seed(0)
     theirs = build_timm()
     theirs_last = channels_last(copy.deepcopy(theirs))
