@@ -34,7 +34,7 @@ def batch_norm_affine(
 
 
 def fold_after(weight: Tensor, bias: Tensor | None, bn: Affine) -> tuple[Tensor, Tensor]:
-    """Weight [K, ...] and bias [K] of a convolution that includes the BatchNorm behind it."""
+    """Weight [K, ...] and bias [K] of a convolution that includes the BatchNorm after it."""
     folded = weight.double() * bn.scale.view(-1, *[1] * (weight.dim() - 1))
     shift = bn.shift if bias is None else bias.double() * bn.scale + bn.shift
     return folded.to(weight.dtype), shift.to(weight.dtype)
@@ -43,15 +43,15 @@ def fold_after(weight: Tensor, bias: Tensor | None, bn: Affine) -> tuple[Tensor,
 def fold_before(
     weight: Tensor, bias: Tensor | None, bn: Affine, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution without padding that includes the BatchNorm in front of it.
+    """Weight and bias of a convolution without padding that includes the BatchNorm before it.
 
     Padding would add zeros where the BatchNorm's shift belongs.
 
     Args:
         weight: [K, C/groups, R, S].
         bias: [K] or None.
-        bn: of the C input channels.
-        groups: of the convolution.
+        bn: Of the C input channels.
+        groups: Of the convolution.
     """
     k, per_group = weight.shape[:2]
     grouped = weight.double().view(groups, k // groups, per_group, -1)

@@ -41,12 +41,12 @@ class Chain:
     """Nodes that one fused module replaces.
 
     Attributes:
-        stages: one, or a depthwise and the pointwise convolution after it.
-        nodes: in order of execution.
+        stages: One, or a depthwise and the pointwise convolution after it.
+        nodes: In order of execution.
         before: BatchNorms before the first convolution.
         form: `separable`, `pointwise`, `depthwise`, `convolution` or `linear`.
-        summand: the node that adds a residual, and the position of the residual in its arguments.
-        head: the first convolution.
+        summand: The node that adds a residual, and the position of the residual in its arguments.
+        head: The first convolution.
     """
 
     stages: list[Stage]

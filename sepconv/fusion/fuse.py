@@ -41,17 +41,17 @@ def fuse(
     as the example inputs are. Parts that fx cannot trace keep their code, and are lowered inside.
 
     Args:
-        model: in eval mode; converted by `sepconv.convert` or not.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments of the
+        model: In eval mode; converted by `sepconv.convert` or not.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments of the
             model's forward.
-        measure: with example inputs, measure both forms and return a copy of the original, in its
+        measure: With example inputs, measure both forms and return a copy of the original, in its
             better memory format, if the fused one is slower.
 
     Returns:
         The fused model; the original is unchanged.
 
     Raises:
-        ValueError: not a module that can be lowered, or in training mode; or the model's forward
+        ValueError: Not a module that can be lowered, or in training mode; or the model's forward
             fails on the example inputs.
 
     Example:

@@ -17,8 +17,8 @@ def lower_graph(owner: fx.GraphModule, channels_last: bool) -> list[Chain]:
     """Rewrite the graph of `owner` in place; return what was fused.
 
     Args:
-        owner: traced in eval mode; its submodules may be shared by several calls.
-        channels_last: whether the fused modules return channels_last tensors.
+        owner: Traced in eval mode; its submodules may be shared by several calls.
+        channels_last: Whether the fused modules return channels_last tensors.
     """
     graph = owner.graph
     modules = dict(owner.named_modules(remove_duplicate=False))

@@ -22,13 +22,13 @@ class PaddedConv2d(nn.Conv2d):
         in_channels: C.
         out_channels: K.
         kernel_size: R, S.
-        stride: an int or a pair.
-        padding: an int, a pair, `"valid"`, or a rule of `sepconv.ops.padding`: `"same"`, `"keras"`.
-        dilation: an int or a pair.
-        groups: as in `torch.nn.Conv2d`.
-        bias: whether a bias [K] is added.
-        device: of the parameters.
-        dtype: of the parameters.
+        stride: An int or a pair.
+        padding: An int, a pair, `"valid"`, or a rule of `sepconv.ops.padding`: `"same"`, `"keras"`.
+        dilation: An int or a pair.
+        groups: As in `torch.nn.Conv2d`.
+        bias: Whether a bias [K] is added.
+        device: Of the parameters.
+        dtype: Of the parameters.
 
     Shape:
         x [N, C, H, W] or [C, H, W]; y [N, K, P, Q] or [K, P, Q].
@@ -95,13 +95,13 @@ class DepthwiseConv2d(PaddedConv2d):
     Args:
         in_channels: C.
         kernel_size: R, S.
-        stride: an int or a pair.
-        padding: as in `PaddedConv2d`.
-        dilation: an int or a pair.
+        stride: An int or a pair.
+        padding: As in `PaddedConv2d`.
+        dilation: An int or a pair.
         channel_multiplier: M, filters per input channel; K = C*M.
-        bias: whether a bias [K] is added.
-        device: of the parameters.
-        dtype: of the parameters.
+        bias: Whether a bias [K] is added.
+        device: Of the parameters.
+        dtype: Of the parameters.
 
     Example:
         >>> DepthwiseConv2d(4, 3, padding=1, channel_multiplier=2)(torch.zeros(1, 4, 5, 5)).shape
@@ -145,9 +145,9 @@ class PointwiseConv2d(PaddedConv2d):
     Args:
         in_channels: C.
         out_channels: K.
-        bias: whether a bias [K] is added.
-        device: of the parameters.
-        dtype: of the parameters.
+        bias: Whether a bias [K] is added.
+        device: Of the parameters.
+        dtype: Of the parameters.
 
     Example:
         >>> PointwiseConv2d(4, 6)(torch.zeros(1, 4, 5, 5)).shape

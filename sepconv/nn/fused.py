@@ -64,12 +64,12 @@ class FusedConv2d(_FusedConvolution):
     Args:
         weight: [K, C/groups, R, S].
         bias: [K] or None.
-        stride: of the convolution.
-        padding: top, bottom, left, right; or a rule of `sepconv.ops.padding`.
-        dilation: of the filters.
-        groups: as in `torch.nn.Conv2d`.
-        activation: as the ops name it.
-        channels_last: whether outputs are channels_last whatever the input's layout.
+        stride: Of the convolution.
+        padding: Top, bottom, left, right; or a rule of `sepconv.ops.padding`.
+        dilation: Of the filters.
+        groups: As in `torch.nn.Conv2d`.
+        activation: As the ops name it.
+        channels_last: Whether outputs are channels_last whatever the input's layout.
 
     Shape:
         x [N, C, H, W] or [C, H, W]; residual: anything that adds to the result.
@@ -139,12 +139,12 @@ class FusedSeparableConv2d(_FusedConvolution):
         weight_pw: [K, C*M, 1, 1].
         bias_dw: [C*M] or None.
         bias_pw: [K] or None.
-        stride: of the depthwise convolution.
-        padding: top, bottom, left, right; or a rule of `sepconv.ops.padding`.
-        dilation: of the depthwise filters.
-        activation_mid: between the two, as the ops name it.
-        activation: at the end.
-        channels_last: whether outputs are channels_last whatever the input's layout.
+        stride: Of the depthwise convolution.
+        padding: Top, bottom, left, right; or a rule of `sepconv.ops.padding`.
+        dilation: Of the depthwise filters.
+        activation_mid: Between the two, as the ops name it.
+        activation: At the end.
+        channels_last: Whether outputs are channels_last whatever the input's layout.
 
     Shape:
         x [N, C, H, W] or [C, H, W]; residual: anything that adds to the result.
@@ -221,7 +221,7 @@ class FusedLinear(_Fused):
     Args:
         weight: [K, C].
         bias: [K] or None.
-        activation: as the ops name it.
+        activation: As the ops name it.
     """
 
     weight: Tensor

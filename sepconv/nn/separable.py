@@ -38,15 +38,15 @@ class SeparableConv2d(nn.Module):
         in_channels: C.
         out_channels: K.
         kernel_size: R, S of the depthwise filters.
-        stride: of the depthwise convolution.
-        padding: an int, a pair, `"same"` or `"valid"`, zeros, as in `torch.nn.Conv2d`.
-        dilation: of the depthwise filters.
+        stride: Of the depthwise convolution.
+        padding: An int, a pair, `"same"` or `"valid"`, zeros, as in `torch.nn.Conv2d`.
+        dilation: Of the depthwise filters.
         channel_multiplier: M, depthwise filters per input channel.
-        bias: whether a bias [K] is added.
-        channels_last: whether the weights are kept channels_last. By torch's rule the output is
+        bias: Whether a bias [K] is added.
+        channels_last: Whether the weights are kept channels_last. By torch's rule the output is
             then channels_last whatever the input's layout, which is what the ops run fastest in.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: Of the parameters.
+        dtype: Of the parameters.
 
     Shape:
         x [N, C, H, W] or [C, H, W]; y [N, K, P, Q] or [K, P, Q].

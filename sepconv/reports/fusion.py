@@ -15,12 +15,12 @@ class FusedLayer:
     """One convolution or linear layer of the model.
 
     Attributes:
-        name: of the module.
+        name: Of the module.
         status: `fused` or `left`.
-        form: what it became part of: `separable`, `pointwise`, `depthwise`, `convolution` or
+        form: What it became part of: `separable`, `pointwise`, `depthwise`, `convolution` or
             `linear`.
-        takes: what was folded in behind or before it, as `bn`, `+` or an activation's name.
-        reason: why it was left.
+        takes: What was folded in after or before it, as `bn`, `+` or an activation's name.
+        reason: Why it was left.
     """
 
     name: str
@@ -35,13 +35,13 @@ class FusionReport:
     """A whole lowering.
 
     Attributes:
-        layers: one entry per convolution module and fused linear layer.
+        layers: One entry per convolution module and fused linear layer.
         trace_level: `graph`, `leaves` or `modules`; see `sepconv.graph.tracing`.
-        trace_note: what kept fx from tracing more, in its own words.
-        channels_last: whether the fused modules return channels_last tensors.
-        latency_before: seconds of the original in its better memory format, None if not measured.
-        latency_after: seconds of the fused model.
-        kept: whether the original was returned because the fused model measured slower.
+        trace_note: What kept fx from tracing more, in its own words.
+        channels_last: Whether the fused modules return channels_last tensors.
+        latency_before: Seconds of the original in its better memory format, None if not measured.
+        latency_after: Seconds of the fused model.
+        kept: Whether the original was returned because the fused model measured slower.
     """
 
     layers: list[FusedLayer] = field(default_factory=list)

@@ -243,6 +243,14 @@ class TestLeft:
         model.register_forward_hook(lambda m, a, y: y + 1)
         check(model)
 
+    def test_a_forward_that_was_replaced(self):
+        for index in (None, 0, 1):
+            model = settled(nn.Sequential(pw(), nn.BatchNorm2d(16)))
+            module = model if index is None else model[index]
+            original = module.forward
+            module.forward = lambda x, original=original: original(x) + 1
+            check(model)
+
     def test_subclass_parametrized_padding_mode(self):
         class Own(nn.Conv2d):
             def forward(self, x):

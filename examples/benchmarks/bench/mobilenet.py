@@ -13,7 +13,7 @@ from torch import nn
 
 from examples.benchmarks.bench import torchvision_shim
 from examples.benchmarks.bench.cpu import channels_last, machine, take_turns
-from sepconv import fuse, mobilenet
+from sepconv import fuse, keep_freed_memory, mobilenet
 from sepconv._util import track, write_atomically
 
 OURS = "sepconv"
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def measure(batch: int, resolution: int, rounds: int, *, compiled: bool) -> dict[str, Any]:
     """Milliseconds a forward of each form takes, the ratio, and the difference of the logits."""
+    keep_freed_memory()
     torch.manual_seed(0)
     theirs = build_timm()
     theirs_last = channels_last(copy.deepcopy(theirs))
