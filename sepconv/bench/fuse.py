@@ -19,7 +19,7 @@ import sepconv
 from sepconv._util import track, write_atomically
 from sepconv.bench import torchvision_shim
 from sepconv.bench.cpu import machine
-from sepconv.conversion.costs import take_turns
+from sepconv.timing import take_turns
 
 MODELS = (
     "torchvision/mobilenet_v2",

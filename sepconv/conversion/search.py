@@ -11,8 +11,8 @@ from torch import nn
 
 from sepconv._util import track
 from sepconv.calibration.batches import MAX_SAMPLES
-from sepconv.conversion.budget import Budget
 from sepconv.conversion.convert import convert
+from sepconv.conversion.options import Budget
 from sepconv.graph import ExampleInputs
 
 Evaluate = Callable[[nn.Module], float]
@@ -77,7 +77,7 @@ def search(
     low, high = 0.0, 1.0
     for _ in track(range(steps), "searching"):
         fraction = (low + high) / 2
-        budget = Budget(**{cost: fraction})  # type: ignore[arg-type]  # never `gpu`
+        budget = Budget(**{cost: fraction})
         try:
             candidate = convert(
                 model, example_inputs, budget=budget, calibration=batches, **options

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sepconv.conversion.checks import checked_model
-from sepconv.conversion.costs import take_turns
 from sepconv.factorize.fold import Affine, batch_norm_affine, fold_after, fold_before
 from sepconv.fusion.chains import Chain, Left, Norm, obstacle
 from sepconv.fusion.lower import lower_graph
 from sepconv.fusion.promises import add_promises
 from sepconv.graph import ExampleInputs, split_inputs
 from sepconv.graph.capture import arguments_given
+from sepconv.graph.checked import checked_model
 from sepconv.graph.effects import has_hooks
 from sepconv.graph.state import copied, untouched
 from sepconv.graph.tracing import TraceLevel, trace
@@ -24,6 +23,7 @@ from sepconv.nn import FusedConv2d, FusedLinear, FusedSeparableConv2d, Separable
 from sepconv.ops.arguments import pair, sides
 from sepconv.reports.conversion import attach
 from sepconv.reports.fusion import FusedLayer, FusionReport
+from sepconv.timing import take_turns
 
 ROUNDS = 5  # turns that each form takes when measured
 MARGIN = 1.05  # slower by more than this is slower

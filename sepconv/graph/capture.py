@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from sepconv.graph.state import evaluating, untouched, without_history
+from sepconv._util import evaluating
+from sepconv.graph.state import untouched, without_history
 from sepconv.graph.tracing import TraceLevel, trace
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
@@ -75,8 +76,8 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
         safe = traced.level == "graph" and not _calls_view(traced.graph)
         return Capture(traced.level, traced.why, traced.graph, traced.leaves, channels_last=safe)
 
-    runner = _runnable(model)
-    with untouched(runner), evaluating(runner):
+    runner = runnable(model)
+    with untouched(runner), evaluating(runner), torch.no_grad():
         try:
             recorder, safe = _record(runner, args, kwargs)
         except Exception as error:
@@ -201,7 +202,7 @@ def _calls_view(graph: fx.Graph | None) -> bool:
     )
 
 
-def _runnable(model: nn.Module) -> nn.Module:
+def runnable(model: nn.Module) -> nn.Module:
     """The model, or a copy where running it would give its lazy modules their final form."""
     lazy = any(isinstance(p, nn.UninitializedParameter) for p in model.parameters())
     return deepcopy(model, without_history(model)) if lazy else model

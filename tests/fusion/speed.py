@@ -21,7 +21,7 @@ import torch
 import torchvision_shim
 
 import sepconv
-from sepconv.conversion.costs import take_turns
+from sepconv.timing import take_turns
 
 MODELS = ("mobilenet_v2", "efficientnet_b0", "mobilenetv1_100", "convnext_tiny", "xception41")
 
