@@ -79,9 +79,12 @@ def search(
         fraction = (low + high) / 2
         budget = Budget(**{cost: fraction})
         try:
-            candidate = convert(
-                model, example_inputs, budget=budget, calibration=batches, **options
-            )
+            with warnings.catch_warnings():
+                # Of a candidate; the result's report says it.
+                warnings.filterwarnings("ignore", "convert: the model did not get faster")
+                candidate = convert(
+                    model, example_inputs, budget=budget, calibration=batches, **options
+                )
         except ValueError as error:
             if not str(error).startswith("budget"):
                 raise
