@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 import sepconv
-from sepconv.conversion.costs import seconds
+from sepconv.timing import host_seconds
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
             total = macs = sepconv.convert(dense, batch[:1], dryrun=True).macs_before
         right = cifar.correct(model, x, labels)
         with torch.no_grad():
-            time = seconds(lambda model=model: model(batch), 0.3)
+            time = host_seconds([lambda model=model: model(batch)], 0.3)
         table.add_row(
             "dense" if rank is None else f"rank {rank}",
             f"{100 * right / len(x):.2f}",

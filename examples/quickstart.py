@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sepconv
-from sepconv.conversion.costs import seconds
+from sepconv.timing import host_seconds
 
 EPOCHS = 12
 
@@ -79,7 +79,7 @@ def main() -> None:
         forms.append((f"rank {rank}", model, report.macs_after, report.params_after))
     for name, model, macs, params in forms:
         with torch.no_grad():
-            time = seconds(lambda model=model: model(x_test), 0.3)
+            time = host_seconds([lambda model=model: model(x_test)], 0.3)
         right = f"{100 * accuracy(model, x_test, y_test):.1f}"
         cost = (f"{macs / 1e6:.2f}M", f"{params / 1e3:.1f}k")
         table.add_row(name, right, *cost, f"{time * 1e3:.1f}")

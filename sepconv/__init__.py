@@ -6,8 +6,8 @@
 
 from sepconv import nn, ops
 from sepconv._util import package_version
-from sepconv.conversion.budget import Budget
 from sepconv.conversion.convert import convert
+from sepconv.conversion.options import Budget
 from sepconv.conversion.search import search
 from sepconv.cost import Cost, cost
 from sepconv.distill import distill

@@ -1,10 +1,11 @@
-"""Small helpers that know nothing of convolutions: files, messages, progress, version."""
+"""Small helpers that know nothing of convolutions: files, messages, progress, modes, errors."""
 
 import difflib
 import os
 import secrets
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +13,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 from rich.progress import track as rich_track
-from torch import Tensor
+from torch import Tensor, nn
 
 Item = TypeVar("Item")
 
@@ -85,3 +86,29 @@ def crc32(t: Tensor) -> int:
     """
     flat = t.detach().reshape(-1).cpu().contiguous()
     return zlib.crc32(flat.view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Models in eval mode; each module gets its own flag back.
+
+    The flags are set directly: a model may override `train()`.
+    """
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    for module, _ in flags:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Mean squared difference over the variance of `theirs`; differentiable in `ours`.
+
+    >>> relative_error(torch.tensor([0.0, 2.0]), torch.tensor([0.0, 4.0]))
+    tensor(0.5000)
+    """
+    spread = (theirs - theirs.mean()).square().mean()
+    return (ours - theirs).square().mean() / spread.clamp(min=1e-12)

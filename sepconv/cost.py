@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sepconv._util import evaluating
+from sepconv.ops import register_flops
+
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
@@ -96,10 +99,9 @@ def cost(model: nn.Module, x: Inputs) -> Cost:
         ValueError: `model` is not a module.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     recorder = _Recorder()
-    watching = recorder.watching(model)
-    with _as_eval(model), torch.no_grad(), torch.random.fork_rng(), watching, recorder:
+    with _quietly(model), recorder.watching(model), recorder:
         _call(model, x)
     _add_params(model, recorder)
     return Cost(tuple(recorder.layers.values()))
@@ -114,6 +116,7 @@ class _Recorder(TorchDispatchMode):
         self.operand_shapes: dict[tuple[str, str], set[torch.Size]] = {}
         self._running = [""]
         # The flop counter imports Triton, which importing sepconv must not.
+        register_flops()
         self._formulas = import_module("torch.utils.flop_counter").flop_registry
 
     @contextmanager
@@ -231,18 +234,16 @@ def _joined(
 
 
 @contextmanager
-def _as_eval(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    # The fast path of nn.MultiheadAttention is one operation that no formula knows.
+def _quietly(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, a random state of its own, and nothing that no formula knows."""
+    # The fast path of nn.MultiheadAttention is one operation.
     fast_attention = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
-        for module, training in modes:
-            module.training = training
 
 
 def _call(model: nn.Module, x: Inputs) -> None:

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import islice
@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sepconv._util import track_batches, write_atomically
+from sepconv._util import evaluating, relative_error, track_batches, write_atomically
+from sepconv.graph.state import copied
 from sepconv.nn import SeparableConv2d
 
 _COLUMNS = ("epoch", "loss", "held_out", "learning_rate", "seconds")
@@ -95,13 +98,13 @@ def distill(
     run = _Run(student, learning_rate, weight_decay, average, epochs, _length(loader))
     layers = _paired_layers(student, teacher) if layer_weight else {}
 
-    with _modes(student, teacher):
-        run.note_if_best(_judge(student, teacher, judged, temperature))
+    with evaluating(student, teacher):
+        run.note_if_best(student, _judge(student, teacher, judged, temperature))
         if checkpoint is not None and Path(checkpoint).exists():
             run.resume(Path(checkpoint))
         for epoch in range(run.epoch, epochs):
             start = time.perf_counter()
-            _set_modes(student, frozen_norms=epoch < frozen_norm_epochs)
+            _train(student, frozen_norms=epoch < frozen_norm_epochs)
             total = steps = 0.0
             for batch in track_batches(_batches(loader, device), f"epoch {epoch + 1}/{epochs}"):
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -119,10 +122,10 @@ def distill(
             if steps == 0:
                 raise ValueError("loader: expected batches in every epoch; a generator gives one")
             run.finish_epoch()
-            with run.averaged():
-                _set_modes(student, training=False)
-                judgement = _judge(student, teacher, judged, temperature)
-                run.note_if_best(judgement)
+            mean = run.mean.module
+            with evaluating(mean):
+                judgement = _judge(mean, teacher, judged, temperature)
+            run.note_if_best(mean, judgement)
             if checkpoint is not None:
                 run.save(Path(checkpoint))
             if log is not None:
@@ -145,52 +148,41 @@ class _Run:
         epochs: int,
         steps_per_epoch: int | None,
     ) -> None:
-        self.student, self.epoch, self.epochs = student, 0, epochs
-        self._rate, self._average, self._steps = rate, average, 0
-        self._planned = None if steps_per_epoch is None else epochs * steps_per_epoch
+        self.student, self.epoch = student, 0
+        self._by_steps = steps_per_epoch is not None
         self.optimizer = torch.optim.AdamW(_parameter_groups(student, decay), lr=rate)
-        self._mean = _copied(student.state_dict())
+        self._schedule = CosineAnnealingLR(self.optimizer, max(epochs * (steps_per_epoch or 1), 1))
+        # Of a copy without history: a module may remember an activation.
+        self.mean = AveragedModel(
+            copied(student), multi_avg_fn=_moving_average(average), use_buffers=True
+        )
+        self.mean.n_averaged.fill_(1)  # the student as it is now counts
         self.best, self.best_loss = _copied(student.state_dict()), math.inf
 
     def step(self, loss: Tensor) -> None:
-        """One step of the optimizer and of the average."""
-        if self._planned is not None:
-            self._set_rate(self._steps / self._planned)
+        """One step of the optimizer, of the average and maybe of the schedule."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        self._steps += 1
-        # Young averages follow faster, or they would remember the start for too long.
-        decay = min(self._average, self._steps / (self._steps + 10))
-        for name, value in self.student.state_dict().items():
-            if value.is_floating_point():
-                self._mean[name].lerp_(value, 1 - decay)
-            else:
-                self._mean[name].copy_(value)
+        self.mean.update_parameters(self.student)
+        if self._by_steps:
+            self._lower_rate()
 
     def finish_epoch(self) -> None:
         """Count the epoch, and lower the learning rate for the next one."""
         self.epoch += 1
-        self._set_rate(self.epoch / self.epochs)
+        if not self._by_steps:
+            self._lower_rate()
 
-    def _set_rate(self, progress: float) -> None:
-        # A loader may give more batches than it says.
-        factor = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate * factor
+    def _lower_rate(self) -> None:
+        # A loader may give more batches than it says, and a cosine rises again.
+        if self._schedule.last_epoch < self._schedule.T_max:
+            self._schedule.step()
 
-    def note_if_best(self, loss: float) -> None:
-        """Keep the student as it is now if it does better than before."""
+    def note_if_best(self, model: nn.Module, loss: float) -> None:
+        """Keep the weights of `model` if it does better than what was best before."""
         if loss < self.best_loss:
-            self.best, self.best_loss = _copied(self.student.state_dict()), loss
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The student with the averaged weights, for a while."""
-        own = _copied(self.student.state_dict())
-        self.student.load_state_dict(self._mean)
-        yield
-        self.student.load_state_dict(own)
+            self.best, self.best_loss = _copied(model.state_dict()), loss
 
     def save(self, path: Path) -> None:
         """Write everything to a file, whole or not at all."""
@@ -198,12 +190,12 @@ class _Run:
         torch.save(
             {
                 "epoch": self.epoch,
-                "steps": self._steps,
                 "student": self.student.state_dict(),
-                "mean": self._mean,
+                "mean": self.mean.state_dict(),
                 "best": self.best,
                 "best_loss": self.best_loss,
                 "optimizer": self.optimizer.state_dict(),
+                "schedule": self._schedule.state_dict(),
                 "random": torch.get_rng_state(),
             },
             buffer,
@@ -214,20 +206,34 @@ class _Run:
         """Take everything from a file.
 
         Raises:
-            ValueError: it is not such a file, or belongs to another model.
+            ValueError: It is not such a file, or belongs to another model.
         """
         try:
             saved = torch.load(path, weights_only=True, map_location="cpu")
             self.student.load_state_dict(saved["student"])
+            self.mean.load_state_dict(saved["mean"])
             self.optimizer.load_state_dict(saved["optimizer"])
+            self._schedule.load_state_dict(saved["schedule"])
             torch.set_rng_state(saved["random"])
         except Exception as error:
             raise ValueError(f"checkpoint: {path} does not fit this run: {error}") from error
         device = next(self.student.parameters()).device
-        self._mean = {k: v.to(device) for k, v in saved["mean"].items()}
         self.best = {k: v.to(device) for k, v in saved["best"].items()}
-        self.best_loss = saved["best_loss"]
-        self.epoch, self._steps = saved["epoch"], saved["steps"]
+        self.best_loss, self.epoch = saved["best_loss"], saved["epoch"]
+
+
+def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """An exponential one, of which counts of batches are copied."""
+
+    def average(means: Any, values: Any, count: Tensor) -> None:
+        if not means[0].is_floating_point():
+            torch._foreach_copy_(means, values)
+            return
+        # Young averages follow faster, or they would remember the start for too long.
+        now = min(decay, int(count) / (int(count) + 10))
+        get_ema_multi_avg_fn(now)(means, values, count)
+
+    return average
 
 
 def _loss(
@@ -249,7 +255,10 @@ def _loss(
             raise ValueError("loader: expected pairs of inputs and labels for label_weight")
         loss = loss + label_weight * F.cross_entropy(logits.float(), batch.labels)
     if layers:
-        errors = [_relative_error(outputs[s], outputs[t]) for s, t in layers.items()]
+        errors = [
+            relative_error(outputs[s].float(), outputs[t].detach().float())
+            for s, t in layers.items()
+        ]
         loss = loss + layer_weight * torch.stack(errors).mean()
     return loss
 
@@ -264,11 +273,6 @@ def _divergence(logits: Any, wanted: Any, temperature: float) -> Tensor:
     teacher = (wanted.float() / temperature).log_softmax(1)
     divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     return divergence * temperature**2
-
-
-def _relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
-    theirs = theirs.detach().float()
-    return (ours.float() - theirs).square().mean() / theirs.var().clamp(min=1e-12)
 
 
 @torch.no_grad()
@@ -343,25 +347,13 @@ def _batches(loader: Iterable[Any], device: torch.device) -> Iterator[_Batch]:
         yield _Batch(x, labels[0] if labels else None)
 
 
-def _set_modes(student: nn.Module, training: bool = True, frozen_norms: bool = False) -> None:
-    student.train(training)
+def _train(student: nn.Module, frozen_norms: bool) -> None:
+    """Training mode, but for BatchNorm's statistics if they are to stay as they are."""
+    student.train()
     if frozen_norms:
         for module in student.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-
-
-@contextmanager
-def _modes(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
-    """Both in eval mode at first; each module gets its own flag back at the end."""
-    flags = [(m, m.training) for model in (student, teacher) for m in model.modules()]
-    student.eval()
-    teacher.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:

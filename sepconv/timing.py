@@ -1,8 +1,8 @@
-"""Device time of GPU work: CUDA events around graph replays, median, inputs that take turns."""
+"""The stopwatches: of a device, of the host, and of forms that take turns."""
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,39 @@ def host_seconds(calls: Sequence[Call], duration: float = 0.05) -> float:
             call()
         times.append(time.perf_counter() - start)
     return statistics.median(times) / len(calls)
+
+
+def seconds(call: Call, device: torch.device, duration: float = 0.02) -> float:
+    """Median seconds of one call, its launches included, where its tensors lie on `device`."""
+    if device.type != "cuda":
+        return host_seconds([call], duration)
+    with torch.cuda.device(device):
+        return device_seconds([call], duration, capture=False)
+
+
+def take_turns(forms: Mapping[str, Call], rounds: int, *, warm_up: bool = True) -> dict[str, float]:
+    """Median seconds of each form, called in turns, so that a slow spell of the machine hits all.
+
+    Args:
+        forms: What to time, by name.
+        rounds: Calls of each form that count.
+        warm_up: Whether one more round comes first.
+    """
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for turn in range(-int(warm_up), rounds):
+        for name, run in forms.items():
+            _synchronize()
+            start = time.perf_counter()
+            run()
+            _synchronize()
+            if turn >= 0:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _captured(calls: Sequence[Call]) -> Call:

@@ -112,5 +112,5 @@ def test_importing_it_loads_little_beside_torch() -> None:
         """
     ).split()
     packages = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names)
-    assert packages == {"rich", "safetensors", "sepconv", "torch"}
+    assert packages - {"torch"} == {"rich", "safetensors", "sepconv"}
     assert len(loaded) < MOST_MODULES

@@ -25,7 +25,8 @@ from examples.cifar import correct, images, trained_resnet
 from sepconv._util import write_atomically
 from sepconv.calibration.fit import Calibration, Curves, Method, Ranks, _Problem
 from sepconv.calibration.refine import Fitted
-from sepconv.conversion.plan import counted_costs, ranks_to_choose, ranks_within, weight_only_errors
+from sepconv.conversion.costs import counted_costs
+from sepconv.conversion.plan import ranks_to_choose, ranks_within, weight_only_errors
 from sepconv.factorize.solve import Factors, channel_blocks, refit_mixing, whitened_filters
 from sepconv.graph import Match, capture, match
 

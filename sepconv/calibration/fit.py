@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sepconv._util import track
+from sepconv._util import relative_error, track
 from sepconv.calibration.batches import read_batches
 from sepconv.calibration.observe import Dense
-from sepconv.calibration.refine import STEPS, Fitted, ShapesDifferError, refine
+from sepconv.calibration.refine import STEPS, Fitted, ShapesDifferError, check_same_shapes, refine
 from sepconv.calibration.responses import Responses, Substitutes
 from sepconv.factorize.moments import Moments
 from sepconv.factorize.solve import SWEEPS, Factors, solve
@@ -100,6 +100,10 @@ class Calibration:
     def layers(self) -> list[Match]:
         """The convolutions that the batches reach, in order of execution."""
         return self._responses.layers
+
+    def reached(self, ranks: Ranks) -> list[str]:
+        """The names of the layers that `fit` finds factors for, in order of execution."""
+        return [conv.name for conv in self.layers if _below_full(conv, ranks.get(conv.name))]
 
     def error_curves(self, ranks: Mapping[str, Sequence[int]]) -> Curves:
         """Relative squared change of the output when one layer alone is converted.
@@ -190,7 +194,7 @@ class Calibration:
         if self._wanted is None:
             self._wanted = self._responses.outputs(self._samples, {})
         outputs = self._responses.outputs(self._samples, self._substitutes(fitted))
-        return _relative_error(outputs, self._wanted)
+        return _output_error(outputs, self._wanted)
 
     def plain_error(self, ranks: Ranks) -> float:
         """`output_error` of the closed forms alone, which refining only lowers."""
@@ -261,18 +265,14 @@ def _below_full(conv: Match, rank: int | None) -> bool:
     return rank is not None and rank < full_rank(conv.weight_2d.shape)
 
 
-def _relative_error(outputs: list[list[Tensor]], wanted: list[list[Tensor]]) -> float:
-    """Squared error over variance of each output tensor, averaged over the tensors."""
-    shapes = [[t.shape for t in batch] for batch in (*outputs, *wanted)]
-    if shapes[: len(outputs)] != shapes[len(outputs) :]:
-        raise ShapesDifferError(
-            "calibration: the shapes of the model's outputs depend on its weights, so their error "
-            "cannot be measured; give `rank=` instead of a budget"
-        )
-    errors = []
-    for ours, theirs in zip(zip(*outputs, strict=True), zip(*wanted, strict=True), strict=True):
-        truth = torch.cat([t.double().reshape(-1) for t in theirs])
-        change = torch.cat([t.double().reshape(-1) for t in ours]) - truth
-        spread = (truth - truth.mean()).square().mean()
-        errors.append(change.square().mean() / spread.clamp(min=1e-12))
+def _output_error(outputs: list[list[Tensor]], wanted: list[list[Tensor]]) -> float:
+    """Relative squared error of each output tensor over all batches, averaged over the tensors."""
+    for ours, theirs in zip(outputs, wanted, strict=True):
+        check_same_shapes(ours, theirs)
+
+    def joined(batches: list[list[Tensor]]) -> list[Tensor]:
+        tensors = zip(*batches, strict=True)
+        return [torch.cat([t.double().reshape(-1) for t in parts]) for parts in tensors]
+
+    errors = list(map(relative_error, joined(outputs), joined(wanted)))
     return float(torch.stack(errors).mean()) if errors else 0.0

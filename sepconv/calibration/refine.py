@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sepconv._util import track
+from sepconv._util import relative_error, track
 from sepconv.factorize.solve import Factors
 
 STEPS = 200
@@ -106,13 +106,17 @@ class _Free:
         return Fitted(Factors(filters, mixing), bias)
 
 
-def _error(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
-    """Squared error over variance of each tensor, averaged over the tensors."""
-    errors = []
+def check_same_shapes(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    """Raise `ShapesDifferError` unless two forms of a model gave tensors of the same shapes."""
     if [t.shape for t in ours] != [t.shape for t in theirs]:
-        raise ShapesDifferError("the shapes of the model's outputs depend on its weights")
-    for a, b in zip(ours, theirs, strict=True):
-        b = b.float()
-        spread = (b - b.mean()).square().mean().clamp(min=1e-12)
-        errors.append((a.float() - b).square().mean() / spread)
+        raise ShapesDifferError(
+            "calibration: the shapes of the model's outputs depend on its weights, so their error "
+            "cannot be measured; give `rank=` instead of a budget"
+        )
+
+
+def _error(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+    """Relative squared error of each tensor, averaged over the tensors."""
+    check_same_shapes(ours, theirs)
+    errors = [relative_error(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True)]
     return torch.stack(errors).mean()

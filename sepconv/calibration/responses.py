@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from sepconv._util import evaluating
 from sepconv.calibration.batches import Batch
 from sepconv.calibration.observe import Dense, Probe, Seen, Substitution, Surroundings, Survey
 from sepconv.factorize.moments import Moments, full_padding, patches, pixels
 from sepconv.graph import Match
-from sepconv.graph.state import evaluating, untouched
+from sepconv.graph.state import untouched
 
 # Patches per layer: more change nothing (docs/accuracy.md).
 MIN_ROWS, ROWS_PER_DIMENSION = 40_000, 40
@@ -213,7 +214,7 @@ class Responses:
             return
         self._is_quiet = True
         try:
-            with untouched(self._model), evaluating(self._model):
+            with untouched(self._model), evaluating(self._model), torch.no_grad():
                 yield
         finally:
             self._is_quiet = False

@@ -1,41 +1,29 @@
-"""The story: capture, match, select, plan, factorise, rewrite, report."""
+"""The story: capture, match, options, plan, keep what is faster, factors, rewrite, report."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from sepconv.calibration.fit import Calibration
-from sepconv.calibration.refine import Fitted
-from sepconv.conversion.budget import Budget
-from sepconv.conversion.checks import check_finite, check_options, checked_model
-from sepconv.conversion.choose import ranks_for
-from sepconv.conversion.costs import LatencyTable, fill_in_latencies
-from sepconv.conversion.install import install, install_biases
+from sepconv.conversion.apply import apply_plan, factored, weight_error
+from sepconv.conversion.costs import device_name, forward_seconds
 from sepconv.conversion.optimizers import check_optimizers, update_optimizers
-from sepconv.conversion.plan import check_within, ranks_asked
-from sepconv.conversion.predicted import PredictedLatencies, gpu_not_at_hand
-from sepconv.conversion.select import FilterFn, RankChoice, select
-from sepconv.factorize import factorize
-from sepconv.graph import (
-    ExampleInputs,
-    Match,
-    capture,
-    match,
-    rewrite,
-    separable_module,
+from sepconv.conversion.options import (
+    Budget,
+    FilterFn,
+    RankChoice,
+    check_finite,
+    check_options,
+    select,
 )
-from sepconv.nn import SeparableConv2d
-from sepconv.reports.conversion import (
-    LayerReport,
-    attach,
-    attached,
-    converted_layer,
-    dense_layer,
-    summarise,
-)
+from sepconv.conversion.plan import check_within, ranks_asked, ranks_for
+from sepconv.graph import ExampleInputs, Match, capture, match
+from sepconv.graph.checked import checked_model
+from sepconv.reports.conversion import attach, measure_layers, planned_layers, summarise
+from sepconv.reports.latency import LatencyTable
 
 
 def convert(
@@ -65,16 +53,14 @@ def convert(
     Args:
         model: any module, traceable by torch.fx or not.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments of the
-            model's forward. With them shapes and MACs are known and the latency of every layer
-            is measured in both forms.
+            model's forward. With them shapes and MACs are known, and one forward of
+            the whole model is timed in both forms at the end.
         rank: an int, `"full"` (exact), or a mapping of name patterns to an int, `"full"` or None
             (leave); layers that a mapping does not name are left. A rank above a layer's full
             rank, min(K, R*S), means its full rank. Default: 1, the MobileNet form.
         budget: `Budget(macs=)`, `Budget(params=)`, `Budget(latency=)` or `Budget(error=)`; the
             ranks are then planned, with dense as one of the choices. All but `params` need
-            `example_inputs`, and `error` needs `calibration`. With
-            `Budget(latency=0.5, gpu="H200")` the latencies are predicted for a GPU that is not at
-            hand.
+            `example_inputs`, and `error` needs `calibration`.
         include: name patterns; only these convolutions are converted.
         exclude: name patterns; these are not.
         filter_fn: `(module, name) -> bool`, True to convert.
@@ -112,70 +98,52 @@ def convert(
 
     captured = capture(model, example_inputs)
     found = match(model, captured)
-    ranks, found = select(model, found, rank, include, exclude, filter_fn, first_conv)
+    asked, found = select(model, found, rank, include, exclude, filter_fn, first_conv)
     matches = [conv for conv in found if isinstance(conv, Match)]
     check_finite(matches)
-    params = sum(
-        p.numel() for p in model.parameters() if not isinstance(p, nn.UninitializedParameter)
-    )
+
+    table = LatencyTable()
     study = None
     if calibration is not None:
         study = Calibration(model, matches, calibration, example_inputs, seed)
     if budget is None:
-        planned = ranks_asked(matches, ranks)
+        ranks = ranks_asked(matches, asked)
     else:
-        planned = ranks_for(budget, model, example_inputs, captured, matches, study)
+        ranks = ranks_for(budget, model, example_inputs, captured, matches, study, table)
+    calibrated = study.reached(ranks) if study is not None else ()
+    layers = planned_layers(found, ranks, captured.channels_last, calibrated)
 
-    replacements: dict[Match, SeparableConv2d] = {}
-    layers: dict[str, LayerReport] = {}
-    for conv in found:
-        rank_planned = planned.get(conv.name)
-        if isinstance(conv, Match) and rank_planned is not None:
-            factors = factorize(conv.weight_2d, rank_planned)
-            replacements[conv] = separable_module(conv, factors, captured.channels_last)
-            layers[conv.name] = converted_layer(conv, rank_planned, factors.error)
-        else:
-            layers[conv.name] = dense_layer(conv)
-    gpu = gpu_not_at_hand(budget.gpu, model) if budget else None
-    if captured.has_shapes:
-        latencies = PredictedLatencies(gpu) if gpu else LatencyTable()
-        fill_in_latencies(replacements, layers, latencies)
+    if only_if_faster or (budget is not None and budget.kind == "latency"):
+        measure_layers([x for x in layers.values() if x.rank is not None], table)
     if only_if_faster:
-        for conv in list(replacements):
-            if layers[conv.name].keep_unless_faster():
-                del replacements[conv]
-
-    fitted: dict[str, Fitted] = {}
-    if study is not None:
-        chosen = {conv.name: planned[conv.name] for conv in replacements}
-        fitted = study.fit(chosen) if not dryrun else {}
-        install(fitted, replacements, layers)
-
-    made = summarise(
-        list(layers.values()), captured, params=params, dryrun=dryrun, earlier=attached(model)
-    )
-    made.predicted_for = gpu.name if gpu else ""
+        for layer in layers.values():
+            layer.keep_unless_faster()
+    made = summarise(layers.values(), captured, model, dryrun)
     if budget is not None:
         check_within(budget, made)
     if dryrun:
+        for conv in matches:
+            layers[conv.name].error = weight_error(conv, layers[conv.name].rank)
         return made
-    if not replacements:
+
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    fitted = study.fit(ranks) if study is not None else {}
+    plan = factored(matches, layers, fitted, captured.channels_last)
+    converting = any(rank is not None for rank in ranks.values())
+    if not converting:
         warnings.warn(f"convert: nothing was converted: {made.reasons()}", stacklevel=2)
-    converted, memo = rewrite(model, replacements, inplace, captured.channels_last)
-    install_biases(fitted, replacements)
+    times: dict[str, float] = {}
+    if converting and example_inputs is not None and inplace:
+        times = forward_seconds(example_inputs, before=model)
+    converted, successors = apply_plan(model, plan, inplace)
     names = {id(p): name for name, p in converted.named_parameters()}
-    update_optimizers(listed, _successors(model, replacements, memo), names)
+    update_optimizers(listed, successors, names)
     attach(converted, made)
+    if converting and example_inputs is not None:
+        forms = {"after": converted} if inplace else {"before": model, "after": converted}
+        times |= forward_seconds(example_inputs, **forms)
+        made.latency_before, made.latency_after = times["before"], times["after"]
+        made.device = device_name(converted)
+        if times["after"] >= times["before"]:
+            warnings.warn(f"convert: the model did not get faster: {made.forward()}", stacklevel=2)
     return converted
-
-
-def _successors(
-    model: nn.Module, replacements: Mapping[Match, SeparableConv2d], memo: Mapping[int, Any]
-) -> dict[int, list[nn.Parameter]]:
-    """What took the place of each parameter: its copy, or the factors of a dense weight."""
-    successors = {id(p): [memo[id(p)]] for p in model.parameters() if id(p) in memo}
-    for conv, module in replacements.items():
-        successors[id(conv.weight)] = [module.weight_dw, module.weight_pw]
-        if conv.bias is None and module.bias is not None:
-            successors[id(conv.weight)].append(module.bias)
-    return successors

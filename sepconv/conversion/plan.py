@@ -3,17 +3,18 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from sepconv.conversion.budget import Budget
-from sepconv.conversion.select import Rank
-from sepconv.factorize import Option, allocate, full_rank, weight_errors
-from sepconv.factorize.knapsack import knapsack
-from sepconv.graph import Match
-from sepconv.reports.conversion import Report
+from torch import nn
 
-DENSE = None  # the choice to leave a layer as it is
+from sepconv.calibration.fit import Calibration
+from sepconv.conversion.costs import DENSE, Costs, counted_costs, forward_seconds, latency_costs
+from sepconv.conversion.options import Budget, Rank
+from sepconv.factorize import full_rank, weight_errors
+from sepconv.factorize.knapsack import Option, knapsack
+from sepconv.graph import Capture, ExampleInputs, Match
+from sepconv.reports.conversion import Report
+from sepconv.reports.latency import LatencyTable
 
 Ranks = dict[str, int | None]
-Costs = dict[str, dict[int | None, float]]  # by layer, of each rank and of dense
 Errors = Mapping[str, Mapping[int, float]]  # by layer and rank
 
 _BISECTIONS = 7  # narrows the fraction down to one percent
@@ -29,33 +30,44 @@ def ranks_asked(matches: Sequence[Match], ranks: Mapping[str, Rank | None]) -> R
     return planned
 
 
-def counted_costs(matches: Sequence[Match], kind: str, new_biases: bool) -> Costs:
-    """Multiply-adds or parameters of every rank that is cheaper than the dense form, and of it.
+def ranks_for(
+    budget: Budget,
+    model: nn.Module,
+    example_inputs: ExampleInputs | None,
+    captured: Capture,
+    matches: Sequence[Match],
+    calibration: Calibration | None,
+    table: LatencyTable,
+) -> Ranks:
+    """Ranks, or dense, for every layer within the budget.
 
-    Args:
-        matches: the layers to choose for.
-        kind: `macs` or `params`.
-        new_biases: whether layers without a bias get one, as calibration gives them.
+    With calibration the error of a rank is what it changes in the model's output, else what it
+    changes in the weight.
+
+    Raises:
+        ValueError: The budget cannot be reached, or needs calibration that is not given.
     """
-    costs: Costs = {}
-    for conv in matches:
-        ranks = range(1, full_rank(conv.weight_2d.shape) + 1)
-        if kind == "macs":
-            forms: dict[int | None, float] = {rank: conv.macs(rank) for rank in ranks}
-            forms[DENSE] = conv.dense_macs
-        else:
-            extra = len(conv.weight) if new_biases and conv.bias is None else 0
-            forms = {rank: conv.params(rank) + extra for rank in ranks}
-            forms[DENSE] = conv.dense_params
-        costs[conv.name] = cheaper_than_dense(forms)
-    return costs
-
-
-def cheaper_than_dense(forms: Mapping[int | None, float]) -> dict[int | None, float]:
-    """The forms that cost less than the dense one, and last that."""
-    dense = forms[DENSE]
-    cheaper = {rank: cost for rank, cost in forms.items() if cost < dense}
-    return cheaper | {DENSE: dense}
+    if budget.kind == "error" and calibration is None:
+        raise ValueError("budget: error= is measured on calibration batches, got None")
+    if budget.kind == "latency":
+        assert example_inputs is not None, "check_options() asks for them"
+        costs = latency_costs(matches, captured.channels_last, table)
+        # Measured one by one, layers can take longer than together; the whole is not less.
+        layers = sum(forms[DENSE] for forms in costs.values())
+        total = max(forward_seconds(example_inputs, dense=model)["dense"], layers)
+    else:
+        kind = "params" if budget.kind == "params" else "macs"
+        costs = counted_costs(matches, kind, new_biases=calibration is not None)
+        params = sum(p.numel() for p in model.parameters())
+        total = float(params if kind == "params" else captured.macs or 0)
+    if calibration is None:
+        return ranks_within(budget, costs, weight_only_errors(matches), total)
+    if budget.kind != "error":
+        reachable_limit(budget, costs, total)  # before the errors, which take long
+    errors = calibration.error_curves(ranks_to_choose(costs))
+    if budget.kind == "error":
+        return ranks_for_error(budget.fraction, costs, errors, total, calibration.plain_error)
+    return ranks_within(budget, costs, errors, total)
 
 
 def ranks_to_choose(costs: Costs) -> dict[str, list[int]]:
@@ -89,9 +101,10 @@ def ranks_within(budget: Budget, costs: Costs, errors: Errors, total: float) -> 
         for name, layer in forms.items()
     ]
     limit = reachable_limit(budget, forms, total)
-    # Latency comes in steps, which no convex hull describes; counts are nearly convex.
-    choose = knapsack if budget.kind == "latency" else allocate
-    chosen = choose(choices, limit)
+    if budget.kind == "latency":
+        chosen = knapsack(choices, limit)
+    else:
+        chosen = knapsack(choices, math.floor(limit), least_unit=1)
     return {name: list(layer)[i] for (name, layer), i in zip(forms.items(), chosen, strict=True)}
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from sepconv._util import track
 from sepconv.calibration.batches import MAX_SAMPLES
-from sepconv.conversion.budget import Budget
 from sepconv.conversion.convert import convert
+from sepconv.conversion.options import Budget
 from sepconv.graph import ExampleInputs
 
 Evaluate = Callable[[nn.Module], float]
@@ -77,11 +77,14 @@ def search(
     low, high = 0.0, 1.0
     for _ in track(range(steps), "searching"):
         fraction = (low + high) / 2
-        budget = Budget(**{cost: fraction})  # type: ignore[arg-type]  # never `gpu`
+        budget = Budget(**{cost: fraction})
         try:
-            candidate = convert(
-                model, example_inputs, budget=budget, calibration=batches, **options
-            )
+            with warnings.catch_warnings():
+                # Of a candidate; the result's report says it.
+                warnings.filterwarnings("ignore", "convert: the model did not get faster")
+                candidate = convert(
+                    model, example_inputs, budget=budget, calibration=batches, **options
+                )
         except ValueError as error:
             if not str(error).startswith("budget"):
                 raise

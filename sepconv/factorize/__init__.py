@@ -1,6 +1,5 @@
 """Factorisations of a dense weight: tensors in, tensors out."""
 
-from sepconv.factorize.allocate import Option, allocate
 from sepconv.factorize.svd import (
     SeparableFactors,
     factorize,
@@ -10,9 +9,7 @@ from sepconv.factorize.svd import (
 )
 
 __all__ = [
-    "Option",
     "SeparableFactors",
-    "allocate",
     "factorize",
     "full_rank",
     "is_finite",

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Channels are independent: taken some at a time, the float64 work stays small beside the weight.
-_CHANNELS = 64
+# Channels are independent: so many float64 numbers are worked on at a time, 32 MB of them.
+_NUMBERS = 2**22
 
 
 class SeparableFactors(NamedTuple):
@@ -64,14 +64,14 @@ def factorize(weight: Tensor, rank: int) -> SeparableFactors:
     if rank >= full_rank(weight.shape):
         return _exact(weight)
 
-    parts = [_truncate(part, rank) for part in weight.split(_CHANNELS, dim=1)]
-    filters, mixing, lost, total = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    error = float((lost.sum() / total.sum()).sqrt()) if total.sum() > 0 else 0.0
+    parts = [_truncate(part, rank) for part in _parts(weight)]
+    filters, mixing, energies = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    error = float(_errors_by_rank(energies)[rank].sqrt())
     return SeparableFactors(*_to_weights(filters, mixing, weight), error)
 
 
-def _truncate(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Filters [C, T, R*S], mixing weights [C, K, T], energy lost and total [C]."""
+def _truncate(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Filters [C, T, R*S], mixing weights [C, K, T], energies [C, full_rank]."""
     per_channel = _per_channel(weight)
     vectors, energies = _singular_vectors(per_channel)
     kept = vectors[:, :, :rank]
@@ -79,7 +79,7 @@ def _truncate(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor
         filters, mixing = kept.mT, per_channel @ kept
     else:
         filters, mixing = kept.mT @ per_channel, kept
-    return filters, mixing.to(weight.dtype), energies[:, rank:].sum(1), energies.sum(1)
+    return filters, mixing.to(weight.dtype), energies
 
 
 def weight_errors(weight: Tensor) -> Tensor:
@@ -90,14 +90,16 @@ def weight_errors(weight: Tensor) -> Tensor:
         the last entry is 0. Decreasing and convex in T.
     """
     _check(weight)
-    _, energies = _singular_vectors(_per_channel(weight))
-    by_rank = energies.sum(dim=0)[: full_rank(weight.shape)]
-    total = by_rank.sum()
-    if total == 0:
-        return torch.zeros(len(by_rank) + 1, dtype=torch.float64)
-    lost = total - by_rank.cumsum(0)
-    lost[-1] = 0.0  # exact by construction, whatever the subtraction left
-    return torch.cat([lost.new_ones(1), (lost / total).clamp_(0.0, 1.0)]).cpu()
+    parts = [_singular_vectors(_per_channel(part))[1] for part in _parts(weight)]
+    return _errors_by_rank(torch.cat(parts))
+
+
+def _errors_by_rank(energies: Tensor) -> Tensor:
+    """Energies [C, full_rank] to the share [full_rank + 1] that each rank loses, on the CPU."""
+    by_rank = energies.sum(0).cpu()
+    # From the smallest on, so that nothing cancels; the full rank is exact and loses 0.
+    lost = torch.cat([by_rank, by_rank.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+    return lost / lost[0] if lost[0] > 0 else lost
 
 
 def is_finite(weight: Tensor) -> bool:
@@ -117,6 +119,10 @@ def _check(weight: Tensor) -> None:
         raise ValueError(f"weight: expected a real floating dtype, got {weight.dtype}")
     if not is_finite(weight):
         raise ValueError("weight: expected finite values, got NaN or Inf")
+
+
+def _parts(weight: Tensor) -> tuple[Tensor, ...]:
+    return weight.split(max(1, _NUMBERS // max(1, weight[:, 0].numel())), dim=1)
 
 
 def _per_channel(weight: Tensor) -> Tensor:

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sepconv.conversion.checks import checked_model
-from sepconv.conversion.costs import take_turns
 from sepconv.fusion.chains import Chain
 from sepconv.fusion.lower import lower_graph
 from sepconv.fusion.recognise import Left, obstacle
 from sepconv.graph import ExampleInputs, split_inputs
 from sepconv.graph.capture import arguments_given
+from sepconv.graph.checked import checked_model
 from sepconv.graph.effects import has_hooks
 from sepconv.graph.state import copied, untouched
 from sepconv.graph.tracing import TraceLevel, trace
 from sepconv.nn import SeparableConv2d
 from sepconv.reports.conversion import attach
 from sepconv.reports.fusion import FusedLayer, FusionReport
+from sepconv.timing import take_turns
 
 ROUNDS = 5  # turns that each form takes when measured
 MARGIN = 1.05  # slower by more than this is slower

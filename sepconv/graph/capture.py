@@ -13,8 +13,10 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from sepconv.graph.state import evaluating, untouched, without_history
+from sepconv._util import evaluating
+from sepconv.graph.state import untouched, without_history
 from sepconv.graph.tracing import TraceLevel, trace
+from sepconv.ops import register_flops
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
 
@@ -75,8 +77,8 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
         safe = traced.level == "graph" and not _calls_view(traced.graph)
         return Capture(traced.level, traced.why, traced.graph, traced.leaves, channels_last=safe)
 
-    runner = _runnable(model)
-    with untouched(runner), evaluating(runner):
+    runner = runnable(model)
+    with untouched(runner), evaluating(runner), torch.no_grad():
         try:
             recorder, safe = _record(runner, args, kwargs)
         except Exception as error:
@@ -178,6 +180,8 @@ def _counting_macs(recorder: _ConvRecorder) -> Iterator[None]:
     # It imports Triton, which takes half a second and is not needed for anything else here.
     from torch.utils.flop_counter import FlopCounterMode
 
+    register_flops()
+
     with FlopCounterMode(display=False) as counter:
         yield
     recorder.macs = counter.get_total_flops() // 2
@@ -201,7 +205,7 @@ def _calls_view(graph: fx.Graph | None) -> bool:
     )
 
 
-def _runnable(model: nn.Module) -> nn.Module:
+def runnable(model: nn.Module) -> nn.Module:
     """The model, or a copy where running it would give its lazy modules their final form."""
     lazy = any(isinstance(p, nn.UninitializedParameter) for p in model.parameters())
     return deepcopy(model, without_history(model)) if lazy else model

@@ -57,6 +57,28 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...]
 
 
+class Form(NamedTuple):
+    """A convolution without its values: enough to build its separable form, and to time both.
+
+    Attributes:
+        weight_shape: [K, C, R, S] or [K, C, S].
+        bias: Whether it has one.
+        dtype: Of its parameters.
+        device: Likewise.
+        geometry: Stride, padding, dilation.
+        runs: Shapes of its executions; empty without example inputs.
+        channels_last: Whether the separable form's output may be channels_last.
+    """
+
+    weight_shape: tuple[int, ...]
+    bias: bool
+    dtype: torch.dtype
+    device: torch.device
+    geometry: Geometry
+    runs: tuple[ConvRun, ...]
+    channels_last: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Match:
     """A standard convolution that can be made separable.
@@ -82,6 +104,19 @@ class Match:
     calls: tuple[fx.Node, ...] = ()
     owner: str | None = None
     first: bool = False
+
+    def form(self, channels_last: bool) -> Form:
+        """The convolution without its values."""
+        weight = self.weight
+        return Form(
+            tuple(weight.shape),
+            self.bias is not None,
+            weight.dtype,
+            weight.device,
+            self.geometry,
+            self.runs,
+            channels_last,
+        )
 
     @property
     def weight_2d(self) -> Tensor:

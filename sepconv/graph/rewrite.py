@@ -12,42 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sepconv.factorize import SeparableFactors
 from sepconv.graph.functional import forward_graph, replace_forward
-from sepconv.graph.match import Match
+from sepconv.graph.match import Form, Match
 from sepconv.graph.state import copied, without_history
 from sepconv.nn import SeparableConv1d, SeparableConv2d
-from sepconv.ops.memory import keep_freed_memory
 
 
-def separable_module(
-    conv: Match, factors: SeparableFactors, channels_last: bool
-) -> SeparableConv2d:
-    """The module that takes the place of `conv`, sharing its bias."""
-    out_channels, channels, *taps = conv.weight.shape
+def separable_module(form: Form, rank: int) -> SeparableConv2d:
+    """A module of a convolution's separable form, its parameters without values."""
+    out_channels, channels, *taps = form.weight_shape
     make = SeparableConv1d if len(taps) == 1 else SeparableConv2d
-    # On the meta device nothing is drawn: neither time nor the random state is spent on weights
-    # that the factors replace.
+    # Made on the meta device nothing is drawn: neither time nor the random state is spent.
     module = make(
         channels,
         out_channels,
         _argument(tuple(taps)),
-        _argument(conv.geometry.stride),
-        _argument(conv.geometry.padding),
-        _argument(conv.geometry.dilation),
-        channel_multiplier=factors.weight_dw.shape[0] // channels,
-        bias=conv.bias is not None,
+        _argument(form.geometry.stride),
+        _argument(form.geometry.padding),
+        _argument(form.geometry.dilation),
+        channel_multiplier=rank,
+        bias=form.bias,
+        channels_last=form.channels_last,
         device="meta",
-        dtype=conv.weight.dtype,
+        dtype=form.dtype,
     )
-    for name in ("weight_dw", "weight_pw"):
-        values: Tensor = getattr(factors, name).to(conv.weight.device)
-        laid_out = _laid_out(values, channels_last)
-        setattr(module, name, nn.Parameter(laid_out, requires_grad=conv.weight.requires_grad))
-    module.bias = conv.bias
-    if conv.weight.is_cpu:
-        keep_freed_memory()
-    return module
+    return module.to_empty(device=form.device)
 
 
 def rewrite(

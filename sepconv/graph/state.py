@@ -89,20 +89,3 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
         # The flag alone: a model may override `train()`.
         module.training = flags.get(name, module.training)
     return made
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode and without gradients; each module gets its own flag back.
-
-    The flags are set directly: a model may override `train()`.
-    """
-    flags = [(m, m.training) for m in model.modules()]
-    for module, _ in flags:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -11,10 +12,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import fx, nn
 
-from sepconv._util import crc32
+from sepconv._util import crc32, track
 from sepconv.factorize import full_rank
-from sepconv.graph import Capture, Match, Skipped
+from sepconv.graph import Capture, Form, Match, Skipped
 from sepconv.reports.fusion import FusionReport
+from sepconv.reports.latency import LatencyTable
 
 Status = Literal["converted", "skipped", "kept"]
 
@@ -42,6 +44,7 @@ class LayerReport:
         method: how the factors were found: `exact` at full rank, `svd` of the weight alone, or
             what a calibration names.
         weight_crc32: checksum of the dense weight, where converted.
+        form: what it takes to measure the layer, where converted and shapes are known.
     """
 
     name: str
@@ -57,6 +60,7 @@ class LayerReport:
     latency_after: float | None = None
     method: str | None = None
     weight_crc32: int | None = None
+    form: Form | None = field(default=None, repr=False, compare=False)
 
     def keep_unless_faster(self) -> bool:
         """Turn a converted layer that did not measure faster into a kept one; True if it was."""
@@ -65,7 +69,7 @@ class LayerReport:
             return False
         self.status = "kept"
         self.reason = f"not faster, {_time(before)} > {_time(after)}"
-        self.rank = self.error = self.method = self.weight_crc32 = None
+        self.rank = self.error = self.method = self.weight_crc32 = self.form = None
         self.macs_after, self.params_after = self.macs_before, self.params_before
         return True
 
@@ -83,7 +87,10 @@ class Report:
         params_before: parameters of the whole model.
         params_after: the same after conversion.
         dryrun: whether this is a plan that was not carried out.
-        predicted_for: the GPU that latencies are predicted for; empty where they were measured.
+        latency_before: seconds of one forward of the example inputs by the whole original model,
+            None without them and in a dry run.
+        latency_after: the same of the converted model.
+        device: the name of what both were measured on, empty where they were not.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -94,7 +101,9 @@ class Report:
     params_before: int = 0
     params_after: int = 0
     dryrun: bool = False
-    predicted_for: str = ""
+    latency_before: float | None = None
+    latency_after: float | None = None
+    device: str = ""
 
     @property
     def converted(self) -> list[LayerReport]:
@@ -109,11 +118,38 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python data, as `to_json` writes it."""
-        return asdict(self)
+        told = asdict(self)
+        for layer in told["layers"]:
+            del layer["form"]
+        return told
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON."""
         return json.dumps(self.to_dict(), indent=indent)
+
+    def measure(self) -> "Report":
+        """Time every converted layer in both forms, on the device it was on, into the report.
+
+        The layers are built anew with random weights of their shapes: the report keeps neither
+        the model nor its weights.
+
+        Returns:
+            The report itself.
+
+        Raises:
+            ValueError: Shapes are not known, for there were no example inputs.
+
+        Example:
+            >>> import sepconv, torch
+            >>> net = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3))
+            >>> plan = sepconv.convert(net, torch.zeros(1, 8, 6, 6), dryrun=True)
+            >>> plan.measure().layers[0].latency_after > 0
+            True
+        """
+        if any(layer.form is None for layer in self.converted):
+            raise ValueError("measure: expected a conversion with example_inputs, got no shapes")
+        measure_layers(self.converted, LatencyTable())
+        return self
 
     def print(self, console: Console | None = None) -> None:
         """Print a table of the layers, and the totals."""
@@ -138,7 +174,7 @@ class Report:
             ("MACs", shapes),
             ("params", True),
             ("error", True),
-            ("predicted" if self.predicted_for else "latency", measured),
+            ("latency", measured),
         ):
             if shown:
                 table.add_column(title, justify="right", no_wrap=True)
@@ -162,10 +198,18 @@ class Report:
         ):
             if before and after is not None:
                 parts.append(f"{name} {_count(before)} > {_count(after)} ({after / before:.2f}x)")
+        if self.latency_before is not None:
+            parts.append(self.forward())
         parts.append(f"traced at level {self.trace_level}")
-        if self.predicted_for:
-            parts.append(f"latencies predicted for {self.predicted_for}, not measured")
         return "; ".join(parts)
+
+    def forward(self) -> str:
+        """What one forward of the whole model takes in both forms, and where; maybe nothing."""
+        if self.latency_before is None or self.latency_after is None:
+            return ""
+        ratio = self.latency_after / self.latency_before
+        before, after = (f"{t * 1e3:.3g} ms" for t in (self.latency_before, self.latency_after))
+        return f"one forward {before} > {after} ({ratio:.2f}x) on {self.device}"
 
 
 def report(model: nn.Module) -> Any:
@@ -212,7 +256,43 @@ def _attached(model: nn.Module) -> Report | FusionReport | None:
     return getattr(model, _ATTRIBUTE, meta.get(_ATTRIBUTE))
 
 
-def converted_layer(conv: Match, rank: int, error: float) -> LayerReport:
+def measure_layers(layers: Iterable[LayerReport], table: LatencyTable) -> None:
+    """Fill in the latencies of both forms of converted layers whose shapes are known."""
+    for layer in track(list(layers), "measuring latency"):
+        assert layer.form is not None, "shapes are known"
+        layer.latency_before = table.seconds(layer.form, None)
+        layer.latency_after = table.seconds(layer.form, layer.rank)
+
+
+def planned_layers(
+    found: Iterable[Match | Skipped],
+    ranks: Mapping[str, int | None],
+    channels_last: bool,
+    calibrated: Collection[str] = (),
+) -> dict[str, LayerReport]:
+    """An entry for each convolution, by name.
+
+    Args:
+        found: All of them.
+        ranks: By name; those without one stay dense.
+        channels_last: Whether outputs of converted layers may be channels_last.
+        calibrated: Names of those whose factors are calibrated; these get a bias where they had
+            none.
+    """
+    layers: dict[str, LayerReport] = {}
+    for conv in found:
+        rank = ranks.get(conv.name)
+        if isinstance(conv, Match) and rank is not None:
+            layers[conv.name] = _converted_layer(conv, rank, channels_last)
+            if conv.name in calibrated:
+                layers[conv.name].method = "calibrated"
+                layers[conv.name].params_after += 0 if conv.bias is not None else len(conv.weight)
+        else:
+            layers[conv.name] = _dense_layer(conv)
+    return layers
+
+
+def _converted_layer(conv: Match, rank: int, channels_last: bool) -> LayerReport:
     """The entry of a convolution that is made separable."""
     return LayerReport(
         conv.name,
@@ -222,13 +302,13 @@ def converted_layer(conv: Match, rank: int, error: float) -> LayerReport:
         macs_after=conv.macs(rank) if conv.runs else None,
         params_before=conv.dense_params,
         params_after=conv.params(rank),
-        error=error,
         method="exact" if rank == full_rank(conv.weight_2d.shape) else "svd",
         weight_crc32=crc32(conv.weight),
+        form=conv.form(channels_last) if conv.runs else None,
     )
 
 
-def dense_layer(conv: Match | Skipped) -> LayerReport:
+def _dense_layer(conv: Match | Skipped) -> LayerReport:
     """The entry of a convolution that stays: skipped, or kept since the budget allows it."""
     status: Status
     if isinstance(conv, Skipped):
@@ -249,13 +329,13 @@ def dense_layer(conv: Match | Skipped) -> LayerReport:
 
 
 def summarise(
-    layers: list[LayerReport],
-    captured: Capture,
-    params: int,
-    dryrun: bool,
-    earlier: Report | None,
+    layers: Iterable[LayerReport], captured: Capture, model: nn.Module, dryrun: bool
 ) -> Report:
-    """Add up the layers; those that an earlier conversion made separable stay listed."""
+    """Add up the layers; those that an earlier conversion of `model` made separable stay listed."""
+    layers, earlier = list(layers), attached(model)
+    params = sum(
+        p.numel() for p in model.parameters() if not isinstance(p, nn.UninitializedParameter)
+    )
     saved_params = sum(x.params_before - x.params_after for x in layers)
     saved_macs = sum((x.macs_before or 0) - (x.macs_after or 0) for x in layers)
     return Report(

@@ -6,34 +6,20 @@ a file may come from anywhere.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from typing import Any, NoReturn
 
-from torch import Tensor, nn
+from torch import nn
 
 from sepconv._util import closest, crc32, package_version
-from sepconv.conversion.checks import checked_model
-from sepconv.factorize import SeparableFactors, factorize, full_rank
-from sepconv.graph import (
-    Capture,
-    Match,
-    Skipped,
-    capture,
-    match,
-    rewrite,
-    separable_module,
-)
+from sepconv.conversion.apply import NewLayer, apply_plan
+from sepconv.factorize import factorize, full_rank
+from sepconv.graph import Capture, Match, Skipped, capture, match
+from sepconv.graph.checked import checked_model
 from sepconv.graph.state import copied
 from sepconv.nn import SeparableConv2d
-from sepconv.reports.conversion import (
-    LayerReport,
-    attach,
-    attached,
-    converted_layer,
-    dense_layer,
-    summarise,
-)
+from sepconv.reports.conversion import attach, attached, planned_layers, summarise
 
 FORMAT = "sepconv-recipe"
 FORMAT_VERSION = 1
@@ -232,31 +218,27 @@ def _find(
 def _convert(part: nn.Module, layers: list[RecipeLayer], values: bool) -> None:
     captured, found = _find(part, layers, check_weights=False)
     asked = {layer.name: layer for layer in layers}
-    replacements: dict[Match, SeparableConv2d] = {}
-    reports: list[LayerReport] = []
+    ranks = {layer.name: layer.rank for layer in layers}
+    entries = planned_layers(found, ranks, captured.channels_last)
+    plan: list[tuple[Match, NewLayer]] = []
     for conv in found:
-        if conv.name not in asked or not isinstance(conv, Match):
-            reports.append(dense_layer(conv))
+        layer = asked.get(conv.name)
+        if layer is None or not isinstance(conv, Match):
             continue
-        layer = asked[conv.name]
-        factors = factorize(conv.weight_2d, layer.rank) if values else _empty(conv, layer.rank)
-        module = separable_module(conv, factors, layer.channels_last)
+        factors = factorize(conv.weight_2d, layer.rank) if values else None
+        bias = None
         if layer.bias and conv.bias is None:
-            module.bias = nn.Parameter(conv.weight.new_zeros(conv.weight.shape[0]))
-        replacements[conv] = module
-        made = converted_layer(conv, layer.rank, factors.error)
-        if not values:
-            made = replace(
-                made,
-                method=layer.method,
-                error=layer.error,
-                weight_crc32=layer.weight_crc32,
-            )
-        reports.append(made)
-    params = sum(p.numel() for p in part.parameters())
-    report = summarise(reports, captured, params=params, dryrun=False, earlier=attached(part))
-    channels_last = any(layer.channels_last for layer in layers)
-    rewrite(part, replacements, inplace=True, channels_last=channels_last)
+            bias = conv.weight.new_zeros(len(conv.weight))
+            entries[conv.name].params_after += len(bias)
+        weights = None if factors is None else (factors.weight_dw, factors.weight_pw)
+        plan.append((conv, NewLayer(layer.rank, layer.channels_last, weights, bias)))
+        if factors is not None:
+            entries[conv.name].error = factors.error
+        else:
+            for told in ("method", "error", "weight_crc32"):
+                setattr(entries[conv.name], told, getattr(layer, told))
+    report = summarise(entries.values(), captured, part, dryrun=False)
+    apply_plan(part, plan, inplace=True)
     attach(part, report)
 
 
@@ -284,14 +266,6 @@ def _check_fit(
             f"the one that the recipe was made from (checksum {layer.weight_crc32})",
             crc32(conv.weight),
         )
-
-
-def _empty(conv: Match, rank: int) -> SeparableFactors:
-    out_channels, channels, *taps = conv.weight_2d.shape
-    weight_dw: Tensor = conv.weight.new_empty(channels * rank, 1, *taps)
-    return SeparableFactors(
-        weight_dw, conv.weight.new_empty(out_channels, channels * rank, 1, 1), 0
-    )
 
 
 def _separable(model: nn.Module, name: str) -> SeparableConv2d | None:

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 import sepconv
 from sepconv.nn import SeparableConv1d, SeparableConv2d
 
+# Networks as small as these do not get faster.
+pytestmark = pytest.mark.filterwarnings("ignore:convert. the model did not get faster")
+
 IMAGE = (2, 8, 9, 9)
 
 

@@ -16,6 +16,9 @@ from torch.nn.utils import parametrizations, prune
 import sepconv
 from sepconv.nn import SeparableConv1d, SeparableConv2d
 
+# Networks as small as these do not get faster.
+pytestmark = pytest.mark.filterwarnings("ignore:convert. the model did not get faster")
+
 
 def reasons(model: nn.Module) -> dict[str, str]:
     return {layer.name: layer.reason for layer in sepconv.report(model).layers}

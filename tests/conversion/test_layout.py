@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 import sepconv
 
+# Networks as small as these do not get faster.
+pytestmark = pytest.mark.filterwarnings("ignore:convert. the model did not get faster")
+
 
 class FlattensByView(nn.Module):
     def __init__(self, last: nn.Module) -> None:

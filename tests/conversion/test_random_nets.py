@@ -13,8 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import sepconv
 from sepconv.nn import SeparableConv2d
 
-# Torch's own remark on even filters with padding="same".
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+pytestmark = [
+    # Torch's own remark on even filters with padding="same".
+    pytest.mark.filterwarnings("ignore:Using padding='same'"),
+    # Networks as small as these do not get faster.
+    pytest.mark.filterwarnings("ignore:convert. the model did not get faster"),
+]
 
 
 @st.composite

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sepconv.factorize import Option
-from sepconv.factorize.knapsack import UNITS, knapsack
+from sepconv.factorize.knapsack import UNITS, Option, knapsack
 
 MICRO = 1e-6
 options = st.builds(

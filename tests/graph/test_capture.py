@@ -16,6 +16,9 @@ import sepconv
 from sepconv.graph import capture
 from sepconv.nn import SeparableConv2d
 
+# Networks as small as these do not get faster.
+pytestmark = pytest.mark.filterwarnings("ignore:convert. the model did not get faster")
+
 IMAGE = (2, 8, 9, 9)
 
 

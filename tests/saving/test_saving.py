@@ -12,6 +12,9 @@ from torch import nn
 
 import sepconv
 
+# Networks as small as these do not get faster.
+pytestmark = pytest.mark.filterwarnings("ignore:convert. the model did not get faster")
+
 
 def converted(rank="full") -> nn.Module:
     return sepconv.convert(net(), rank=rank, first_conv=True)
@@ -102,7 +105,7 @@ def test_fresh_process_gives_the_same_numbers(tmp_path):
     sepconv.save(model, tmp_path / "a")
     torch.save(images(), tmp_path / "x.pt")
     code = (
-        "import sys, torch, sepconv; from recipe.nets import Net\n"
+        "import sys, torch, sepconv; from saving.nets import Net\n"
         "folder = sys.argv[1]\n"
         "y = sepconv.load(folder + '/a', Net).eval()(torch.load(folder + '/x.pt'))\n"
         "torch.save(y, folder + '/y.pt')"

@@ -23,8 +23,8 @@ import sepconv
 from examples.benchmarks.bench import torchvision_shim
 from examples.benchmarks.bench.cpu import machine
 from sepconv._util import track, write_atomically
-from sepconv.conversion.costs import take_turns
 from sepconv.ops import onednn
+from sepconv.timing import take_turns
 
 MODELS = (
     "torchvision/mobilenet_v2",

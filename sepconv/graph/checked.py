@@ -1,22 +1,17 @@
-"""Refuse what cannot be converted, before anything is changed."""
+"""Refuse models that cannot be converted or fused, before anything is changed."""
 
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-
-from sepconv.conversion.budget import Budget
-from sepconv.factorize import is_finite
-from sepconv.graph import Match
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 _PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
 def checked_model(model: Any) -> nn.Module:
-    """The module to convert: `model`, or what `torch.compile` wrapped.
+    """The module to work on: `model`, or what `torch.compile` wrapped.
 
     Raises:
         ValueError: not a module; scripted, quantised, parallel-wrapped or without data.
@@ -57,29 +52,3 @@ def _check_module(name: str, module: nn.Module) -> None:
         )
     if any(base.__name__ == "FSDPModule" for base in kind.__mro__):
         raise ValueError(f"model: expected a module that is not yet sharded, got {name} sharded")
-
-
-def check_finite(matches: Iterable[Match]) -> None:
-    """Raise `ValueError` for a convolution whose weight has a NaN or an infinity."""
-    for conv in matches:
-        if not is_finite(conv.weight):
-            raise ValueError(f"model: expected finite weights, got NaN or Inf in {conv.name}")
-
-
-def check_options(
-    rank: object, budget: object, example_inputs: object, only_if_faster: bool, filter_fn: object
-) -> None:
-    """Raise `ValueError` for options that contradict each other or lack what they need."""
-    if filter_fn is not None and not callable(filter_fn):
-        raise ValueError(
-            f"filter_fn: expected a function (module, name) -> bool, got {filter_fn!r}"
-        )
-    if budget is not None and not isinstance(budget, Budget):
-        raise ValueError(f"budget: expected a sepconv.Budget, got {budget!r}")
-    if rank is not None and budget is not None:
-        raise ValueError("rank, budget: expected one of them, got both")
-    if example_inputs is None:
-        if budget is not None and budget.kind != "params":
-            raise ValueError(f"example_inputs: needed to know the model's {budget.kind}, got None")
-        if only_if_faster:
-            raise ValueError("example_inputs: needed to measure latency, got None")

@@ -1,18 +1,93 @@
-"""The caller's say in which convolutions are converted, and at which rank."""
+"""What a user may ask for: a budget, ranks, and which convolutions; and the checks of it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from torch import nn
 
 from sepconv._util import closest
+from sepconv.factorize import is_finite
 from sepconv.graph import Match, Skipped, SkipReason
 from sepconv.nn import SeparableConv2d
 
 Rank = int | Literal["full"]
 RankChoice = Rank | Mapping[str, Rank | None] | None
 FilterFn = Callable[[nn.Module, str], bool]
+
+_KINDS = ("macs", "params", "latency", "error")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One limit on the converted model; give exactly one.
+
+    Args:
+        macs: multiply-adds, as a fraction (0, 1] of the **whole** original model's.
+        params: parameters, likewise.
+        latency: measured time on the model's device, likewise.
+        error: the largest loss of the converted model's output that is allowed, as the relative
+            mean squared change of the output on the calibration batches, in (0, 1].
+
+    Raises:
+        ValueError: none or several are given, or one is outside (0, 1].
+
+    Example:
+        >>> Budget(macs=0.5).kind, Budget(macs=0.5).fraction
+        ('macs', 0.5)
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    latency: float | None = None
+    error: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in _KINDS}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) != 1:
+            names = ", ".join(_KINDS)
+            raise ValueError(f"Budget: expected exactly one of {names}, got {given or 'none'}")
+        name, value = next(iter(given.items()))
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise ValueError(f"Budget: expected {name} in (0, 1], got {value!r}")
+
+    @property
+    def kind(self) -> str:
+        """Which cost is limited: `macs`, `params`, `latency` or `error`."""
+        return next(name for name in _KINDS if getattr(self, name) is not None)
+
+    @property
+    def fraction(self) -> float:
+        """The limit itself."""
+        return float(getattr(self, self.kind))
+
+
+def check_options(
+    rank: object, budget: object, example_inputs: object, only_if_faster: bool, filter_fn: object
+) -> None:
+    """Raise `ValueError` for options that contradict each other or lack what they need."""
+    if filter_fn is not None and not callable(filter_fn):
+        raise ValueError(
+            f"filter_fn: expected a function (module, name) -> bool, got {filter_fn!r}"
+        )
+    if budget is not None and not isinstance(budget, Budget):
+        raise ValueError(f"budget: expected a sepconv.Budget, got {budget!r}")
+    if rank is not None and budget is not None:
+        raise ValueError("rank, budget: expected one of them, got both")
+    if example_inputs is None:
+        if budget is not None and budget.kind != "params":
+            raise ValueError(f"example_inputs: needed to know the model's {budget.kind}, got None")
+        if only_if_faster:
+            raise ValueError("example_inputs: needed to measure latency, got None")
+
+
+def check_finite(matches: Iterable[Match]) -> None:
+    """Raise `ValueError` for a convolution whose weight has a NaN or an infinity."""
+    for conv in matches:
+        if not is_finite(conv.weight):
+            raise ValueError(f"model: expected finite weights, got NaN or Inf in {conv.name}")
 
 
 def check_rank(rank: object, where: str = "rank") -> None:
