@@ -8,9 +8,9 @@ from sepconv.factorize.fold import Affine, batch_norm_affine, fold_after, fold_b
 from sepconv.fusion.chains import Chain, find_chains
 from sepconv.fusion.recognise import Norm
 from sepconv.fusion.tidy import tidy
+from sepconv.kernels.geometry import fixed_sides
 from sepconv.nn import FusedConv2d, FusedLinear, FusedSeparableConv2d, SeparableConv2d
 from sepconv.ops.arguments import pair
-from sepconv.ops.padding import fixed_sides
 
 
 def lower_graph(owner: fx.GraphModule, channels_last: bool) -> list[Chain]:

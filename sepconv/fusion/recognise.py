@@ -11,8 +11,8 @@ from torch.nn.utils import parametrize
 
 from sepconv.graph.effects import Modules, has_hooks
 from sepconv.graph.match import DTYPES
+from sepconv.kernels.geometry import RULES
 from sepconv.nn import DepthwiseConv2d, PaddedConv2d, PointwiseConv2d, SeparableConv2d
-from sepconv.ops.padding import RULES
 
 _CONVOLUTIONS = (nn.Conv2d, PaddedConv2d, DepthwiseConv2d, PointwiseConv2d, SeparableConv2d)
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)

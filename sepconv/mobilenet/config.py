@@ -46,7 +46,7 @@ class MobileNetV1Config:
         in_channels: Channels of the images.
         stem_stride: 2 as in the paper, 1 for images of about 32 pixels.
         padding: How borders are padded: `"symmetric"`, one pixel on each side, or a rule of
-            `sepconv.ops.padding`.
+            `sepconv.kernels.geometry`.
         activation: After every convolution.
         bn_eps: Added to the variance in every BatchNorm.
         bn_momentum: Weight of a new batch in the running statistics (torch's meaning).

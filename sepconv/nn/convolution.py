@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepconv import ops
-from sepconv.kernels.geometry import Sides
+from sepconv.kernels.geometry import RULES, Sides, padding_sides
 from sepconv.ops.arguments import pair
-from sepconv.ops.padding import RULES, padding_sides
 
 IntPair = int | tuple[int, int]
 
@@ -23,7 +22,7 @@ class PaddedConv2d(nn.Conv2d):
         out_channels: K.
         kernel_size: R, S.
         stride: An int or a pair.
-        padding: An int, a pair, `"valid"`, or a rule of `sepconv.ops.padding`: `"same"`, `"keras"`.
+        padding: An int, a pair, `"valid"`, or a rule of `sepconv.kernels.geometry`: `"same"`, `"keras"`.
         dilation: An int or a pair.
         groups: As in `torch.nn.Conv2d`.
         bias: Whether a bias [K] is added.

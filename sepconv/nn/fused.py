@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepconv import ops
-from sepconv.kernels.geometry import Geometry, Pair, Sides
+from sepconv.kernels.geometry import Geometry, Pair, Rule, Sides, padding_sides
 from sepconv.ops import reference
 from sepconv.ops.autocast import is_autocasting
 from sepconv.ops.onednn import PackedConv2d, activate_, usable
-from sepconv.ops.padding import Rule, padding_sides
 
 _NO_PADDING = (0, 0, 0, 0)
 _PACKED_ROWS = 32  # of a matrix product; below it there is nothing to win
@@ -65,7 +64,7 @@ class FusedConv2d(_FusedConvolution):
         weight: [K, C/groups, R, S].
         bias: [K] or None.
         stride: Of the convolution.
-        padding: Top, bottom, left, right; or a rule of `sepconv.ops.padding`.
+        padding: Top, bottom, left, right; or a rule of `sepconv.kernels.geometry`.
         dilation: Of the filters.
         groups: As in `torch.nn.Conv2d`.
         activation: As the ops name it.
@@ -140,7 +139,7 @@ class FusedSeparableConv2d(_FusedConvolution):
         bias_dw: [C*M] or None.
         bias_pw: [K] or None.
         stride: Of the depthwise convolution.
-        padding: Top, bottom, left, right; or a rule of `sepconv.ops.padding`.
+        padding: Top, bottom, left, right; or a rule of `sepconv.kernels.geometry`.
         dilation: Of the depthwise filters.
         activation_mid: Between the two, as the ops name it.
         activation: At the end.

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
-from sepconv.kernels.geometry import Geometry, Pair, Sides
+from sepconv.kernels.geometry import Geometry, Pair, Sides, padding_sides
 from sepconv.ops.reference import ACTIVATIONS, Epilogue, Weights
 
 IntPair: TypeAlias = int | Sequence[int]
@@ -180,9 +180,7 @@ def _named_sides(padding: str, weight_dw: Tensor, stride: Pair, dilation: Pair) 
         _fail("padding", "numbers where the stride is not 1", f"'same' with stride {stride}")
     if not isinstance(weight_dw, Tensor) or weight_dw.dim() != 4:
         _fail_4d("weight_dw", weight_dw, "[C*M, 1, R, S]")
-    rows = dilation[0] * (weight_dw.shape[2] - 1)
-    columns = dilation[1] * (weight_dw.shape[3] - 1)
-    return rows // 2, rows - rows // 2, columns // 2, columns - columns // 2
+    return padding_sides(padding, (1, 1), weight_dw.shape[2:], stride, dilation)
 
 
 def _check_images(x: Tensor) -> Kind:

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from mobilenet.randomised import difference, images, randomise_norms
 
 from sepconv import mobilenet
+from sepconv.kernels.geometry import padding_sides
 from sepconv.mobilenet.config import paper_stages
-from sepconv.ops.padding import padding_sides
 
 TINY = {"width_mult": 0.25, "resolution": 32, "num_classes": 5}
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sepconv.kernels.geometry import fixed_sides, padding_sides
 from sepconv.nn import DepthwiseConv2d, PaddedConv2d, PointwiseConv2d
-from sepconv.ops.padding import fixed_sides, padding_sides
 
 SIZES = [(1, 7), (7, 8), (224, 225), (5, 2)]
 
