@@ -22,7 +22,8 @@ class PaddedConv2d(nn.Conv2d):
         out_channels: K.
         kernel_size: R, S.
         stride: An int or a pair.
-        padding: An int, a pair, `"valid"`, or a rule of `sepconv.kernels.geometry`: `"same"`, `"keras"`.
+        padding: An int, a pair, `"valid"`, or a rule of `sepconv.kernels.geometry`: `"same"` or
+            `"keras"`.
         dilation: An int or a pair.
         groups: As in `torch.nn.Conv2d`.
         bias: Whether a bias [K] is added.

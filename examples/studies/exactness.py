@@ -1,14 +1,9 @@
 """Full-rank conversion of torchvision's networks against the originals: the table of the errors.
 
-Run as ``python tests/conversion/exactness.py`` for the table; `test_exactness.py` asserts it.
+`python -m examples.studies.exactness` prints it; `tests/conversion/test_exactness.py` asserts it.
 """
 
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple
-
-if __name__ == "__main__":  # pytest sets the path itself
-    sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (2, 1)]
 
 import torch
 from torch import Tensor, nn
