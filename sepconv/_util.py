@@ -30,7 +30,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write `content` to a temporary file beside `path` and move it there.
 
     Raises:
-        OSError: the folder does not exist or cannot be written to; `path` is unchanged then.
+        OSError: The folder does not exist or cannot be written to; `path` is unchanged then.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")

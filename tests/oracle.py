@@ -44,18 +44,18 @@ class Arithmetic:
     """How the op under test computes.
 
     Attributes:
-        dtype: of its tensors.
-        tf32: pointwise operands are cut to ten explicit mantissa bits (by rounding or by
+        dtype: Of its tensors.
+        tf32: Pointwise operands are cut to ten explicit mantissa bits (by rounding or by
             truncation, so up to 2**-10 each).
-        composite: every stage stores its result in `dtype`, as separate framework calls do.
-        splits_activation: what goes into the last activation is stored, as in a call that will be
+        composite: Every stage stores its result in `dtype`, as separate framework calls do.
+        splits_activation: What goes into the last activation is stored, as in a call that will be
             differentiated and whose gradient needs it.
-        truncating: storing cuts bits off instead of rounding to nearest, which is how Triton's
+        truncating: Storing cuts bits off instead of rounding to nearest, which is how Triton's
             interpreter makes a bfloat16.
-        skips_padding: a padded position adds nothing, rather than zero times the weight. The two
+        skips_padding: A padded position adds nothing, rather than zero times the weight. The two
             differ where a weight is not finite, and the framework has both: its float64
             convolution multiplies, oneDNN's float32 one skips.
-        skips_outside: the same for what lies outside dy in the gradient of the input.
+        skips_outside: The same for what lies outside dy in the gradient of the input.
     """
 
     dtype: torch.dtype
@@ -271,7 +271,7 @@ class Problem:
         residual: [N, K, P, Q].
         stride: (height, width); so `dilation`.
         padding: (top, bottom, left, right).
-        activation_mid: after the depthwise stage; `activation` after the pointwise one.
+        activation_mid: After the depthwise stage; `activation` after the pointwise one.
     """
 
     x: Tensor
@@ -473,12 +473,12 @@ def check(actual: Tensor, *expected: Bounded, name: str = "y") -> float:
     """Hold `actual` to its bound; return its worst error relative to the bound.
 
     Args:
-        actual: the result under test.
-        expected: what it must be; several where more than one answer is right, element by element.
-        name: of the tensor, for the message.
+        actual: The result under test.
+        expected: What it must be; several where more than one answer is right, element by element.
+        name: Of the tensor, for the message.
 
     Raises:
-        AssertionError: wrong shape, or an element outside every bound. NaN is right only where the
+        AssertionError: Wrong shape, or an element outside every bound. NaN is right only where the
             truth is NaN, an infinity only where the truth is it or beyond the dtype's range.
     """
     first = expected[0]
@@ -522,7 +522,7 @@ def check_no_worse(actual: Tensor, framework: Tensor, expected: Bounded, factor:
     held against a correct one.
 
     Raises:
-        AssertionError: it is worse.
+        AssertionError: It is worse.
     """
     ours = (actual.double() - expected.value).abs().max().item()
     theirs = (framework.double() - expected.value).abs().max().item()
@@ -541,11 +541,11 @@ class Layout:
     """Where the elements of a tensor lie in memory.
 
     Attributes:
-        order: its dimensions, from the slowest to the fastest; empty for the order they come in.
-        margin: rows, columns, channels and images that lie between, as in a slice of a larger one.
-        step: distance of neighbours along the fastest dimension.
-        offset: elements between an aligned address and the first element.
-        expanded: dimensions along which all elements are the same one, with stride 0.
+        order: Its dimensions, from the slowest to the fastest; empty for the order they come in.
+        margin: Rows, columns, channels and images that lie between, as in a slice of a larger one.
+        step: Distance of neighbours along the fastest dimension.
+        offset: Elements between an aligned address and the first element.
+        expanded: Dimensions along which all elements are the same one, with stride 0.
     """
 
     order: tuple[int, ...] = ()
@@ -638,7 +638,7 @@ def poisoned_allocations() -> Iterator[None]:
     """Fill what is allocated inside with NaN, between guard zones that are checked at the end.
 
     Raises:
-        AssertionError: something was written outside an allocation.
+        AssertionError: Something was written outside an allocation.
     """
     made: list[tuple[Tensor, Tensor]] = []
 

@@ -41,10 +41,10 @@ class Variant:
     """What is left out or done otherwise.
 
     Attributes:
-        method: the steps.
-        planned: by what the ranks are planned: the `output`, the `weights`, or not at all.
-        ragged: give each channel of a layer its own number of filters, the layer as many in all.
-        images: to fit with; the plan is that of `CALIBRATED` images.
+        method: The steps.
+        planned: By what the ranks are planned: the `output`, the `weights`, or not at all.
+        ragged: Give each channel of a layer its own number of filters, the layer as many in all.
+        images: To fit with; the plan is that of `CALIBRATED` images.
     """
 
     method: Method = field(default_factory=Method)

@@ -1,6 +1,6 @@
 """Time and peak memory of calibrated conversion: ResNet-20, and a ResNet-50 at 224 pixels.
 
-Each network is converted in a process of its own, so that the peak is its alone. Results go to
+Each network is converted in a process of its own, so that the peak is its own. Results go to
 `docs/results/accuracy-cost.json`. The ResNet-50 has random weights, and BatchNorm statistics of
 the photographs it is calibrated with: what conversion costs depends on shapes only.
 """

@@ -40,11 +40,11 @@ class Exactness(NamedTuple):
     """How far the converted network is from the original.
 
     Attributes:
-        dtype: of weights and images.
-        converted: number of convolutions converted.
-        convolutions: number of convolutions in the network.
-        error: largest difference, as a fraction of the largest output.
-        spread: largest difference between the outputs of two images, as a fraction of the same;
+        dtype: Of weights and images.
+        converted: Number of convolutions converted.
+        convolutions: Number of convolutions in the network.
+        error: Largest difference, as a fraction of the largest output.
+        spread: Largest difference between the outputs of two images, as a fraction of the same;
             where it is tiny, outputs do not depend on the image and an error would not show.
     """
 

@@ -1,6 +1,6 @@
 """What ragged ranks cost in time: ResNet-20's layers, as many filters in all, on this CPU.
 
-With one rank per layer the depthwise convolutions of a layer read its input as it lies. With a rank
+With one rank per layer the depthwise convolutions of a layer read its input in place. With a rank
 of its own for each channel they read a different choice of channels each time, which must be
 gathered first. Both run here as `sepconv.ops` runs on a CPU: one depthwise convolution for all
 first filters, one for all second filters, and so on, each multiplied into the sum.

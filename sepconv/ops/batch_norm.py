@@ -6,7 +6,7 @@ takes the two sums that the formula needs and one applies it, the activation's g
 
 | tensor passes (reads and writes) | ATen: conv, BN, activation | here |
 |---|---|---|
-| forward, behind the convolution's own | 5 | 2 |
+| forward, after the convolution's own | 5 | 2 |
 | backward, before the convolution's own | 8 | 5 |
 """
 

@@ -20,7 +20,7 @@ _ROOMY = 96
 
 
 def candidates(problem: Problem, most: int = MAX_CANDIDATES) -> list[Choice]:
-    """The default first, then what is no kernel of ours, then block sizes: at most `most`.
+    """The default first, then torch's own operators, then block sizes: at most `most`.
 
     Left out, before anything is compiled: block sizes whose estimated shared memory exceeds the
     device's or whose sums exceed the registers (`sepconv.kernels.configs`), and those that the

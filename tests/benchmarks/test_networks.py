@@ -34,7 +34,7 @@ class CountedOps(TorchDispatchMode):
 
 
 class Reused(nn.Module):
-    """A convolution that is called twice, one with two readers, and a BatchNorm in front of one."""
+    """A convolution that is called twice, one with two readers, and a BatchNorm before one."""
 
     def __init__(self) -> None:
         super().__init__()

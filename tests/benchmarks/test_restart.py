@@ -1,4 +1,4 @@
-"""What becomes of a run whose process loses its GPU: a fresh process goes on behind the failure."""
+"""What becomes of a run whose process loses its GPU: a fresh process goes on after the failure."""
 
 import argparse
 import json

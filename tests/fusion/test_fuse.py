@@ -261,7 +261,7 @@ class TestLeft:
         model = settled(nn.Sequential(Own(CHANNELS, CHANNELS, 1), normed, circular))
         check(model, forms=["own forward", "parametrized", "padding_mode"])
 
-    def test_shared_module_with_a_batch_norm_behind_one_call_only(self):
+    def test_shared_module_with_a_batch_norm_after_one_call_only(self):
         class Shared(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -430,7 +430,7 @@ class TestTracing:
         fused = check(settled(Root()))
         assert isinstance(fused.part, torch.fx.GraphModule)
 
-    def test_view_behind_a_convolution(self):
+    def test_view_after_a_convolution(self):
         class Shuffle(nn.Module):
             def __init__(self):
                 super().__init__()

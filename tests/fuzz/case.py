@@ -22,10 +22,10 @@ class Tiles(NamedTuple):
     """How the kernels divide the work.
 
     Attributes:
-        nq: pixels of a tile, BLOCK_NQ; so `c` and `k`, channels.
-        rows: of a strip that one program makes.
-        programs: that the weight gradient is split into.
-        packed: whether depthwise weights are copied so that the channels of a tap lie together.
+        nq: Pixels of a tile, BLOCK_NQ; so `c` and `k`, channels.
+        rows: Of a strip that one program makes.
+        programs: That the weight gradient is split into.
+        packed: Whether depthwise weights are copied so that the channels of a tap lie together.
     """
 
     nq: int
@@ -59,15 +59,15 @@ class Case:
     """A call. Letters are those of the project; fields left out of the literal have defaults.
 
     Attributes:
-        op: which of the three.
-        direction: forward only, or the gradients too.
+        op: Which of the three.
+        direction: Forward only, or the gradients too.
         padding: (top, bottom, left, right).
-        bias: also the first of the two biases of a separable call.
-        values: how numbers are drawn, from `seed`.
-        plant: one element that is not a number or infinite.
-        wanted: the inputs that ask for a gradient, by the names of `oracle.Problem`; empty for all.
-        tiles: how the kernels divide the work, instead of their default.
-        tf32: whether torch lets float32 convolutions use it; the interpreter has none.
+        bias: Also the first of the two biases of a separable call.
+        values: How numbers are drawn, from `seed`.
+        plant: One element that is not a number or infinite.
+        wanted: The inputs that ask for a gradient, by the names of `oracle.Problem`; empty for all.
+        tiles: How the kernels divide the work, instead of their default.
+        tf32: Whether torch lets float32 convolutions use it; the interpreter has none.
     """
 
     op: Op

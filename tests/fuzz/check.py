@@ -33,11 +33,11 @@ def check_case(case: Case, backend: Backend = "triton") -> float:
     """Run a case; return its worst error relative to the bound.
 
     Args:
-        case: what to run.
-        backend: whose result is judged: the kernels, or the framework by the same bound.
+        case: What to run.
+        backend: Whose result is judged: the kernels, or the framework by the same bound.
 
     Raises:
-        AssertionError: a result is wrong, or memory that is not the call's own was touched.
+        AssertionError: A result is wrong, or memory that is not the call's own was touched.
     """
     placed = case.tensors(DEVICE)
     tensors = {name: p.tensor for name, p in placed.items()}
@@ -70,7 +70,7 @@ def check_case_and_framework(case: Case) -> float:
     """Check a case; where it fails, say whether the framework's own result is any better.
 
     Raises:
-        AssertionError: as `check_case`.
+        AssertionError: As `check_case`.
     """
     try:
         return check_case(case)

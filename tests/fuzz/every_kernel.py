@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _train() -> None:
-    """A convolution that collects the statistics of the normalisation behind it."""
+    """A convolution that collects the statistics of the normalisation after it."""
     x = torch.randn(2, 5, 7, 9, device=DEVICE, requires_grad=True)
     _normalised(x, nn.BatchNorm2d(5, device=DEVICE)).sum().backward()
 

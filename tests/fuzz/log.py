@@ -18,8 +18,8 @@ class FuzzLog:
     Several processes may share one file: a line is appended by a single write.
 
     Attributes:
-        path: the file, or None.
-        aloud: whether failing cases are printed too.
+        path: The file, or None.
+        aloud: Whether failing cases are printed too.
     """
 
     path: Path | None = None

@@ -42,14 +42,14 @@ class FuzzSession:
     """One run of the fuzz.
 
     Attributes:
-        full: whether `--hypothesis` was given; else a small set, the same every time.
-        examples: cases per op and direction.
-        seconds: time limit per op and direction, or None.
-        seed: of the full fuzz.
-        in_flight: file that holds the case being run.
-        log: told of each case as soon as it has run.
-        tallies: by (op, direction, dtype).
-        context_lost: whether a crash has made this process unable to launch anything more.
+        full: Whether `--hypothesis` was given; else a small set, the same every time.
+        examples: Cases per op and direction.
+        seconds: Time limit per op and direction, or None.
+        seed: Of the full fuzz.
+        in_flight: File that holds the case being run.
+        log: Told of each case as soon as it has run.
+        tallies: By (op, direction, dtype).
+        context_lost: Whether a crash has made this process unable to launch anything more.
     """
 
     full: bool
@@ -71,10 +71,10 @@ class FuzzSession:
         """Check cases until the number or the time asked for is reached.
 
         Args:
-            name: of the test; its seed depends on it.
-            strategy: draws the cases.
-            check: returns the worst error relative to the bound, raises if it is too large.
-            examples: cases that are always run first.
+            name: Of the test; its seed depends on it.
+            strategy: Draws the cases.
+            check: Returns the worst error relative to the bound, raises if it is too large.
+            examples: Cases that are always run first.
         """
         deadline = time.monotonic() + (self.seconds or float("inf"))
         failed: dict[str, Exception] = {}

@@ -94,11 +94,11 @@ def axis(
     """Draw (input size, stride, padding before, padding after, dilation) of one image axis.
 
     Args:
-        constant: draws.
-        plain: without stride and dilation.
-        ignored: how much input the last window leaves unread, where the stride allows.
-        filter_size: of this axis.
-        out: output size.
+        constant: Draws.
+        plain: Without stride and dilation.
+        ignored: How much input the last window leaves unread, where the stride allows.
+        filter_size: Of this axis.
+        out: Output size.
     """
     stride = 1 if plain else constant((1, 2, 3, min(filter_size + 1, 5)))
     dilation = 1 if plain else constant((1, 2, 3))

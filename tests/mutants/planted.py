@@ -9,11 +9,11 @@ class Mutant:
     """One planted bug.
 
     Attributes:
-        name: of the bug.
-        file: in ``kernels/``.
-        old: source text to replace, which must occur exactly once.
-        new: what replaces it.
-        ops: which fuzz must notice, as (op, direction); or ("lint", launcher), where nothing short
+        name: Of the bug.
+        file: In ``kernels/``.
+        old: Source text to replace, which must occur exactly once.
+        new: What replaces it.
+        ops: Which fuzz must notice, as (op, direction); or ("lint", launcher), where nothing short
             of the compiled kernel shows it; or ("tests", file), where the fuzz has no such op.
     """
 
@@ -27,7 +27,7 @@ class Mutant:
         """Edit a copy of the kernels.
 
         Raises:
-            ValueError: the text is not there, or more than once: the mutant has to be rewritten.
+            ValueError: The text is not there, or more than once: the mutant has to be rewritten.
         """
         path = kernels / self.file
         source = path.read_text()

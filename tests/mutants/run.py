@@ -41,8 +41,8 @@ def judge(mutant: Mutant, cases: int = CASES) -> Verdict:
     """Plant one mutant and fuzz it in a process of its own.
 
     Raises:
-        ValueError: its text is not in the kernels (once).
-        RuntimeError: the mutated kernels do not run, so nothing was learnt.
+        ValueError: Its text is not in the kernels (once).
+        RuntimeError: The mutated kernels do not run, so nothing was learnt.
     """
     with tempfile.TemporaryDirectory() as folder:
         kernels = Path(folder).resolve() / "kernels"

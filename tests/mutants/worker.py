@@ -89,7 +89,7 @@ def first_failed_test(file: str) -> str | None:
     """Run a file of tests; return what its first failed assertion said.
 
     Raises:
-        RuntimeError: something else than an assertion failed, or nothing ran.
+        RuntimeError: Something else than an assertion failed, or nothing ran.
     """
     found = FirstAssertion()
     arguments = ["-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests" / file)]

@@ -120,7 +120,7 @@ def _compiled_whole(op, call, **options):
     torch.compiler.reset()
 
     def model(call):
-        # With code behind it that takes the result for a good one.
+        # With code after it that takes the result for a good one.
         return public(op, call).relu() + 1
 
     return torch.compile(model, backend="eager", fullgraph=True, **options)(call)

@@ -25,7 +25,7 @@ def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torc
     Args:
         boxes: [n, 4], corners (x1, y1, x2, y2).
         scores: [n].
-        iou_threshold: a box that overlaps a better one by more than this is dropped.
+        iou_threshold: A box that overlaps a better one by more than this is dropped.
 
     Returns:
         Indices of the boxes kept, best score first.

@@ -50,7 +50,7 @@ def build(checkpoint: Checkpoint) -> MobileNetV1:
     """Make the model that the checkpoint describes, with its weights, in eval mode.
 
     Raises:
-        ValueError: A tensor does not fit the ones in front of it; the first is named.
+        ValueError: A tensor does not fit the ones before it; the first is named.
     """
     config = _config(checkpoint)
     model = MobileNetV1(config, device="meta", dtype=checkpoint.convolutions[0].weight.value.dtype)

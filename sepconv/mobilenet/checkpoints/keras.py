@@ -31,7 +31,7 @@ def read(path: Path) -> Checkpoint:
     matter.
 
     Raises:
-        ImportError: h5py is not installed.
+        ImportError: H5py is not installed.
         ValueError: The file is not a MobileNetV1, or does not say which activation it uses.
     """
     try:

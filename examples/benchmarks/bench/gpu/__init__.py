@@ -2,7 +2,7 @@
 
 Every part states its environment, ends within its time, and goes on after a case that fails. All
 ratios compare times of one run. What was measured is written after every case. Where a failure
-costs the process its GPU, a fresh one takes its place and goes on behind what failed. `--dry-run`
+costs the process its GPU, a fresh one takes its place and goes on after what failed. `--dry-run`
 with TRITON_INTERPRET=1 runs every part on a CPU with tiny shapes: it proves that the scripts work,
 and its figures mean nothing.
 """

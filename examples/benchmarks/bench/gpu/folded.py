@@ -1,4 +1,4 @@
-"""BatchNorm folded into the convolution in front of it, by torch's own function: a baseline."""
+"""BatchNorm folded into the convolution before it, by torch's own function: a baseline."""
 
 import copy
 from collections import Counter

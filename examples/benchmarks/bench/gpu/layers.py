@@ -11,7 +11,7 @@ from sepconv.ops.choice import Problem
 
 
 class Layer(NamedTuple):
-    """A depthwise convolution of a known network, and the channels of the pointwise behind it."""
+    """A depthwise convolution of a known network, and the channels of the pointwise after it."""
 
     network: str
     channels: int
@@ -85,7 +85,7 @@ def mobilenet_problems(
     """The calls of the separable op that MobileNetV1 makes in eval mode, each kind once.
 
     Its five equal blocks of 512 channels are one kind. BatchNorms are folded, so that there is a
-    bias and a ReLU behind both convolutions.
+    bias and a ReLU after both convolutions.
 
     Args:
         batch: Images.
@@ -94,7 +94,7 @@ def mobilenet_problems(
         resolution: Height and width of the images, a multiple of 32.
         width_mult: Of the network.
     """
-    size = resolution // 2  # behind the stem
+    size = resolution // 2  # after the stem
     problems = []
     for block in paper_config(width_mult, resolution).blocks:
         problems.append(

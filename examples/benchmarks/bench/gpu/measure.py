@@ -21,7 +21,7 @@ LEFT_OUT = f"{_NOT_RUN}left out by --quick"
 
 
 class ProcessSpentError(Exception):
-    """This process can measure nothing more. Another one can, behind what is noted by now."""
+    """This process can measure nothing more. Another one can, after what is noted by now."""
 
 
 @dataclass(frozen=True)
