@@ -83,18 +83,18 @@ class MobileNetV1Config:
         _whole("num_classes", self.num_classes, 0)
         _whole("head_channels", self.head_channels, 0)
         if self.stem_stride not in (1, 2):
-            raise ValueError(f"stem_stride must be 1 or 2, got {self.stem_stride}")
+            raise ValueError(f"stem_stride: expected 1 or 2, got {self.stem_stride}")
         if not 0.0 <= _number("dropout", self.dropout) < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+            raise ValueError(f"dropout: expected a value in [0, 1), got {self.dropout}")
         if not _number("bn_eps", self.bn_eps) > 0.0:
-            raise ValueError(f"bn_eps must be above 0, got {self.bn_eps}")
+            raise ValueError(f"bn_eps: expected a number above 0, got {self.bn_eps}")
         if not 0.0 <= _number("bn_momentum", self.bn_momentum) <= 1.0:
-            raise ValueError(f"bn_momentum must be in [0, 1], got {self.bn_momentum}")
+            raise ValueError(f"bn_momentum: expected a value in [0, 1], got {self.bn_momentum}")
         _whole("resolution", self.resolution)
         if self.resolution < self.reduction:
             raise ValueError(
-                f"resolution {self.resolution} is too small: the strides divide it by "
-                f"{self.reduction}, so it must be at least {self.reduction}"
+                f"resolution: expected at least {self.reduction}, which the strides divide it by, "
+                f"got {self.resolution}"
             )
         if self.pool is None:
             return
@@ -168,7 +168,7 @@ def paper_config(
     """
     _require(body in get_args(Body), "body", body, Body)
     if not 0 < _number("width_mult", width_mult) < math.inf:
-        raise ValueError(f"width_mult must be above 0, got {width_mult}")
+        raise ValueError(f"width_mult: expected a number above 0, got {width_mult}")
     stages = [list(stage) for stage in _STAGES]
     if body == "shallow":
         del stages[3][1:]
@@ -211,17 +211,17 @@ def scaled(channels: int, width_mult: float) -> int:
 def _require(condition: bool, name: str, got: object, choices: object) -> None:
     if not condition:
         allowed = ", ".join(map(repr, get_args(choices)))
-        raise ValueError(f"{name} must be one of {allowed}, got {got!r}")
+        raise ValueError(f"{name}: expected one of {allowed}, got {got!r}")
 
 
 def _whole(name: str, value: object, least: int | None = None) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
+        raise ValueError(f"{name}: expected a whole number, got {value!r}")
     if least is not None and value < least:
-        raise ValueError(f"{name} must be {least} or more, got {value}")
+        raise ValueError(f"{name}: expected {least} or more, got {value}")
 
 
 def _number(name: str, value: float) -> float:
     if not isinstance(value, int | float):
-        raise ValueError(f"{name} must be a number, got {value!r}")
+        raise ValueError(f"{name}: expected a number, got {value!r}")
     return value

@@ -81,7 +81,7 @@ def mobilenet_v1(
         if resolution != BASE_RESOLUTION:
             raise ValueError(f"give resolution or rho, not both; got {resolution} and {rho}")
         if not isinstance(rho, int | float) or not 0 < rho < math.inf:
-            raise ValueError(f"rho must be a number above 0, got {rho!r}")
+            raise ValueError(f"rho: expected a number above 0, got {rho!r}")
         resolution = round(BASE_RESOLUTION * rho)
     config = paper_config(
         width_mult,

@@ -156,9 +156,9 @@ class MobileNetV1(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: Literal["avg"] | None = None) -> None:
         """Replace the last layer by a new one for `num_classes`, 0 for none."""
         if global_pool not in (None, "avg"):
-            raise ValueError(f"global_pool must be 'avg' or None, got {global_pool!r}")
+            raise ValueError(f"global_pool: expected 'avg' or None, got {global_pool!r}")
         if num_classes < 0:
-            raise ValueError(f"num_classes must be 0 or more, got {num_classes}")
+            raise ValueError(f"num_classes: expected 0 or more, got {num_classes}")
         like = self.conv_stem.weight
         self.num_classes = num_classes
         factory = {"device": like.device, "dtype": like.dtype}

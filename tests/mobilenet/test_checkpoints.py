@@ -323,7 +323,7 @@ def test_pickles_run_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("kwargs", "target", "message"),
     [
-        ({}, "keras", "target must be 'timm' or 'hf', got 'keras'"),
+        ({}, "keras", "target: expected 'timm' or 'hf', got 'keras'"),
         ({"body": "conv"}, "timm", "timm has no MobileNetV1 with a body of 'conv' blocks"),
         ({"body": "shallow"}, "hf", "thirteen blocks .*got 8 blocks"),
         ({"head_channels": 16}, "hf", "16 head channels"),

@@ -45,5 +45,5 @@ def test_same_as_counting_the_model(kwargs):
 def test_out_of_range():
     with pytest.raises(ValueError, match="width_mult"):
         mobilenet.cost(0)
-    with pytest.raises(ValueError, match="too small"):
+    with pytest.raises(ValueError, match="resolution: expected at least"):
         mobilenet.cost(1.0, 16)

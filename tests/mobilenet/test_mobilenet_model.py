@@ -122,28 +122,31 @@ def test_resolution_multiplier():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"width_mult": 0}, "width_mult must be above 0, got 0"),
-        ({"width_mult": -1.0}, "width_mult must be above 0"),
-        ({"width_mult": float("nan")}, "width_mult must be above 0"),
-        ({"width_mult": float("inf")}, "width_mult must be above 0"),
-        ({"width_mult": "0.5"}, "width_mult must be a number, got '0.5'"),
-        ({"rho": 0}, "rho must be a number above 0, got 0"),
-        ({"resolution": 224.5}, r"resolution must be a whole number, got 224\.5"),
-        ({"resolution": (224, 224)}, "resolution must be a whole number"),
-        ({"num_classes": 2.5}, "num_classes must be a whole number"),
-        ({"head_channels": -8}, "head_channels must be 0 or more"),
-        ({"bn_momentum": 1.5}, r"bn_momentum must be in \[0, 1\]"),
-        ({"pool": 0}, "pool must be 1 or more"),
-        ({"resolution": 16}, "resolution 16 is too small.*at least 32"),
-        ({"resolution": 0}, "too small"),
-        ({"num_classes": -1}, "num_classes must be 0 or more"),
-        ({"in_channels": 0}, "in_channels must be 1 or more"),
-        ({"stem_stride": 3}, "stem_stride must be 1 or 2"),
-        ({"padding": "valid"}, "padding must be one of 'symmetric', 'same', 'keras', got 'valid'"),
-        ({"activation": "gelu"}, "activation must be one of 'relu', 'relu6'"),
-        ({"body": "dense"}, "body must be one of 'separable', 'conv', 'shallow'"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
-        ({"bn_eps": 0.0}, "bn_eps must be above 0"),
+        ({"width_mult": 0}, "width_mult: expected a number above 0, got 0"),
+        ({"width_mult": -1.0}, "width_mult: expected a number above 0"),
+        ({"width_mult": float("nan")}, "width_mult: expected a number above 0"),
+        ({"width_mult": float("inf")}, "width_mult: expected a number above 0"),
+        ({"width_mult": "0.5"}, "width_mult: expected a number, got '0.5'"),
+        ({"rho": 0}, "rho: expected a number above 0, got 0"),
+        ({"resolution": 224.5}, r"resolution: expected a whole number, got 224\.5"),
+        ({"resolution": (224, 224)}, "resolution: expected a whole number"),
+        ({"num_classes": 2.5}, "num_classes: expected a whole number"),
+        ({"head_channels": -8}, "head_channels: expected 0 or more"),
+        ({"bn_momentum": 1.5}, r"bn_momentum: expected a value in \[0, 1\]"),
+        ({"pool": 0}, "pool: expected 1 or more"),
+        ({"resolution": 16}, "resolution: expected at least 32.*got 16"),
+        ({"resolution": 0}, "resolution: expected at least 32"),
+        ({"num_classes": -1}, "num_classes: expected 0 or more"),
+        ({"in_channels": 0}, "in_channels: expected 1 or more"),
+        ({"stem_stride": 3}, "stem_stride: expected 1 or 2"),
+        (
+            {"padding": "valid"},
+            "padding: expected one of 'symmetric', 'same', 'keras', got 'valid'",
+        ),
+        ({"activation": "gelu"}, "activation: expected one of 'relu', 'relu6'"),
+        ({"body": "dense"}, "body: expected one of 'separable', 'conv', 'shallow'"),
+        ({"dropout": 1.0}, r"dropout: expected a value in \[0, 1\)"),
+        ({"bn_eps": 0.0}, "bn_eps: expected a number above 0"),
         ({"pool": 3}, "pool must cover the last feature map of 7 x 7"),
         ({"features_only": True, "out_indices": (5,)}, "stages are numbered 0 to 4"),
     ],
@@ -220,9 +223,9 @@ def test_reset_classifier():
     assert model.num_classes == 7
     model.reset_classifier(0)
     assert model(images()).shape == (2, model.num_features)
-    with pytest.raises(ValueError, match="global_pool must be 'avg'"):
+    with pytest.raises(ValueError, match="global_pool: expected 'avg'"):
         model.reset_classifier(3, "max")
-    with pytest.raises(ValueError, match="num_classes must be 0 or more"):
+    with pytest.raises(ValueError, match="num_classes: expected 0 or more"):
         model.reset_classifier(-1)
 
 

@@ -90,7 +90,7 @@ def _collect(
             classifier = _classifier(tensors, weight, layer)
         else:
             raise ValueError(
-                f"Keras checkpoint: {layer.name!r} must be followed by a BatchNormalization, "
+                f"Keras checkpoint: expected a BatchNormalization after {layer.name!r}, "
                 f"got {following.name!r}"
             )
     if len(convolutions) not in (27, 28):
@@ -183,4 +183,6 @@ def _activation(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Activation:
         return "relu"
     if found == {"relu6"}:
         return "relu6"
-    raise ValueError(f"Keras checkpoint: activations must be ReLU or ReLU6, got {sorted(found)}")
+    raise ValueError(
+        f"Keras checkpoint: expected ReLU or ReLU6 as activations, got {sorted(found)}"
+    )

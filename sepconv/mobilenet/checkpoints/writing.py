@@ -52,7 +52,7 @@ def export_state_dict(model: MobileNetV1, target: Literal["timm", "hf"]) -> dict
     """
     _require_mobilenet(model)
     if target not in ("timm", "hf"):
-        raise ValueError(f"target must be 'timm' or 'hf', got {target!r}")
+        raise ValueError(f"target: expected 'timm' or 'hf', got {target!r}")
     if model.config.body != "separable":
         raise ValueError(f"{target} has no MobileNetV1 with a body of {model.config.body!r} blocks")
     renamed = _hf_names(model) if target == "hf" else None
