@@ -57,22 +57,22 @@ def distill(
     whose end it does best on the held-out part.
 
     Args:
-        student: the converted model, with logits [N, classes]; trained in place.
-        teacher: the original, on the same device; not changed.
-        loader: batches, an iterable that can be read once per epoch: inputs, or pairs of inputs
+        student: The converted model, with logits [N, classes]; trained in place.
+        teacher: The original, on the same device; not changed.
+        loader: Batches, an iterable that can be read once per epoch: inputs, or pairs of inputs
             and labels.
-        epochs: over `loader`.
-        held_out: batches to judge by. Default: the loader's first batch, which then may also be
+        epochs: Over `loader`.
+        held_out: Batches to judge by. Default: the loader's first batch, which then may also be
             trained on.
-        learning_rate: at the start.
-        weight_decay: of pointwise and dense weights.
-        temperature: both outputs are divided by it.
-        label_weight: of the cross-entropy; the loader must give labels then.
-        layer_weight: of the converted layers' errors.
-        frozen_norm_epochs: epochs at the start with BatchNorm's statistics as they are.
-        average: decay of the moving average of the weights, per step.
-        amp: compute in bfloat16 where autocast does.
-        checkpoint: file that the state is kept in after each epoch; a run that finds it goes on
+        learning_rate: At the start.
+        weight_decay: Of pointwise and dense weights.
+        temperature: Both outputs are divided by it.
+        label_weight: Of the cross-entropy; the loader must give labels then.
+        layer_weight: Of the converted layers' errors.
+        frozen_norm_epochs: Epochs at the start with BatchNorm's statistics as they are.
+        average: Decay of the moving average of the weights, per step.
+        amp: Compute in bfloat16 where autocast does.
+        checkpoint: File that the state is kept in after each epoch; a run that finds it goes on
             from there, to the same result.
         log: CSV file with one row per epoch.
 
@@ -80,7 +80,7 @@ def distill(
         `student`, in the train/eval mode it came in, with the best weights.
 
     Raises:
-        ValueError: the loader is empty or lacks labels; the outputs are not logits of one shape;
+        ValueError: The loader is empty or lacks labels; the outputs are not logits of one shape;
             the loss becomes NaN; the checkpoint belongs to another model.
 
     Example:

@@ -62,7 +62,7 @@ def read_batches(
     kept, for they are run through the model once per layer; what the model makes of them is not.
 
     Raises:
-        ValueError: no batch came; a batch is of another kind, empty, or not finite.
+        ValueError: No batch came; a batch is of another kind, empty, or not finite.
     """
     if isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable):
         raise ValueError(

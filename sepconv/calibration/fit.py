@@ -33,13 +33,13 @@ class Method:
     """The steps of the method, each of which can be left out to see what it is worth.
 
     Attributes:
-        sequential: fit to the inputs as the layers before have changed them.
-        branch_sum: fit the last convolution of a residual branch to the sum.
-        norm_metric: weigh outputs by the BatchNorm behind them.
-        sweeps: block updates over the channels.
-        correct_bias: give outputs the original's mean.
-        restore_variance: give outputs the original's variance where that lowers the error.
-        refine: follow the closed forms by gradient steps on all layers at once.
+        sequential: Fit to the inputs as the layers before have changed them.
+        branch_sum: Fit the last convolution of a residual branch to the sum.
+        norm_metric: Weigh outputs by the BatchNorm after them.
+        sweeps: Block updates over the channels.
+        correct_bias: Give outputs the original's mean.
+        restore_variance: Give outputs the original's variance where that lowers the error.
+        refine: Follow the closed forms by gradient steps on all layers at once.
     """
 
     sequential: bool = True
@@ -68,15 +68,15 @@ class Calibration:
     covariance of its input patches, (C*R*S)^2 numbers of 8 bytes.
 
     Args:
-        model: the original; never changed.
-        matches: the convolutions that may be converted.
-        batches: see `sepconv.calibration.batches.read_batches`.
-        example_inputs: as `convert` is given them; they say which part of a batch is input.
-        seed: of the choice of pixels.
-        method: what to leave out.
+        model: The original; never changed.
+        matches: The convolutions that may be converted.
+        batches: See `sepconv.calibration.batches.read_batches`.
+        example_inputs: As `convert` is given them; they say which part of a batch is input.
+        seed: Of the choice of pixels.
+        method: What to leave out.
 
     Raises:
-        ValueError: the batches cannot be used.
+        ValueError: The batches cannot be used.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Calibration:
         """Relative squared change of the output when one layer alone is converted.
 
         Args:
-            ranks: by layer, those to measure.
+            ranks: By layer, those to measure.
         """
         layers = [conv for conv in self.layers if ranks.get(conv.name)]
         self._save_samples(sum(len(ranks[conv.name]) for conv in layers))
@@ -127,7 +127,7 @@ class Calibration:
         """Calibrated factors by name, for every rank below full.
 
         Args:
-            ranks: by layer; None and layers not named stay dense. A full rank is exact without
+            ranks: By layer; None and layers not named stay dense. A full rank is exact without
                 a fit and is left out.
         """
         fitted, spreads = self._closed_forms(ranks)
@@ -189,7 +189,7 @@ class Calibration:
         """Mean squared change of the model's outputs, relative to their variance.
 
         Raises:
-            ValueError: the outputs' shapes depend on the weights (detections, say).
+            ValueError: The outputs' shapes depend on the weights (detections, say).
         """
         if self._wanted is None:
             self._wanted = self._responses.outputs(self._samples, {})
@@ -253,7 +253,7 @@ def _problem(target: Tensor, metric: Tensor, moments: Moments) -> _Problem:
 def _with_variance(factors: Factors, problem: _Problem) -> Factors:
     """Factors with outputs of the wanted variance, which least squares always falls short of.
 
-    The same as estimating the statistics of a BatchNorm behind it anew, without touching it.
+    The same as estimating the statistics of a BatchNorm after it anew, without touching it.
     """
     weight = factors.dense()
     variance = ((weight @ problem.metric) * weight).sum(1)

@@ -37,10 +37,10 @@ class Surroundings:
     """What happens to a convolution's output.
 
     Attributes:
-        calls: executions in one forward.
-        outputs: numbers it computes in one forward.
-        scale: [K], the factor of the BatchNorm behind it, or None.
-        summed: whether its output, normalised or not, is next added to another tensor of its
+        calls: Executions in one forward.
+        outputs: Numbers it computes in one forward.
+        scale: [K], the factor of the BatchNorm after it, or None.
+        summed: Whether its output, normalised or not, is next added to another tensor of its
             shape and read by nothing else: it ends a residual branch.
     """
 
@@ -86,7 +86,7 @@ class Substitution(TorchFunctionMode):
 
 
 class _Follow(Substitution):
-    """Follows the outputs of chosen convolutions to the BatchNorm and the sum behind them."""
+    """Follows the outputs of chosen convolutions to the BatchNorm and the sum after them."""
 
     def __init__(self, keys: Iterable[int], substitutes: Mapping[int, Dense]) -> None:
         super().__init__(substitutes)

@@ -46,13 +46,13 @@ def refine(
     """Improve factors and biases by Adam on relative squared errors of the responses.
 
     Args:
-        fitted: where to start.
-        spreads: standard deviation of each layer's output, the unit of its bias.
-        respond: responses to a batch, by its index, with these layers (with none: the original's),
+        fitted: Where to start.
+        spreads: Standard deviation of each layer's output, the unit of its bias.
+        respond: Responses to a batch, by its index, with these layers (with none: the original's),
             differentiable in their factors and biases.
-        batches: how many there are.
-        seed: of their order.
-        steps: one batch each.
+        batches: How many there are.
+        seed: Of their order.
+        steps: One batch each.
     """
     free = {name: _Free(layer, spreads[name]) for name, layer in fitted.items()}
     parameters = [p for layer in free.values() for p in layer.parameters]

@@ -34,13 +34,13 @@ class Responses:
     """Runs a model on calibration batches and samples what its convolutions read and write.
 
     Args:
-        model: never changed.
-        matches: the convolutions of interest.
-        batches: at least one.
-        seed: of the choice of pixels.
+        model: Never changed.
+        matches: The convolutions of interest.
+        batches: At least one.
+        seed: Of the choice of pixels.
 
     Raises:
-        ValueError: the model fails on a batch, or its output is not finite.
+        ValueError: The model fails on a batch, or its output is not finite.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Responses:
         }
 
     def scale(self, conv: Match) -> Tensor:
-        """|factor| of the BatchNorm behind a convolution, [K], mean 1; ones without one."""
+        """|factor| of the BatchNorm after a convolution, [K], mean 1; ones without one."""
         scale = self._around[conv].scale
         if scale is None or not bool(scale.any()):
             return torch.ones(len(conv.weight), dtype=torch.float64, device=conv.weight.device)
@@ -124,7 +124,7 @@ class Responses:
         """Responses inside the network, and the outputs; differentiable in `substitutes`.
 
         Inside are the sums at the ends of the residual branches that `layers` end. In a network
-        without such sums they are the outputs of the layers. Either as behind the BatchNorm.
+        without such sums they are the outputs of the layers. Either as after the BatchNorm.
         """
         ends = [conv for conv in layers if self.ends_branch(conv)]
         followed = {id(conv.weight): conv for conv in ends or layers}
@@ -274,7 +274,7 @@ def _pair(values: tuple[int, ...], height: int) -> tuple[int, int]:
 
 
 def _divided(difference: Tensor, scale: Tensor | None) -> Tensor:
-    """A difference behind a BatchNorm, expressed in front of it; [n, K]."""
+    """A difference after a BatchNorm, expressed before it; [n, K]."""
     if scale is None:
         return difference
     usable = scale.abs() > 1e-3 * scale.abs().max()

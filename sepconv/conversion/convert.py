@@ -51,37 +51,37 @@ def convert(
     (`sepconv.report(model)`) says why.
 
     Args:
-        model: any module, traceable by torch.fx or not.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments of the
+        model: Any module, traceable by torch.fx or not.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments of the
             model's forward. With them shapes and MACs are known, and one forward of
             the whole model is timed in both forms at the end.
-        rank: an int, `"full"` (exact), or a mapping of name patterns to an int, `"full"` or None
+        rank: An int, `"full"` (exact), or a mapping of name patterns to an int, `"full"` or None
             (leave); layers that a mapping does not name are left. A rank above a layer's full
             rank, min(K, R*S), means its full rank. Default: 1, the MobileNet form.
         budget: `Budget(macs=)`, `Budget(params=)`, `Budget(latency=)` or `Budget(error=)`; the
             ranks are then planned, with dense as one of the choices. All but `params` need
             `example_inputs`, and `error` needs `calibration`.
-        include: name patterns; only these convolutions are converted.
-        exclude: name patterns; these are not.
+        include: Name patterns; only these convolutions are converted.
+        exclude: Name patterns; these are not.
         filter_fn: `(module, name) -> bool`, True to convert.
-        first_conv: whether to convert the network's first convolution too (at most 4 channels).
+        first_conv: Whether to convert the network's first convolution too (at most 4 channels).
             There is little to gain there and accuracy to lose.
-        only_if_faster: keep a layer dense unless its separable form measures faster.
-        optimizers: optimizers over the model's parameters; they will train the result's.
-        inplace: change `model` itself instead of a copy.
-        dryrun: return the `sepconv.Report` of what would be done, and do nothing.
-        calibration: batches of inputs, labels not needed: an iterable of tensors, of tuples whose
+        only_if_faster: Keep a layer dense unless its separable form measures faster.
+        optimizers: Optimizers over the model's parameters; they will train the result's.
+        inplace: Change `model` itself instead of a copy.
+        dryrun: Return the `sepconv.Report` of what would be done, and do nothing.
+        calibration: Batches of inputs, labels not needed: an iterable of tensors, of tuples whose
             first entries are the inputs (a `DataLoader`), or of dicts. The factors then keep what
             the model computes on them instead of the weights, which is what makes low ranks
             usable (docs/accuracy.md). A layer without a bias gets one. Full rank stays exact.
-        seed: of the choice of samples in calibration; the same seed gives the same result.
+        seed: Of the choice of samples in calibration; the same seed gives the same result.
 
     Returns:
         The converted model: its own class, methods and hooks, with the same dtype, device,
         `requires_grad` and train/eval flags.
 
     Raises:
-        ValueError: something was given that cannot be used; nothing has been changed then.
+        ValueError: Something was given that cannot be used; nothing has been changed then.
 
     Example:
         >>> import torch

@@ -10,7 +10,7 @@ def check_optimizers(optimizers: Optimizer | Iterable[Optimizer] | None) -> list
     """Return the optimizers as a list.
 
     Raises:
-        ValueError: something else than an optimizer is among them.
+        ValueError: Something else than an optimizer is among them.
     """
     if optimizers is None:
         return []
@@ -33,10 +33,10 @@ def update_optimizers(
     """Put the new parameters in the place of the old ones, group by group.
 
     Args:
-        optimizers: their groups and states are changed in place.
-        successors: by `id` of an old parameter, what took its place. A single successor of the
+        optimizers: Their groups and states are changed in place.
+        successors: By `id` of an old parameter, what took its place. A single successor of the
             same shape inherits the optimizer's state; factors of a dense weight start afresh.
-        names: by `id` of a new parameter, for optimizers that were given named ones.
+        names: By `id` of a new parameter, for optimizers that were given named ones.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:

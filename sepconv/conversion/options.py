@@ -24,14 +24,14 @@ class Budget:
     """One limit on the converted model; give exactly one.
 
     Args:
-        macs: multiply-adds, as a fraction (0, 1] of the **whole** original model's.
-        params: parameters, likewise.
-        latency: measured time on the model's device, likewise.
-        error: the largest loss of the converted model's output that is allowed, as the relative
+        macs: Multiply-adds, as a fraction (0, 1] of the **whole** original model's.
+        params: Parameters, likewise.
+        latency: Measured time on the model's device, likewise.
+        error: The largest loss of the converted model's output that is allowed, as the relative
             mean squared change of the output on the calibration batches, in (0, 1].
 
     Raises:
-        ValueError: none or several are given, or one is outside (0, 1].
+        ValueError: None or several are given, or one is outside (0, 1].
 
     Example:
         >>> Budget(macs=0.5).kind, Budget(macs=0.5).fraction
@@ -78,9 +78,9 @@ def check_options(
         raise ValueError("rank, budget: expected one of them, got both")
     if example_inputs is None:
         if budget is not None and budget.kind != "params":
-            raise ValueError(f"example_inputs: needed to know the model's {budget.kind}, got None")
+            raise ValueError(f"example_inputs: expected some, to know {budget.kind} by, got None")
         if only_if_faster:
-            raise ValueError("example_inputs: needed to measure latency, got None")
+            raise ValueError("example_inputs: expected some, to measure latency with, got None")
 
 
 def check_finite(matches: Iterable[Match]) -> None:
@@ -118,7 +118,7 @@ def select(
         convolutions that were chosen away turned into `Skipped`.
 
     Raises:
-        ValueError: a pattern matches no convolution; a rank is not an int >= 1 or "full".
+        ValueError: A pattern matches no convolution; a rank is not an int >= 1 or "full".
     """
     include, exclude = _patterns(include, "include"), _patterns(exclude, "exclude")
     # An earlier conversion's layers count, so that the same call may be made twice.

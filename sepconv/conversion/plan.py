@@ -48,7 +48,7 @@ def ranks_for(
         ValueError: The budget cannot be reached, or needs calibration that is not given.
     """
     if budget.kind == "error" and calibration is None:
-        raise ValueError("budget: error= is measured on calibration batches, got None")
+        raise ValueError("calibration: expected batches, for error= is measured on them, got None")
     if budget.kind == "latency":
         assert example_inputs is not None, "check_options() asks for them"
         costs = latency_costs(matches, captured.channels_last, table)
@@ -84,13 +84,13 @@ def ranks_within(budget: Budget, costs: Costs, errors: Errors, total: float) -> 
     """Ranks, or dense, with the least sum of errors within the budget.
 
     Args:
-        budget: of what `costs` counts.
-        costs: by layer, of each form.
-        errors: by layer, of each rank; a layer without any stays dense.
-        total: cost of the whole original model.
+        budget: Of what `costs` counts.
+        costs: By layer, of each form.
+        errors: By layer, of each rank; a layer without any stays dense.
+        total: Cost of the whole original model.
 
     Raises:
-        ValueError: the budget is below what the cheapest forms cost.
+        ValueError: The budget is below what the cheapest forms cost.
     """
     forms = {
         name: {r: c for r, c in layer.items() if r is DENSE or r in errors.get(name, {})}
@@ -112,7 +112,7 @@ def reachable_limit(budget: Budget, costs: Costs, total: float) -> float:
     """What the layers of `costs` may cost together, so that the model is within the budget.
 
     Raises:
-        ValueError: it is below what their cheapest forms cost.
+        ValueError: It is below what their cheapest forms cost.
     """
     # What they do not account for stays: other layers, biases, heads.
     rest = max(total - sum(layer[DENSE] for layer in costs.values()), 0.0)
@@ -134,11 +134,11 @@ def ranks_for_error(
     """The cheapest ranks whose measured error stays within a limit, by bisecting the budget.
 
     Args:
-        limit: the largest error.
-        costs: multiply-adds by layer, of each form.
-        errors: by layer, of each rank.
-        total: multiply-adds of the whole original model.
-        measure: the error of a plan.
+        limit: The largest error.
+        costs: Multiply-adds by layer, of each form.
+        errors: By layer, of each rank.
+        total: Multiply-adds of the whole original model.
+        measure: The error of a plan.
     """
     best: Ranks = dict.fromkeys(costs, DENSE)
     low, high = 0.0, 1.0

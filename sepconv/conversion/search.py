@@ -35,20 +35,20 @@ def search(
     the budget, as it does but for noise; the result itself was evaluated.
 
     Args:
-        model: never changed.
-        example_inputs: as for `sepconv.convert`.
-        calibration: as for `sepconv.convert`; read once.
-        evaluate: a score of a model, higher is better: accuracy on a validation set, say.
-        max_drop: from the score of `model`, in the score's own unit.
-        cost: what the budget is of.
-        steps: of the bisection; 5 find the budget to 0.03.
-        options: for `sepconv.convert`.
+        model: Never changed.
+        example_inputs: As for `sepconv.convert`.
+        calibration: As for `sepconv.convert`; read once.
+        evaluate: A score of a model, higher is better: accuracy on a validation set, say.
+        max_drop: From the score of `model`, in the score's own unit.
+        cost: What the budget is of.
+        steps: Of the bisection; 5 find the budget to 0.03.
+        options: For `sepconv.convert`.
 
     Returns:
         The converted model, or a copy in which nothing is converted where no budget would do.
 
     Raises:
-        ValueError: an argument cannot be used, or `evaluate` does not return a finite number.
+        ValueError: An argument cannot be used, or `evaluate` does not return a finite number.
 
     Example:
         >>> import torch
@@ -63,7 +63,7 @@ def search(
     """
     for forbidden in ("rank", "budget", "inplace", "dryrun"):
         if forbidden in options:
-            raise ValueError(f"{forbidden}: is chosen by the search, got {options[forbidden]!r}")
+            raise ValueError(f"{forbidden}: expected none in a search, got {options[forbidden]!r}")
     if cost not in ("macs", "params", "latency"):
         raise ValueError(f"cost: expected macs, params or latency, got {cost!r}")
     if not isinstance(max_drop, int | float) or not max_drop >= 0:

@@ -40,9 +40,9 @@ def patches(
         positions: [n], indices into the output's pixels flattened as [N, P, Q].
         out_size: P, Q.
         kernel: R, S.
-        stride: of the rows, of the columns.
-        padding: zeros at the top, bottom, left, right.
-        dilation: of the rows, of the columns.
+        stride: Of the rows, of the columns.
+        padding: Zeros at the top, bottom, left, right.
+        dilation: Of the rows, of the columns.
 
     Returns:
         [n, C*R*S] in the order of a flattened weight [K, C, R, S].

@@ -38,8 +38,8 @@ def solve(
         metric: S [C*R*S, C*R*S], symmetric positive definite, float64.
         rank: T, below min(K, R*S).
         taps: R*S.
-        scale: the diagonal of L, [K] and positive.
-        sweeps: passes of block updates over the channels.
+        scale: The diagonal of L, [K] and positive.
+        sweeps: Passes of block updates over the channels.
 
     Example:
         >>> w, s = torch.randn(8, 36).double(), torch.eye(36).double()
@@ -51,17 +51,6 @@ def solve(
     for _ in range(sweeps):
         factors = update_channels(weight, metric, factors, scale)
     return refit_mixing(weight, metric, factors.filters) if sweeps else factors
-
-
-def objective(weight: Tensor, metric: Tensor, factors: Factors, scale: Tensor) -> float:
-    """J(P, D)."""
-    return weighted_norm(weight - factors.dense(), metric, scale)
-
-
-def weighted_norm(error: Tensor, metric: Tensor, scale: Tensor) -> float:
-    """|| L E S^(1/2) ||_F^2 of E [K, C*R*S]."""
-    scaled = error * scale[:, None]
-    return float(((scaled @ metric) * scaled).sum())
 
 
 def whitened_filters(weight: Tensor, metric: Tensor, rank: int, taps: int, scale: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def asymmetric_target(
         weight: W [K, D], the original.
         covariance: Cov(x) [D, D] of the inputs as they are now.
         cross: Cov(y, x) [K, D]; y is the response to reproduce.
-        ridge: weight of the pull towards W.
+        ridge: Weight of the pull towards W.
 
     Returns:
         W' [K, D] and the metric [D, D].

@@ -35,15 +35,15 @@ class Capture:
     """A model, understood.
 
     Attributes:
-        level: how much of it fx could trace; see `sepconv.graph.tracing`.
-        why: what kept fx from more, in its own words; empty at level `graph`.
-        graph: the traced graph, None at level `modules`.
-        leaves: submodules that fx could not trace into.
-        runs: executions by `id` of the weight, in order of first execution. Empty where no
+        level: How much of it fx could trace; see `sepconv.graph.tracing`.
+        why: What kept fx from more, in its own words; empty at level `graph`.
+        graph: The traced graph, None at level `modules`.
+        leaves: Submodules that fx could not trace into.
+        runs: Executions by `id` of the weight, in order of first execution. Empty where no
             example inputs were given.
-        macs: multiply-adds of one forward of the example inputs, or None without them.
-        channels_last: whether the convolutions' outputs may be channels_last: false where code
-            behind them calls `view`, which such a tensor can refuse.
+        macs: Multiply-adds of one forward of the example inputs, or None without them.
+        channels_last: Whether the convolutions' outputs may be channels_last: false where code
+            after them calls `view`, which such a tensor can refuse.
     """
 
     level: TraceLevel
@@ -67,7 +67,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
     attributes, random state.
 
     Raises:
-        ValueError: the model's forward fails on the example inputs.
+        ValueError: The model's forward fails on the example inputs.
     """
     args, kwargs = split_inputs(example_inputs)
     with untouched(model):
@@ -198,7 +198,7 @@ def arguments_given(
 
 
 def _calls_view(graph: fx.Graph | None) -> bool:
-    """Whether a `view` stands behind a convolution: it may refuse a channels_last tensor."""
+    """Whether a `view` stands after a convolution: it may refuse a channels_last tensor."""
     return graph is None or any(
         node.op == "call_method" and node.target in ("view", "view_as", "as_strided", "stride")
         for node in graph.nodes

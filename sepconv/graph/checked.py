@@ -14,7 +14,7 @@ def checked_model(model: Any) -> nn.Module:
     """The module to work on: `model`, or what `torch.compile` wrapped.
 
     Raises:
-        ValueError: not a module; scripted, quantised, parallel-wrapped or without data.
+        ValueError: Not a module; scripted, quantised, parallel-wrapped or without data.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

@@ -84,15 +84,15 @@ class Match:
     """A standard convolution that can be made separable.
 
     Attributes:
-        name: of the convolution module, or of the weight for a functional call.
-        module: the convolution, or None for a functional call.
+        name: Of the convolution module, or of the weight for a functional call.
+        module: The convolution, or None for a functional call.
         weight: [K, C, R, S] or, over sequences, [K, C, S].
         bias: [K] or None.
-        geometry: stride, padding, dilation.
-        runs: shapes of its executions; empty without example inputs.
-        calls: graph nodes that call it; empty where fx could not trace.
-        owner: for a functional call, the name of the module whose forward makes it.
-        first: whether it reads the network's input and has at most 4 channels.
+        geometry: Stride, padding, dilation.
+        runs: Shapes of its executions; empty without example inputs.
+        calls: Graph nodes that call it; empty where fx could not trace.
+        owner: For a functional call, the name of the module whose forward makes it.
+        first: Whether it reads the network's input and has at most 4 channels.
     """
 
     name: str

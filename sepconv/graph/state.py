@@ -80,8 +80,8 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     """A deep copy that also keeps train/eval flags, which torchvision's feature extractors lose.
 
     Args:
-        model: may remember tensors that have a history.
-        memo: as `copy.deepcopy` takes it; then it holds what is not to be copied.
+        model: May remember tensors that have a history.
+        memo: As `copy.deepcopy` takes it; then it holds what is not to be copied.
     """
     made = deepcopy(model, without_history(model) if memo is None else memo)
     flags = {name: module.training for name, module in model.named_modules()}

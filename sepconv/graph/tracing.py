@@ -21,10 +21,10 @@ class Trace(NamedTuple):
     """What tracing reached.
 
     Attributes:
-        level: see the module's description.
-        graph: of the model, or None at level `modules`.
-        leaves: names of the submodules that could not be traced into.
-        why: the error that tracing met first, empty at level `graph`.
+        level: See the module's description.
+        graph: Of the model, or None at level `modules`.
+        leaves: Names of the submodules that could not be traced into.
+        why: The error that tracing met first, empty at level `graph`.
     """
 
     level: TraceLevel
@@ -68,7 +68,7 @@ class ModuleTracer(fx.Tracer):
     """Traces down to convolutions, and remembers which module's forward raised.
 
     Args:
-        opaque: names of modules to take as leaves.
+        opaque: Names of modules to take as leaves.
     """
 
     def __init__(self, opaque: Collection[str] = ()) -> None:
@@ -110,11 +110,11 @@ def trace(
     """Trace `model` at the best level it allows; never raises because tracing failed.
 
     Args:
-        model: any module.
-        given: the forward arguments that the caller passes, by name; flags and numbers among
+        model: Any module.
+        given: The forward arguments that the caller passes, by name; flags and numbers among
             them are fixed. The others are fixed to their defaults. None: those without a
             default are passed.
-        opaque: names of submodules to take as leaves from the start.
+        opaque: Names of submodules to take as leaves from the start.
     """
     concrete = _fixed(model, given)
     names = {name: m for name, m in model.named_modules() if name}

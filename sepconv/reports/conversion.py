@@ -28,23 +28,23 @@ class LayerReport:
     """One convolution.
 
     Attributes:
-        name: of the convolution module, or of the weight of a functional call.
+        name: Of the convolution module, or of the weight of a functional call.
         status: `converted`; `skipped`, not a standard convolution or not asked for; `kept`,
             could be converted but is better left dense.
-        reason: why, for the last two.
-        rank: terms kept, where converted.
-        macs_before: multiply-adds of the dense form for the example inputs, None without them.
-        macs_after: the same after conversion.
-        params_before: parameters of the dense form.
-        params_after: the same after conversion.
-        error: relative error of the weight, ||W - W'|| / ||W||, where converted.
-        latency_before: seconds in the dense form's better memory format, None if not measured
-            nor predicted.
-        latency_after: seconds in separable form.
-        method: how the factors were found: `exact` at full rank, `svd` of the weight alone, or
+        reason: Why, for the last two.
+        rank: Terms kept, where converted.
+        macs_before: Multiply-adds of the dense form for the example inputs, None without them.
+        macs_after: The same after conversion.
+        params_before: Parameters of the dense form.
+        params_after: The same after conversion.
+        error: Relative error of the weight, ||W - W'|| / ||W||, where converted; in a dry run that
+            of its SVD, which no other factors are below.
+        latency_before: Seconds in the dense form's better memory format, None if not measured.
+        latency_after: Seconds in separable form.
+        method: How the factors were found: `exact` at full rank, `svd` of the weight alone, or
             what a calibration names.
-        weight_crc32: checksum of the dense weight, where converted.
-        form: what it takes to measure the layer, where converted and shapes are known.
+        weight_crc32: Checksum of the dense weight, where converted.
+        form: What it takes to measure the layer, where converted and shapes are known.
     """
 
     name: str
@@ -79,18 +79,18 @@ class Report:
     """A whole conversion: one entry per convolution, and the model's totals.
 
     Attributes:
-        layers: in order of execution where it is known.
+        layers: In order of execution where it is known.
         trace_level: `graph`, `leaves` or `modules`; see `sepconv.graph.tracing`.
-        trace_note: what kept fx from tracing more, in its own words.
-        macs_before: multiply-adds of the whole model for the example inputs, None without them.
-        macs_after: the same after conversion.
-        params_before: parameters of the whole model.
-        params_after: the same after conversion.
-        dryrun: whether this is a plan that was not carried out.
-        latency_before: seconds of one forward of the example inputs by the whole original model,
+        trace_note: What kept fx from tracing more, in its own words.
+        macs_before: Multiply-adds of the whole model for the example inputs, None without them.
+        macs_after: The same after conversion.
+        params_before: Parameters of the whole model.
+        params_after: The same after conversion.
+        dryrun: Whether this is a plan that was not carried out.
+        latency_before: Seconds of one forward of the example inputs by the whole original model,
             None without them and in a dry run.
-        latency_after: the same of the converted model.
-        device: the name of what both were measured on, empty where they were not.
+        latency_after: The same of the converted model.
+        device: The name of what both were measured on, empty where they were not.
     """
 
     layers: list[LayerReport] = field(default_factory=list)

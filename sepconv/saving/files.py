@@ -43,12 +43,12 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     The file is complete or not there: a crash while writing leaves an older one whole.
 
     Args:
-        model: what `sepconv.convert` returned; `torch.compile` around it is seen through.
-        path: of the file, by custom `*.safetensors`.
+        model: What `sepconv.convert` returned; `torch.compile` around it is seen through.
+        path: Of the file, by custom `*.safetensors`.
 
     Raises:
-        ValueError: the model's state is not tensors alone, or it is a fused model.
-        OSError: the file cannot be written.
+        ValueError: The model's state is not tensors alone, or it is a fused model.
+        OSError: The file cannot be written.
 
     Example:
         >>> import sepconv, tempfile
@@ -77,8 +77,8 @@ def load(path: str | PathLike[str], factory: Callable[[], nn.Module]) -> Any:
     """Read a model that `save` wrote.
 
     Args:
-        path: of the file.
-        factory: builds the original, not converted model; its weights do not matter, its
+        path: Of the file.
+        factory: Builds the original, not converted model; its weights do not matter, its
             device does.
 
     Returns:
@@ -86,8 +86,8 @@ def load(path: str | PathLike[str], factory: Callable[[], nn.Module]) -> Any:
         and with a report.
 
     Raises:
-        ValueError: the file is damaged, was not written by `save`, or does not fit the model.
-        OSError: the file cannot be read.
+        ValueError: The file is damaged, was not written by `save`, or does not fit the model.
+        OSError: The file cannot be read.
     """
     with _opened(Path(path)) as file:
         recipe = _read_recipe(file, path)
@@ -106,8 +106,8 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
     """The recipe in a file that `save` wrote, to apply to an original with other weights.
 
     Raises:
-        ValueError: the file is damaged or was not written by `save`.
-        OSError: the file cannot be read.
+        ValueError: The file is damaged or was not written by `save`.
+        OSError: The file cannot be read.
     """
     with _opened(Path(path)) as file:
         return _read_recipe(file, path)

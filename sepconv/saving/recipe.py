@@ -30,15 +30,15 @@ class RecipeLayer:
     """One converted layer.
 
     Attributes:
-        name: of the convolution module, or of the weight of a functional call, in the part.
-        part: name of the submodule that was given to `convert`, empty for the whole model.
-        shape: of the dense weight, [K, C, R, S] or [K, C, S].
-        rank: depthwise filters per input channel.
-        bias: whether the converted layer has one.
-        channels_last: whether its weights ask for channels_last outputs.
-        method: how the factors were found; see `sepconv.reports.conversion.LayerReport`.
-        error: relative error of the weight, if known.
-        weight_crc32: checksum of the dense weight, if known.
+        name: Of the convolution module, or of the weight of a functional call, in the part.
+        part: Name of the submodule that was given to `convert`, empty for the whole model.
+        shape: Of the dense weight, [K, C, R, S] or [K, C, S].
+        rank: Depthwise filters per input channel.
+        bias: Whether the converted layer has one.
+        channels_last: Whether its weights ask for channels_last outputs.
+        method: How the factors were found; see `sepconv.reports.conversion.LayerReport`.
+        error: Relative error of the weight, if known.
+        weight_crc32: Checksum of the dense weight, if known.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Recipe:
         """Read a recipe.
 
         Raises:
-            ValueError: it is no recipe, damaged, or of a later format.
+            ValueError: It is no recipe, damaged, or of a later format.
         """
         try:
             content = json.loads(text, parse_constant=_no_constant)
@@ -92,7 +92,7 @@ class Recipe:
         """Check the data that `to_json` writes.
 
         Raises:
-            ValueError: it is no recipe, damaged, or of a later format.
+            ValueError: It is no recipe, damaged, or of a later format.
         """
         if not isinstance(content, Mapping) or content.get("format") != FORMAT:
             _fail("recipe", f'an object with "format": "{FORMAT}"', content)
@@ -152,16 +152,16 @@ def apply_recipe(
     the model that the recipe was made from, so that one's `state_dict` loads into it.
 
     Args:
-        model: the original, not yet converted.
-        recipe: a `Recipe`, its JSON, or the data that JSON holds.
-        check_weights: refuse a model whose weights are not the ones the recipe was made from.
-        inplace: change `model` itself instead of a copy.
+        model: The original, not yet converted.
+        recipe: A `Recipe`, its JSON, or the data that JSON holds.
+        check_weights: Refuse a model whose weights are not the ones the recipe was made from.
+        inplace: Change `model` itself instead of a copy.
 
     Returns:
         The converted model, with a report.
 
     Raises:
-        ValueError: the recipe is damaged or does not fit the model; nothing has been changed then.
+        ValueError: The recipe is damaged or does not fit the model; nothing has been changed then.
 
     Example:
         >>> import sepconv, torch

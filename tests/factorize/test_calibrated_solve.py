@@ -10,7 +10,6 @@ from torch import Tensor
 from sepconv.factorize.moments import Moments, full_padding, patches, pixels
 from sepconv.factorize.solve import (
     Factors,
-    objective,
     refit_mixing,
     solve,
     update_channels,
@@ -28,6 +27,12 @@ def generator() -> torch.Generator:
 
 def random(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def objective(weight: Tensor, metric: Tensor, factors: Factors, scale: Tensor) -> float:
+    """J(P, D) of `sepconv.factorize.solve`."""
+    scaled = (weight - factors.dense()) * scale[:, None]
+    return float(((scaled @ metric) * scaled).sum())
 
 
 def correlated_rows(generator: torch.Generator) -> Tensor:

@@ -139,7 +139,7 @@ def test_resolution_multiplier():
         ({"num_classes": -1}, "num_classes: expected 0 or more"),
         ({"in_channels": 0}, "in_channels: expected 1 or more"),
         ({"stem_stride": 3}, "stem_stride: expected 1 or 2"),
-        ({"padding": "valid"}, "padding: expected one of 'symmetric', 'same', 'keras', got 'va"),
+        (
             {"padding": "valid"},
             "padding: expected one of 'symmetric', 'same', 'keras', got 'valid'",
         ),
