@@ -40,7 +40,7 @@ from sepconv.timing import CaptureError, device_seconds, host_seconds
 from sepconv.tuning import Tuned
 from sepconv.tuning.candidates import candidates
 from sepconv.tuning.inputs import make_operands, right_answer
-from sepconv.tuning.search import record
+from sepconv.tuning.tuner import record
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = (

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 from tuning.problems import FEW, depthwise, entry, few_candidates, pointwise, preferring
 
 from sepconv.ops import choice as tuning
-from sepconv.tuning import search, tune_problems
+from sepconv.tuning import tune_problems, tuner
 
 TESTS = Path(__file__).resolve().parents[1]
 THREE = [depthwise(), depthwise(C=8), depthwise(C=12)]
@@ -56,5 +56,5 @@ def rank_of_two(rank: str, store: str, answer: str) -> None:
 
 
 if __name__ == "__main__":
-    search.candidates = few_candidates
+    tuner.candidates = few_candidates
     {f.__name__: f for f in (killed_after_the_first, rank_of_two)}[sys.argv[1]](*sys.argv[2:])

@@ -27,7 +27,7 @@ import sepconv
 from sepconv.kernels import depthwise as depthwise_kernels
 from sepconv.ops import choice as tuning
 from sepconv.timing import CaptureError
-from sepconv.tuning import candidates, race, search, tune, tune_problems
+from sepconv.tuning import candidates, race, tune, tune_problems, tuner
 from sepconv.tuning.check import PoisonedMemory, is_right
 from sepconv.tuning.compiling import compile_all
 from sepconv.tuning.inputs import make_operands, operands_in_turn, right_answer
@@ -35,7 +35,7 @@ from sepconv.tuning.inputs import make_operands, operands_in_turn, right_answer
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(search, "candidates", few_candidates)
+    monkeypatch.setattr(tuner, "candidates", few_candidates)
 
 
 def far() -> float:
