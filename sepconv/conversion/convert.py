@@ -86,10 +86,11 @@ def convert(
     Example:
         >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.ReLU())
-        >>> small = convert(net, torch.zeros(1, 16, 8, 8), rank=2)
+        >>> small = convert(net, rank=2)
         >>> type(small[0]).__name__, small[0].channel_multiplier
         ('SeparableConv2d', 2)
-        >>> small._sepconv_report.macs_before, small._sepconv_report.macs_after
+        >>> plan = convert(net, torch.zeros(1, 16, 8, 8), rank=2, dryrun=True)
+        >>> plan.macs_before, plan.macs_after
         (294912, 83968)
     """
     model = checked_model(model)
@@ -145,5 +146,5 @@ def convert(
         made.latency_before, made.latency_after = times["before"], times["after"]
         made.device = device_name(converted)
         if times["after"] >= times["before"]:
-            warnings.warn(f"convert: the model did not get faster: {made.forward()}", stacklevel=2)
+            warnings.warn(f"convert: the model did not get faster: {made.speed()}", stacklevel=2)
     return converted

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Channels are independent: so many float64 numbers are worked on at a time, 32 MB of them.
-_NUMBERS = 2**22
+# Channels are independent: so many float64 numbers are worked on at a time, 4 MB of them.
+_NUMBERS = 2**19
 
 
 class SeparableFactors(NamedTuple):

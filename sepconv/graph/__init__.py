@@ -1,15 +1,13 @@
 """Models as graphs: capture, match, rewrite. Knows no weights' values."""
 
-from sepconv.graph.capture import Capture, ConvRun, ExampleInputs, capture, split_inputs
-from sepconv.graph.match import Form, Geometry, Match, Skipped, SkipReason, match
+from sepconv.graph.capture import Capture, ExampleInputs, capture, split_inputs
+from sepconv.graph.match import Form, Match, Skipped, SkipReason, match
 from sepconv.graph.rewrite import rewrite, separable_module
 
 __all__ = [
     "Capture",
-    "ConvRun",
     "ExampleInputs",
     "Form",
-    "Geometry",
     "Match",
     "SkipReason",
     "Skipped",

@@ -54,11 +54,6 @@ class Capture:
     macs: int | None = None
     channels_last: bool = True
 
-    @property
-    def has_shapes(self) -> bool:
-        """Whether example inputs were run."""
-        return self.macs is not None
-
 
 def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Capture:
     """Trace `model` and, given example inputs, run it once to learn shapes and MACs.

@@ -199,11 +199,11 @@ class Report:
             if before and after is not None:
                 parts.append(f"{name} {_count(before)} > {_count(after)} ({after / before:.2f}x)")
         if self.latency_before is not None:
-            parts.append(self.forward())
+            parts.append(self.speed())
         parts.append(f"traced at level {self.trace_level}")
         return "; ".join(parts)
 
-    def forward(self) -> str:
+    def speed(self) -> str:
         """What one forward of the whole model takes in both forms, and where; maybe nothing."""
         if self.latency_before is None or self.latency_after is None:
             return ""
