@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from sepconv._util import evaluating
 from sepconv.calibration.batches import Batch
 from sepconv.calibration.observe import Dense, Probe, Seen, Substitution, Surroundings, Survey
-from sepconv.factorize.moments import Moments, full_padding, patches, pixels
+from sepconv.factorize.moments import Moments, patches, pixels
 from sepconv.graph import Match
 from sepconv.graph.state import untouched
 
@@ -238,13 +238,8 @@ class _Sampler:
         read = None
         if want_x:
             kernel = (conv.weight_2d.shape[2], conv.weight_2d.shape[3])
-            stride, dilation = _pair(conv.geometry.stride, 1), _pair(conv.geometry.dilation, 1)
-            given = conv.geometry.padding
-            padding = full_padding(
-                given if isinstance(given, str) else _pair(given, 0), kernel, dilation
-            )
-            size = (y.shape[2], y.shape[3])
-            read = patches(x, positions, size, kernel, stride, padding, dilation)
+            geometry = conv.settings.of_images(kernel)
+            read = patches(x, positions, (y.shape[2], y.shape[3]), kernel, geometry)
         return conv, _Rows(read, pixels(y, positions), None)
 
     def values(self, conv: Match, t: Tensor) -> Tensor:
@@ -266,11 +261,6 @@ def _as_images(t: Tensor, conv: Match) -> Tensor:
     if t.dim() < conv.weight.dim():
         t = t.unsqueeze(0)
     return t if t.dim() == 4 else t.unsqueeze(2)
-
-
-def _pair(values: tuple[int, ...], height: int) -> tuple[int, int]:
-    """One entry per axis of an image; a sequence is an image of height 1."""
-    return (values[0], values[1]) if len(values) == 2 else (height, values[0])
 
 
 def _divided(difference: Tensor, scale: Tensor | None) -> Tensor:

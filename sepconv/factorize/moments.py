@@ -4,24 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Padding = tuple[int, int, int, int]  # top, bottom, left, right
-
-
-def full_padding(
-    padding: tuple[int, ...] | str, kernel: tuple[int, int], dilation: tuple[int, int]
-) -> Padding:
-    """Padding as (top, bottom, left, right), with torch's rule for `"same"`.
-
-    >>> full_padding("same", (2, 3), (1, 1)), full_padding((1, 2), (3, 3), (1, 1))
-    ((0, 1, 1, 1), (1, 1, 2, 2))
-    """
-    if padding == "valid":
-        return 0, 0, 0, 0
-    if padding == "same":
-        (rows, columns) = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
-        return rows // 2, rows - rows // 2, columns // 2, columns - columns // 2
-    rows, columns = (int(p) for p in padding)
-    return rows, rows, columns, columns
+from sepconv.kernels.geometry import Geometry
 
 
 def patches(
@@ -29,9 +12,7 @@ def patches(
     positions: Tensor,
     out_size: tuple[int, int],
     kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: Padding,
-    dilation: tuple[int, int],
+    geometry: Geometry,
 ) -> Tensor:
     """The inputs that chosen output pixels of a convolution read.
 
@@ -40,19 +21,17 @@ def patches(
         positions: [n], indices into the output's pixels flattened as [N, P, Q].
         out_size: P, Q.
         kernel: R, S.
-        stride: Of the rows, of the columns.
-        padding: Zeros at the top, bottom, left, right.
-        dilation: Of the rows, of the columns.
+        geometry: Of the convolution.
 
     Returns:
         [n, C*R*S] in the order of a flattened weight [K, C, R, S].
 
     Example:
         >>> x = torch.arange(9.0).reshape(1, 1, 3, 3)
-        >>> patches(x, torch.tensor([3]), (2, 2), (2, 2), (1, 1), (0, 0, 0, 0), (1, 1))
+        >>> patches(x, torch.tensor([3]), (2, 2), (2, 2), Geometry())
         tensor([[4., 5., 7., 8.]])
     """
-    top, bottom, left, right = padding
+    stride, (top, bottom, left, right), dilation = geometry
     padded = F.pad(x, (left, right, top, bottom)).permute(0, 2, 3, 1).contiguous()
     height, width = out_size
     image = positions // (height * width)

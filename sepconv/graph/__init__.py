@@ -9,6 +9,7 @@ __all__ = [
     "ExampleInputs",
     "Form",
     "Match",
+    "Settings",
     "SkipReason",
     "Skipped",
     "capture",

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from sepconv.graph.capture import Capture, ConvRun
 from sepconv.graph.functional import forward_graph
+from sepconv.kernels.geometry import Geometry, Pair, padding_sides
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -49,12 +50,19 @@ class Skipped(NamedTuple):
     macs: int | None
 
 
-class Geometry(NamedTuple):
+class Settings(NamedTuple):
     """The arguments of a convolution, in torch's own form, one entry per spatial axis."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...] | str
     dilation: tuple[int, ...]
+
+    def of_images(self, filter_size: Pair) -> Geometry:
+        """The same over images; a sequence is an image of one row."""
+        stride, dilation = ((1, *each)[-2:] for each in (self.stride, self.dilation))
+        padding = self.padding if isinstance(self.padding, str) else (0, *self.padding)[-2:]
+        sides = padding_sides(padding, (1, 1), filter_size, stride, dilation)
+        return Geometry((stride[0], stride[1]), sides, (dilation[0], dilation[1]))
 
 
 class Form(NamedTuple):
@@ -65,7 +73,7 @@ class Form(NamedTuple):
         bias: Whether it has one.
         dtype: Of its parameters.
         device: Likewise.
-        geometry: Stride, padding, dilation.
+        settings: Stride, padding, dilation.
         runs: Shapes of its executions; empty without example inputs.
         channels_last: Whether the separable form's output may be channels_last.
     """
@@ -74,7 +82,7 @@ class Form(NamedTuple):
     bias: bool
     dtype: torch.dtype
     device: torch.device
-    geometry: Geometry
+    settings: Settings
     runs: tuple[ConvRun, ...]
     channels_last: bool
 
@@ -88,7 +96,7 @@ class Match:
         module: The convolution, or None for a functional call.
         weight: [K, C, R, S] or, over sequences, [K, C, S].
         bias: [K] or None.
-        geometry: Stride, padding, dilation.
+        settings: Stride, padding, dilation.
         runs: Shapes of its executions; empty without example inputs.
         calls: Graph nodes that call it; empty where fx could not trace.
         owner: For a functional call, the name of the module whose forward makes it.
@@ -99,7 +107,7 @@ class Match:
     module: nn.Module | None
     weight: nn.Parameter
     bias: nn.Parameter | None
-    geometry: Geometry
+    settings: Settings
     runs: tuple[ConvRun, ...]
     calls: tuple[fx.Node, ...] = ()
     owner: str | None = None
@@ -113,7 +121,7 @@ class Match:
             self.bias is not None,
             weight.dtype,
             weight.device,
-            self.geometry,
+            self.settings,
             self.runs,
             channels_last,
         )
@@ -173,7 +181,7 @@ class _Finder:
         )
         for node in self.nodes:
             if _is_functional(node):
-                self.uses.update(id(p) for p in self._behind(_arguments(node)["weight"]))
+                self.uses.update(id(p) for p in self._parameters_of(_arguments(node)["weight"]))
 
     def modules(self) -> Iterator[tuple[int, Match | Skipped]]:
         seen: set[int] = set()
@@ -200,7 +208,7 @@ class _Finder:
                 first = any(self._reads_input(n) for n in calls)
             else:
                 first = key == executed if self.captured.runs else first_seen
-            geometry = Geometry(module.stride, module.padding, module.dilation)
+            settings = Settings(module.stride, module.padding, module.dilation)
             yield (
                 key,
                 Match(
@@ -208,7 +216,7 @@ class _Finder:
                     module,
                     cast(nn.Parameter, module.weight),
                     cast(nn.Parameter | None, module.bias),
-                    geometry,
+                    settings,
                     runs,
                     calls,
                     first=first and module.in_channels <= 4,
@@ -253,22 +261,22 @@ class _Finder:
         if self.uses[id(weight)] != 2 or readers != set(nodes) or isinstance(holder, _ConvNd):
             return SkipReason.SHARED_WEIGHT
         bias = self._parameter(arguments["bias"])
-        settings = [arguments[k] for k in ("stride", "padding", "dilation", "groups")]
-        fixed = not any(isinstance(v, fx.Node) for s in settings for v in _flat(s))
+        given = [arguments[k] for k in ("stride", "padding", "dilation", "groups")]
+        fixed = not any(isinstance(v, fx.Node) for s in given for v in _flat(s))
         if not fixed or (bias is None and arguments["bias"] is not None):
             return SkipReason.FUNCTIONAL
         reason = _weight_obstacle(weight, arguments["groups"])
         if reason is not None:
             return reason
-        stride, padding, dilation = (_spread(s, spatial) for s in settings[:3])
+        stride, padding, dilation = (_spread(s, spatial) for s in given[:3])
         # The innermost module whose forward was being traced; none is noted for the root.
         owner = next(reversed(nodes[0].meta.get("nn_module_stack") or [""]))
         if forward_graph(self.by_name[owner]) is None:
             return SkipReason.FUNCTIONAL
         same_or_valid = isinstance(arguments["padding"], str)
-        geometry = Geometry(stride, arguments["padding"] if same_or_valid else padding, dilation)
+        settings = Settings(stride, arguments["padding"] if same_or_valid else padding, dilation)
         first = weight.shape[1] <= 4 and self._reads_input(nodes[0])
-        return Match(name, None, weight, bias, geometry, runs, tuple(nodes), owner, first)
+        return Match(name, None, weight, bias, settings, runs, tuple(nodes), owner, first)
 
     def _untraced(self, traced: set[str]) -> Iterator[tuple[int, Skipped]]:
         """Parameters that convolutions were seen to run with, in code that fx could not open."""
@@ -285,7 +293,7 @@ class _Finder:
             return self.parameters.get(str(node.target))
         return None
 
-    def _behind(self, weight: Any) -> set[nn.Parameter]:
+    def _parameters_of(self, weight: Any) -> set[nn.Parameter]:
         """The parameters that the weight of a functional call is, or is computed from."""
         pending, seen, found = [weight], set[fx.Node](), set[nn.Parameter]()
         while pending:

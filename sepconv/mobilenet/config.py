@@ -1,7 +1,6 @@
 """What a MobileNetV1 is made of: channels, strides, and the conventions of its checkpoints."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -192,15 +191,6 @@ def paper_config(
         head_channels=head_channels,
         pool=pool,
     )
-
-
-def paper_stages(channels: Sequence[int]) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Group the channel counts of thirteen blocks into the paper's stages, with its strides."""
-    wanted = sum(len(stage) for stage in _STAGES)
-    if len(channels) != wanted:
-        raise ValueError(f"MobileNetV1 has {wanted} blocks, got {len(channels)} channel counts")
-    remaining = iter(channels)
-    return tuple(tuple((next(remaining), stride) for _, stride in stage) for stage in _STAGES)
 
 
 def scaled(channels: int, width_mult: float) -> int:

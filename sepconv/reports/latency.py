@@ -59,7 +59,7 @@ def _dense(
 ) -> float:
     convolve = F.conv1d if weight.dim() == 3 else F.conv2d
     x, weight = _laid_out(x, memory_format), _laid_out(weight, memory_format)
-    stride, padding, dilation = form.geometry
+    stride, padding, dilation = form.settings
     return seconds(lambda: convolve(x, weight, bias, stride, padding, dilation), form.device)
 
 

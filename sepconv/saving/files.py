@@ -44,7 +44,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
 
     Args:
         model: What `sepconv.convert` returned; `torch.compile` around it is seen through.
-        path: Of the file, by custom `*.safetensors`.
+        path: Of the file, usually `*.safetensors`.
 
     Raises:
         ValueError: The model's state is not tensors alone, or it is a fused model.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sepconv.factorize.moments import Moments, full_padding, patches, pixels
+from sepconv.factorize.moments import Moments, patches, pixels
 from sepconv.factorize.solve import (
     Factors,
     refit_mixing,
@@ -16,6 +16,7 @@ from sepconv.factorize.solve import (
     whitened_filters,
 )
 from sepconv.factorize.target import asymmetric_target, damped
+from sepconv.kernels.geometry import Geometry, padding_sides
 
 K, C, TAPS, ROWS = 7, 4, 6, 300
 
@@ -166,6 +167,6 @@ def test_patches_times_weight_is_the_convolution(
     x, weight = random(generator, 2, 3, 9, 11), random(generator, 5, 3, *kernel)
     y = F.conv2d(x, weight, None, stride, padding, dilation)
     positions = torch.randperm(y[:, 0].numel(), generator=generator)[:40]
-    sides = full_padding(padding, kernel, dilation)
-    rows = patches(x, positions, (y.shape[2], y.shape[3]), kernel, stride, sides, dilation)
+    geometry = Geometry(stride, padding_sides(padding, (1, 1), kernel, stride, dilation), dilation)
+    rows = patches(x, positions, (y.shape[2], y.shape[3]), kernel, geometry)
     torch.testing.assert_close(rows @ weight.flatten(1).T, pixels(y, positions))

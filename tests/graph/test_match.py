@@ -98,7 +98,7 @@ def test_the_geometry_of_modules_and_calls(
         Functional(lambda x, w: F.conv2d(x, w, **options)),
     ):
         (conv,) = matched(model)
-        assert tuple(conv.geometry) == (stride, padding, dilation)
+        assert tuple(conv.settings) == (stride, padding, dilation)
 
 
 def test_shapes_of_every_execution_are_known() -> None:
