@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= docs/results
+JOBS ?= 2
 BIN := $(VENV)/bin
 CLEAN := $(abspath $(VENV)-wheel)
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -28,8 +29,8 @@ $(VENV)/dev: $(VENV)/installed
 demo: $(VENV)/installed ## train a small network, convert it, compare
 	$(BIN)/python examples/quickstart.py
 
-test: $(VENV)/installed ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/installed ## run the tests, in JOBS processes
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 fuzz: $(VENV)/installed ## fuzz the kernels: against cuDNN on a GPU, else through the interpreter
 	$(BIN)/python -m pytest --hypothesis tests/fuzz $(ARGS)

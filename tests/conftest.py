@@ -26,6 +26,8 @@ EXAMPLES_DEFAULT = 20
 EXAMPLES_FULL = 1000
 
 torchvision_shim.install()
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(torch.get_num_threads() // workers, 1))
 _fuzz = pytest.StashKey[FuzzSession]()
 
 
