@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sepconv
 from sepconv.calibration.fit import Calibration, Method
 from sepconv.calibration.observe import Survey
+from sepconv.factorize import SeparableFactors, factorize
 from sepconv.graph import Form, Match, capture, match
 from sepconv.reports.latency import LatencyTable
 
@@ -400,8 +401,32 @@ def test_a_dry_run_plans_and_changes_nothing(net: Digits, batches: list[Tensor])
     budget = sepconv.Budget(macs=0.4)
     inputs = batches[0][:1]
     plan = sepconv.convert(net, inputs, budget=budget, calibration=batches, dryrun=True)
-    done = sepconv.convert(net, inputs, budget=budget, calibration=batches)
-    assert [x.rank for x in plan.layers] == [x.rank for x in sepconv.report(done).layers]
+    done = sepconv.report(sepconv.convert(net, inputs, budget=budget, calibration=batches))
+    assert [(x.rank, x.method) for x in plan.layers] == [(x.rank, x.method) for x in done.layers]
+    assert (plan.macs_after, plan.params_after) == (done.macs_after, done.params_after)
+    for planned, made in zip(plan.converted, done.converted, strict=True):
+        assert planned.error <= made.error + 1e-9, "no factors are nearer to the weight"
+
+
+def test_no_factors_are_made_to_be_thrown_away(
+    net: Digits, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibrated layers have no SVD of the weight, and a dry run has no factors at all."""
+    made: list[int] = []
+
+    def counted(weight: Tensor, rank: int) -> SeparableFactors:
+        made.append(rank)
+        return factorize(weight, rank)
+
+    monkeypatch.setattr("sepconv.conversion.apply.factorize", counted)
+    x, ranks = batches[0][:1], {"block*": 2, "down": "full"}
+    sepconv.convert(net, x, rank=ranks, dryrun=True)
+    sepconv.convert(net, x, rank=ranks, calibration=batches, dryrun=True)
+    assert made == []
+    sepconv.convert(net, x, rank=ranks, calibration=batches)
+    assert made == [9], "the layer at full rank alone"
+    sepconv.convert(net, x, rank=ranks)
+    assert sorted(made) == [2, 2, 2, 2, 9, 9]
 
 
 def endless(x: Tensor) -> Iterator[Tensor]:
