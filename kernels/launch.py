@@ -51,6 +51,16 @@ def view(tensor: torch.Tensor | None) -> View | None:
     return None if tensor is None else View(tensor, tensor.stride())
 
 
+def pixel_view(tensor: torch.Tensor) -> View:
+    """A tensor [N, C, H, W] with the strides of h, of w, of n and of c.
+
+    Two parameters in the same eight bytes reach a kernel as one load. With h and w paired ptxas
+    gives depthwise_fwd at stride 2 on sm_90 103 registers, otherwise 128, for the same code.
+    """
+    stride_n, stride_c, stride_h, stride_w = tensor.stride()
+    return View(tensor, (stride_h, stride_w, stride_n, stride_c))
+
+
 def ceil_div(a: int, b: int) -> int:
     """The quotient rounded up (`triton.cdiv` takes ten microseconds on the host)."""
     return -(-a // b)
