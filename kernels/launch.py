@@ -173,16 +173,14 @@ class Dot(NamedTuple):
     """Operand type and precision of `tl.dot`."""
 
     TYPE: tl.dtype
-    PRECISION: str | None
+    PRECISION: str
 
 
 def dot_options(x: torch.Tensor, allow_tf32: bool) -> Dot:
     """How tensors like `x` are multiplied."""
-    # AMD back ends accept only their own default precision.
-    precision = None
-    if x.dtype == torch.float32 and torch.version.hip is None:
-        precision = "tf32" if allow_tf32 else "ieee"
-    return Dot(_TL_DTYPES[dot_dtype(x)], precision)
+    # Never None, which `tl.dot` takes for tf32 where a target has it, gfx942 and float64 included.
+    tf32 = allow_tf32 and x.dtype == torch.float32 and torch.version.hip is None
+    return Dot(_TL_DTYPES[dot_dtype(x)], "tf32" if tf32 else "ieee")
 
 
 def dot_dtype(x: torch.Tensor) -> torch.dtype:
