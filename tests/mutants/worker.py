@@ -14,7 +14,7 @@ from pathlib import Path
 
 CAUGHT = 3
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402 (the project need not be installed)
 
@@ -64,7 +64,8 @@ def first_failure(count: int, op: Op, direction: Direction) -> str | None:
 
 def first_fault(launcher: str) -> str | None:
     """Lint one kernel; return the first line of its compiled form that is at fault."""
-    from static import VARIANTS, launch_of, lint
+    from examples.studies.compiled import launch_of, lint
+    from examples.studies.static import VARIANTS
 
     launch = launch_of(launcher, torch.float16, *VARIANTS["stride 2"])
     return next(iter(lint(launch)), None)

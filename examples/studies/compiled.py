@@ -1,26 +1,19 @@
-"""What can be said about the kernels without a GPU: resources, instructions, int32 overflow.
+"""Kernels compiled without a GPU: resources, instructions, int32 overflow.
 
 The launchers run on meta tensors and their launches are recorded, so what is compiled here is what
 a GPU would be given: the same constants, strides and specialisations.
-
-    python tests/kernels/static.py FILE.md         # the tables of docs/results/static.md
-    python tests/kernels/static.py --check GROUP   # JSON for the tests, one of GROUPS
 """
 
-import argparse
-import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import faulty_kernels
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -39,19 +32,9 @@ from sepconv.kernels import (
     statistics,
 )
 from sepconv.kernels import launch as launch_module
-from sepconv.kernels.configs import (
-    CHANNELWISE_OPS,
-    DEPTHWISE_OPS,
-    GEMM_OPS,
-    Config,
-    ConvShape,
-    DepthwiseConfig,
-    GemmConfig,
-    candidates,
-)
+from sepconv.kernels.configs import Config, ConvShape
 from sepconv.kernels.geometry import Geometry
 
-GROUPS = ("quick", "full", "candidates", "lint", "faulty")
 KB = 1024
 TARGETS = {
     **{f"sm_{cc}": GPUTarget("cuda", cc, 32) for cc in (75, 80, 86, 89, 90, 100, 120)},
@@ -79,6 +62,15 @@ DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
+# Batch normalisation in training; they have the block sizes of the others.
+TRAINING_OPS = (
+    "depthwise_fwd_statistics",
+    "pointwise_fwd_statistics",
+    "combine",
+    "normalise_fwd",
+    "normalise_bwd_sums",
+    "normalise_bwd",
+)
 _KERNEL_MODULES = (
     activation_bwd,
     depthwise,
@@ -283,164 +275,3 @@ def issue_slots(launch: Launch, elements: int, trips: int = 1) -> float:
         inner, outer = min(loops), max(loops)
         slots = outer if len(loops) == 1 else outer + (trips - 1) * inner
     return slots * 32 * launch.num_warps / elements
-
-
-# A layer of MobileNetV1 at 224 pixels, batch 32.
-LAYER = ConvShape(32, 256, 28, 28, 256, 28, 28, 3, 3)
-OPS = (*DEPTHWISE_OPS, *CHANNELWISE_OPS, *GEMM_OPS)
-# Batch normalisation in training; they have the block sizes of the others.
-TRAINING_OPS = (
-    "depthwise_fwd_statistics",
-    "pointwise_fwd_statistics",
-    "combine",
-    "normalise_fwd",
-    "normalise_bwd_sums",
-    "normalise_bwd",
-)
-VARIANTS = {
-    "layer": (LAYER, (1, 1)),
-    "stride 2": (LAYER._replace(P=14, Q=14), (2, 2)),
-    "NCHW": (LAYER._replace(channels_last=False), (1, 1)),
-    "rank 3": (LAYER._replace(M=3), (1, 1)),
-    "5 x 5": (LAYER._replace(R=5, S=5), (1, 1)),
-    "11 x 11": (LAYER._replace(R=11, S=11), (1, 1)),
-    "narrow": (LAYER._replace(C=32, K=32), (1, 1)),
-    "K = 128": (LAYER._replace(K=128), (1, 1)),
-    "odd": (ConvShape(3, 33, 9, 11, 17, 9, 11, 3, 5, 2), (1, 1)),
-}
-
-
-def _group(name: str) -> Iterator[tuple[str, str, str, Launch]]:
-    """(label, dtype, target, launch) of everything that a group of checks compiles."""
-    if name in ("quick", "full"):
-        for target in TARGETS:
-            every_type = name == "full" or target == "sm_90"
-            for dtype in DTYPES if every_type else ("bf16",):
-                ours = target in ("sm_80", "sm_90") and dtype == "bf16"
-                training = TRAINING_OPS if ours or name == "full" else ()
-                for op in (*OPS, *training):
-                    yield op, dtype, target, launch_of(op, DTYPES[dtype], LAYER, target=target)
-        if name == "full":
-            for target in ("sm_80", "sm_90"):
-                for dtype in DTYPES:
-                    for variant, (shape, stride) in VARIANTS.items():
-                        for op in OPS:
-                            launch = launch_of(op, DTYPES[dtype], shape, stride)
-                            yield f"{op}, {variant}", dtype, target, launch
-    else:
-        assert name == "candidates", f"no group {name}"
-        for target in ("sm_80", "sm_90"):
-            for op in OPS:
-                for config in candidates(op, torch.bfloat16, LAYER, SHARED_LIMIT[target]):
-                    launch = launch_of(op, torch.bfloat16, LAYER, config=config)
-                    yield f"{op} {config}", "bf16", target, launch
-
-
-def check(name: str) -> list[dict[str, Any]]:
-    """One record per compiled kernel, or per linted one."""
-    if name == "faulty":
-        x = nhwc(torch.float16, 1, 1, 1, 1)
-        faulty = [value for value in vars(faulty_kernels).values() if hasattr(value, "arg_names")]
-        launches = [Launch(k, 1, (x, x), (1000,), {"BLOCK": 128}, 4, 1) for k in faulty]
-        return [{"name": x.kernel.fn.__name__, "faults": lint(x)} for x in launches]
-    if name == "lint":
-        return [
-            {"op": op, "variant": variant, "faults": lint(launch_of(op, torch.float16, *case))}
-            for variant, case in VARIANTS.items()
-            for op in (*OPS, *(TRAINING_OPS if variant in ("layer", "stride 2") else ()))
-        ]
-    return [
-        {
-            "label": label,
-            "dtype": dtype,
-            "target": target,
-            **resources(build(launch, target), target)._asdict(),
-        }
-        for label, dtype, target, launch in _group(name)
-    ]
-
-
-def _table(header: list[str], rows: list[list[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def report() -> str:
-    """The page docs/results/static.md."""
-    records = check("full")
-    layer = [r for r in records if "," not in r["label"]]
-    cells: dict[tuple[str, str], list[str]] = {}
-    for r in layer:
-        cell = f"{r['registers']} / {r['spilled']} / {r['shared'] / KB:g}"
-        cells.setdefault((r["label"], r["dtype"]), []).append(cell + ("*" if r["matrix"] else ""))
-    resource_rows = [[*key, *row] for key, row in cells.items()]
-    variant_rows = [
-        [r["label"], r["dtype"], r["target"], r["registers"], r["spilled"], r["shared"] / KB]
-        for r in records
-        if "," in r["label"] and r["spilled"]
-    ]
-
-    header = ["case", "type", "target", "registers", "spilled", "shared KB"]
-    spills = (
-        f"Only these spill:\n\n{_table(header, variant_rows)}" if variant_rows else "None spills."
-    )
-    issue_rows = []
-    for label, op, config, elements, trips in (
-        ("general", "depthwise_fwd", DepthwiseConfig(32, 64), 32 * 64, 1),
-        ("rolling", "depthwise_fwd", DepthwiseConfig(16, 64, 14, 4, 3), 16 * 64, 1),
-        ("rolling", "depthwise_fwd", DepthwiseConfig(16, 64, 14), 16 * 64, 1),
-        ("rolling", "depthwise_fwd_statistics", DepthwiseConfig(16, 64, 14, 4, 3), 16 * 64, 1),
-        ("rolling", "depthwise_bwd_input", DepthwiseConfig(16, 64, 14, 4, 3), 16 * 64, 1),
-        ("one row", "separable_fwd", GemmConfig(64, 64, 128, 1), 64 * 64, 3),
-        ("two rows", "separable_fwd", GemmConfig(64, 64, 128, 2, 8), 2 * 64 * 64, 3),
-        ("four rows", "separable_fwd", GemmConfig(64, 32, 128, 4, 8), 4 * 64 * 32, 3),
-        ("two rows, wide", "separable_fwd", GemmConfig(64, 32, 256, 2, 8), 2 * 64 * 32, 3),
-    ):
-        launch = launch_of(op, torch.bfloat16, LAYER, config=config)
-        used = resources(build(launch, "sm_90"), "sm_90")
-        slots = f"{issue_slots(launch, elements, trips):.1f}"
-        issue_rows.append([op, label, config, slots, used.registers, used.spilled])
-
-    return f"""# Static checks of the kernels
-
-Nothing on this page was run: the kernels were compiled (Triton {triton.__version__}) as their
-launchers would launch them for a {LAYER.C}-channel {LAYER.H} x {LAYER.W} layer, batch {LAYER.N},
-3 x 3, channels_last, biases and ReLU, with the default block sizes. Made by
-`python tests/kernels/static.py docs/results/static.md`.
-
-## Registers per thread / spilled bytes per thread / shared memory in KB
-
-`*` = uses matrix instructions. Every default fits 48 KB.
-
-{_table(["kernel", "type", *TARGETS], resource_rows)}
-
-## Spills of the default block sizes in other cases, sm_80 and sm_90
-
-Cases: {", ".join(VARIANTS)}. {spills}
-
-## Thread instructions per depthwise element, sm_90, bf16
-
-Counted in the machine code of the loop that makes the elements. About 31 fit in the time that the
-memory of an H100-class GPU needs for one 16-bit element read and one written, at stride 1. The
-fused kernel makes h anew for each block of output channels, so its count is per element and block.
-
-{_table(["op", "kernel", "block sizes", "instructions", "registers", "spilled"], issue_rows)}
-"""
-
-
-def main() -> None:
-    """Write the tables, or print the records of one group."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", nargs="?")
-    parser.add_argument("--check", choices=GROUPS)
-    arguments = parser.parse_args()
-    if arguments.check:
-        json.dump(check(arguments.check), sys.stdout)
-    elif arguments.file:
-        Path(arguments.file).write_text(report())
-    else:
-        parser.error("a file to write, or --check GROUP")
-
-
-if __name__ == "__main__":
-    main()
