@@ -292,6 +292,7 @@ def test_only_float32_is_multiplied_in_tf32_and_only_if_allowed(
 ):
     monkeypatch.setattr(torch.version, "hip", hip)
     x = torch.empty(1, dtype=dtype)
-    assert dot_options(x, allow_tf32=False).PRECISION == "ieee"
-    allowed = "tf32" if dtype == torch.float32 and hip is None else "ieee"
-    assert dot_options(x, allow_tf32=True).PRECISION == allowed
+    _, precision = dot_options(x, allow_tf32=False)
+    assert precision == "ieee"
+    _, precision = dot_options(x, allow_tf32=True)
+    assert precision == ("tf32" if dtype == torch.float32 and hip is None else "ieee")
