@@ -51,14 +51,12 @@ def view(tensor: torch.Tensor | None) -> View | None:
     return None if tensor is None else View(tensor, tensor.stride())
 
 
-def pixel_view(tensor: torch.Tensor | None) -> View | None:
-    """A tensor [N, C, H, W] with the strides of h, of w, of n and of c; None for none.
+def pixel_view(tensor: torch.Tensor) -> View:
+    """A tensor [N, C, H, W] with the strides of h, of w, of n and of c.
 
     Two parameters in the same eight bytes reach a kernel as one load. With h and w paired ptxas
     gives depthwise_fwd at stride 2 on sm_90 103 registers, otherwise 128, for the same code.
     """
-    if tensor is None:
-        return None
     stride_n, stride_c, stride_h, stride_w = tensor.stride()
     return View(tensor, (stride_h, stride_w, stride_n, stride_c))
 
@@ -175,16 +173,14 @@ class Dot(NamedTuple):
     """Operand type and precision of `tl.dot`."""
 
     TYPE: tl.dtype
-    PRECISION: str | None
+    PRECISION: str
 
 
 def dot_options(x: torch.Tensor, allow_tf32: bool) -> Dot:
     """How tensors like `x` are multiplied."""
-    # AMD back ends accept only their own default precision.
-    precision = None
-    if x.dtype == torch.float32 and torch.version.hip is None:
-        precision = "tf32" if allow_tf32 else "ieee"
-    return Dot(_TL_DTYPES[dot_dtype(x)], precision)
+    # Never None, which `tl.dot` takes for tf32 where a target has it, gfx942 and float64 included.
+    tf32 = allow_tf32 and x.dtype == torch.float32 and torch.version.hip is None
+    return Dot(_TL_DTYPES[dot_dtype(x)], "tf32" if tf32 else "ieee")
 
 
 def dot_dtype(x: torch.Tensor) -> torch.dtype:

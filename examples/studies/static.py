@@ -58,7 +58,7 @@ def _group(name: str) -> Iterator[tuple[str, str, str, Launch]]:
     """(label, dtype, target, launch) of everything that a group of checks compiles."""
     if name in ("quick", "full"):
         for target in TARGETS:
-            every_type = name == "full" or target == "sm_90"
+            every_type = name == "full" or target in ("sm_90", "gfx942")
             for dtype in DTYPES if every_type else ("bf16",):
                 ours = target in ("sm_80", "sm_90") and dtype == "bf16"
                 training = TRAINING_OPS if ours or name == "full" else ()

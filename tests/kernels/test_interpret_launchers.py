@@ -13,7 +13,7 @@ from sepconv.kernels.depthwise import depthwise_fwd
 from sepconv.kernels.depthwise_bwd_input import depthwise_bwd_input
 from sepconv.kernels.depthwise_bwd_weight import depthwise_bwd_weight
 from sepconv.kernels.geometry import Geometry
-from sepconv.kernels.launch import MAX_AXIS, collapse
+from sepconv.kernels.launch import MAX_AXIS, collapse, dot_options
 from sepconv.kernels.pointwise import pointwise_fwd
 from sepconv.kernels.separable import separable_fwd
 
@@ -283,3 +283,16 @@ def test_collapse_visits_every_element_once(tensors: tuple[Tensor, ...], sizes: 
         wanted = flat(tensor.shape, tensor.stride()).flatten().sort().values
         assert seen.numel() == tensor.numel()
         assert visited.equal(wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hip", [None, "6.4"])
+def test_only_float32_is_multiplied_in_tf32_and_only_if_allowed(
+    dtype: torch.dtype, hip: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    x = torch.empty(1, dtype=dtype)
+    _, precision = dot_options(x, allow_tf32=False)
+    assert precision == "ieee"
+    _, precision = dot_options(x, allow_tf32=True)
+    assert precision == ("tf32" if dtype == torch.float32 and hip is None else "ieee")
