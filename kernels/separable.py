@@ -28,7 +28,6 @@ from sepconv.kernels.launch import (
     launch,
     pack_depthwise,
     pack_pointwise,
-    pixel_view,
     view,
 )
 from sepconv.kernels.tiles import split_nq
@@ -44,7 +43,7 @@ def _mid_strip(
     place,  # row, and columns [BLOCK_NQ], of the first tap
     masks,  # [BLOCK_NQ] and [BLOCK_C]
     image,  # (H, W)
-    x_stride,  # of h, w, n, c
+    x_stride,
     w_stride,
     CONV: tl.constexpr,
     ACC: tl.constexpr,
@@ -70,7 +69,7 @@ def _mid_strip(
             weights = weights + (weight.to(ACC)[None, :],)  # noqa: RUF005
         for row in tl.static_range((ROWS - 1) * CONV.STRIDE_H + (R - 1) * CONV.DILATION_H + 1):
             mask = (mask_w & (h + row >= 0) & (h + row < H))[:, None] & mask_c[None, :]
-            offset = tl.cast(x_stride[0], tl.int64) * row + s * CONV.DILATION_W * x_stride[1]
+            offset = tl.cast(x_stride[2], tl.int64) * row + s * CONV.DILATION_W * x_stride[3]
             x = tl.load(x_ptrs + offset, mask=mask, other=0.0).to(ACC)
             for t in tl.static_range(ROWS):
                 for r in tl.static_range(R):
@@ -86,7 +85,7 @@ def _mid_row(
     place,
     masks,
     image,
-    x_stride,  # of h, w, n, c
+    x_stride,
     w_stride,
     CONV: tl.constexpr,
     ACC: tl.constexpr,
@@ -104,13 +103,13 @@ def _mid_row(
         row = r * CONV.DILATION_H
         mid = depthwise_row(
             mid,
-            x_ptrs + row * x_stride[0],
+            x_ptrs + row * x_stride[2],
             w_ptrs + r * CONV.S * w_stride[0],
             w,
             mask_nq & (h + row >= 0) & (h + row < H),
             mask_c,
             W,
-            x_stride[1],
+            x_stride[3],
             w_stride[0],
             CONV,
         )
@@ -124,8 +123,8 @@ def _separable_fwd_kernel(
     weight_pw,  # [K, M, C]
     bias_dw,  # [C*M] or None
     bias_pw,  # [K] or None
-    y,  # [N, K, P, Q]
     residual,  # [N, K, P, Q] or None
+    y,  # [N, K, P, Q]
     sizes,
     grid,
     CONV: tl.constexpr,
@@ -140,10 +139,10 @@ def _separable_fwd_kernel(
 ):
     N, C, H, W, K, P, Q = sizes
     num_k, num_strips, num_tiles = grid  # num_tiles, of h: ceil(C / BLOCK_C) * M
-    stride_xh, stride_xw, stride_xn, stride_xc = x.stride
+    stride_xn, stride_xc, stride_xh, stride_xw = x.stride
     _, stride_wm, stride_wc = weight_dw.stride
     stride_pwk, stride_pwm, stride_pwc = weight_pw.stride
-    stride_yh, stride_yw, stride_yn, stride_yc = y.stride
+    stride_yn, stride_yc, stride_yh, stride_yw = y.stride
     pid = tl.program_id(0).to(tl.int64)
     pid_k = pid % num_k
     p = pid // num_k % num_strips * ROWS
@@ -196,7 +195,7 @@ def _separable_fwd_kernel(
         mask = (mask_nq & (p + t < P))[:, None] & mask_k[None, :]
         acc = accs[t] + shift_pw[None, :]
         if residual is not None:
-            stride_rh, stride_rw, stride_rn, stride_rc = residual.stride
+            stride_rn, stride_rc, stride_rh, stride_rw = residual.stride
             residual_ptrs = residual.ptr + n * stride_rn + (p + t) * stride_rh + q * stride_rw
             residual_ptrs = residual_ptrs[:, None] + (offs_k * stride_rc)[None, :]
             acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(ACC)
@@ -259,14 +258,7 @@ def separable_fwd(
     launch(
         _separable_fwd_kernel,
         num_k * num_strips * ceil_div(N * Q, config.block_nq),
-        (
-            pixel_view(x),
-            *weights,
-            view(bias_dw),
-            view(bias_pw),
-            pixel_view(y),
-            pixel_view(residual),
-        ),
+        (view(x), *weights, view(bias_dw), view(bias_pw), view(residual), view(y)),
         ((N, C, H, W, K, P, Q), (num_k, num_strips, ceil_div(C, config.block_c) * M)),
         {
             "CONV": conv_constants(M, (R, S), geometry),
