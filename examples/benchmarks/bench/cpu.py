@@ -9,22 +9,21 @@ import gc
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import sepconv
 from examples.benchmarks.bench import torchvision_shim
 from sepconv._util import track, write_atomically
+from sepconv.timing import take_turns
 
 MODELS = ("vgg16_bn", "resnet50", "resnet18")
 CONVERSIONS = (("resnet50", 1), ("vgg16_bn", 4))
@@ -42,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure and print the tables."""
+    sepconv.keep_freed_memory()
     console = Console()
     rows = [
         measure_model(name, args.rank, args.batch, args.resolution, args.rounds)
@@ -65,6 +65,7 @@ def machine() -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
 def measure_model(name: str, rank: int, batch: int, resolution: int, rounds: int) -> dict[str, Any]:
     """Milliseconds a forward of each form of a torchvision model takes, and the ratios.
 
@@ -151,20 +152,6 @@ def hand_written(dense: nn.Module, rank: int) -> nn.Module:
         pointwise = nn.Conv2d(channels, conv.out_channels, 1, bias=conv.bias is not None)
         model.set_submodule(name, nn.Sequential(depthwise, pointwise))
     return model.eval()
-
-
-@torch.no_grad()
-def take_turns(forms: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, float]:
-    """Median seconds of each form; one call each a round, after one to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    for form in forms.values():
-        form()
-    for _ in range(rounds):
-        for name, form in forms.items():
-            start = time.perf_counter()
-            form()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _peak_bytes() -> int:

@@ -12,9 +12,10 @@ from rich.table import Table
 from torch import nn
 
 from examples.benchmarks.bench import torchvision_shim
-from examples.benchmarks.bench.cpu import channels_last, machine, take_turns
+from examples.benchmarks.bench.cpu import channels_last, machine
 from sepconv import fuse, keep_freed_memory, mobilenet
 from sepconv._util import track, write_atomically
+from sepconv.timing import take_turns
 
 OURS = "sepconv"
 
