@@ -57,6 +57,7 @@ lint: $(VENV)/dev ## ruff and mypy
 
 docs: $(VENV)/installed ## run every example in docstrings, README and docs
 	$(BIN)/python -m pytest --import-mode=prepend --doctest-modules --doctest-glob='*.md' sepconv README.md docs
+	$(BIN)/python -m pytest --doctest-modules kernels/geometry.py kernels/cost_model.py
 
 wheel: $(VENV)/dev ## build the wheel and try it in a clean environment
 	rm -rf build dist
