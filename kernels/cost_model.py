@@ -21,8 +21,8 @@ _MATRIX_SHARE = 0.8
 _LIBRARY_SHARE = 0.6
 _START_SECONDS = 3e-6
 # Thread instructions per tap of one depthwise element, and per element: fitted to counts in the
-# machine code of the kernels for sm_90 (docs/results/static.md): 60 and 132 for 3 x 3 and 5 x 5 in
-# the general kernel, 27 rolling, 59 in the weight gradient; fused 52, 37 to 44 and 31 for one, two
+# machine code of the kernels for sm_90 (docs/results/static.md): 60 and 131 for 3 x 3 and 5 x 5 in
+# the general kernel, 27 rolling, 59 in the weight gradient; fused 52, 36 to 44 and 31 for one, two
 # and four rows, which share the part of a tap that loads and converts.
 _GENERAL_SLOTS = (5.0, 8.0)
 _ROLLING_SLOTS = (2.5, 4.0)

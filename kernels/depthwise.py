@@ -77,7 +77,7 @@ def _depthwise_fwd_kernel(
     N, H, W, G, P, Q, num_g = sizes
     stride_xh, stride_xw, stride_xn, stride_xc = x.stride
     stride_wt, stride_wg = weight.stride
-    stride_yh, stride_yw, stride_yn, stride_yc = y.stride
+    stride_yn, stride_yc, stride_yh, stride_yw = y.stride
     pid = tl.program_id(0).to(tl.int64)
     pid_g = pid % num_g
     p = pid // num_g % P
@@ -227,7 +227,7 @@ def _depthwise(
     launch(
         _depthwise_fwd_kernel,
         num_g * tiles,
-        (pixel_view(x), taps, view(bias), pixel_view(y), collected_by(partial)),
+        (pixel_view(x), taps, view(bias), view(y), collected_by(partial)),
         ((N, H, W, G, P, Q, num_g),),
         {
             "CONV": conv_constants(M, (R, S), geometry),
