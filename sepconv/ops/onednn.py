@@ -93,7 +93,7 @@ class PackedConv2d:
 
     The layout depends on the input's shape: a weight packed for another one would be rearranged at
     every call, slowly. So it is packed at the first call, again for each new shape, and again when
-    the weight is another tensor or was written to. Copies and pickles hold no weights.
+    the weight is another tensor or was written to. A copy holds no weights.
 
     Args:
         stride: Of both dimensions.
