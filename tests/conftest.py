@@ -1,6 +1,5 @@
 """Set-up shared by all tests: where kernels run, options, the fuzz's report, real data."""
 
-import argparse
 import contextlib
 import importlib.metadata
 import os
@@ -18,6 +17,7 @@ if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 from fuzz.log import REPLAY, FuzzLog  # noqa: E402 (after the line above)
+from fuzz.options import check_options, share  # noqa: E402 (the same)
 from fuzz.session import FuzzSession, Tally  # noqa: E402 (the same)
 
 from examples.benchmarks.bench import torchvision_shim  # noqa: E402 (it imports triton too)
@@ -57,31 +57,21 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     )
     group.addoption(
         "--share",
-        type=_share,
+        type=share,
         metavar="I/N",
         help="run the I-th of N shares of the tests, which together are all of them",
     )
 
 
-def _share(text: str) -> tuple[int, int]:
-    index, _, shares = text.partition("/")
-    if not (index.isdecimal() and shares.isdecimal() and 1 <= int(index) <= int(shares)):
-        raise argparse.ArgumentTypeError(f"expected I/N, such as 2/4, got {text!r}")
-    return int(index), int(shares)
-
-
 def pytest_configure(config: pytest.Config) -> None:
     full = config.getoption("--hypothesis")
-    for option in ("--fuzz-examples", "--fuzz-seconds", "--fuzz-log"):
-        if config.getoption(option) is not None and not full:
-            raise pytest.UsageError(f"{option} needs --hypothesis")
-    for option in ("--fuzz-examples", "--fuzz-seconds"):
-        value = config.getoption(option)
-        if value is not None and value <= 0:
-            raise pytest.UsageError(f"{option} must be positive, got {value}")
     log = config.getoption("--fuzz-log")
-    if log is not None and not log.parent.is_dir():
-        raise pytest.UsageError(f"--fuzz-log: no folder {log.parent}")
+    try:
+        check_options(
+            full, config.getoption("--fuzz-examples"), config.getoption("--fuzz-seconds"), log
+        )
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
     seed = config.getoption("--hypothesis-seed")
     worker = getattr(config, "workerinput", {"fuzz_seed": None})
     cache = ROOT / ".hypothesis"

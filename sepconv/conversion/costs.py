@@ -18,7 +18,8 @@ from sepconv.timing import take_turns
 
 DENSE = None  # the choice to leave a layer as it is
 
-_LONG = 0.1  # seconds of one turn of both forms, from which on few turns have to do
+_LONG = 0.02  # seconds of one turn of both forms, from which on one may be enough
+_SECONDS = 0.1  # of further turns where it is not
 _CLEAR = 1.25  # a ratio of times that no noise explains
 
 Costs = dict[str, dict[int | None, float]]  # by layer, of each rank and of dense
@@ -85,7 +86,7 @@ def forward_seconds(example_inputs: ExampleInputs, **models: nn.Module) -> dict[
         clear = len(times) == 1 or max(times.values()) > _CLEAR * min(times.values())
         if turn > _LONG and clear:
             return times
-        return take_turns(forms, min(max(int(_LONG / turn), 3), 20), warm_up=False)
+        return take_turns(forms, min(max(int(_SECONDS / turn), 3), 20), warm_up=False)
 
 
 def device_name(model: nn.Module) -> str:

@@ -167,6 +167,7 @@ def test_the_compilers_settings_hold_while_the_first_call_runs(setting: dict[str
     assert getattr(inductor, name) is False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_freezing_folds_batch_norms_and_the_second_call_compiles_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -292,6 +292,7 @@ def test_an_interpreter_that_does_not_run_is_said(monkeypatch: pytest.MonkeyPatc
         gpu._bench(dry=True, quick=False)
 
 
+@pytest.mark.slow
 def test_a_process_replaces_itself_and_finishes(tmp_path: Path):
     """For real: the first process fails at one contender, and another one ends the run."""
     environment = {

@@ -88,7 +88,7 @@ def test_every_test_for_a_gpu_has_its_step(machine):
     assert len(alone) == 2
     assert any("test_5_every" in name for name in slow)
     assert any("test_5_some" in name for name in quick)
-    everything = Command("all", [*machine.pytest, "-v", "-m", "gpu", "tests"])
+    everything = Command("all", [*machine.pytest, "-v", "-m", "gpu", *tests._files(machine)])
     left = collected(machine, everything) - quick - slow - alone
     assert {name.partition("[")[0] for name in left} == {
         "test_19_compute_sanitizer_finds_nothing"  # the step `sanitizer`

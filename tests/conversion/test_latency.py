@@ -75,7 +75,9 @@ def test_the_whole_model_is_timed_in_both_forms(
         (1.0, 0.7, None),  # long and clear
         (0.7, 1.0, None),
         (1.0, 0.9, 3),  # long and close
-        (0.02, 0.005, 4),
+        (0.03, 0.01, None),
+        (0.02, 0.018, 3),
+        (0.01, 0.005, 6),  # short
         (0.001, 0.0005, 20),
     ],
 )

@@ -308,6 +308,7 @@ def command(*arguments, launcher=()):
     )
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
     run = command(*SMALL, "--out", str(tmp_path), "--epochs", "1", launcher=launcher)

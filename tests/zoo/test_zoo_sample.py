@@ -36,12 +36,22 @@ AWKWARD = {
     "timm/tf_efficientnet_b0": "Conv2dSame",
     "timm/xception41": "separable blocks with BatchNorm between",
 }
-# More than four seconds on one core.
-LONG = ("timm/botnet26t_256", "timm/dm_nfnet_f0", "torchvision/fcos_resnet50_fpn")
+# Some of each kind of trouble, the quickest; `-m slow` runs the others.
+QUICK = (
+    "torchvision/lraspp_mobilenet_v3_large",
+    "torchvision/mobilenet_v2",
+    "torchvision/shufflenet_v2_x0_5",
+    "torchvision/swin_t",
+    "timm/cs3darknet_s",
+    "timm/mixnet_s",
+    "timm/mobilevit_xxs",
+    "timm/repvgg_a0",
+    "timm/tf_efficientnet_b0",
+)
 
 
 def _case(name):
-    marks = [pytest.mark.slow] if name in LONG else []
+    marks = [] if name in QUICK else [pytest.mark.slow]
     if name.startswith("timm/"):
         needs = "needs timm: pip install sepconv[zoo]"
         marks.append(pytest.mark.skipif(find_spec("timm") is None, reason=needs))

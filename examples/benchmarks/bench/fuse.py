@@ -23,7 +23,7 @@ import sepconv
 from examples.benchmarks.bench import torchvision_shim
 from examples.benchmarks.bench.cpu import machine
 from sepconv._util import track, write_atomically
-from sepconv.ops import onednn
+from sepconv.nn import fused as fused_modules
 from sepconv.timing import take_turns
 
 MODELS = (
@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> None:
         if args.json:
             figures = {"models": rows, "machine": machine()}
             write_atomically(args.json, json.dumps(figures, indent=2) + "\n")
-    Console().print(_table(rows, args.resolution))
+    for batch in args.batches:
+        Console().print(_table([row for row in rows if row["batch"] == batch], args.resolution))
 
 
 @torch.no_grad()
@@ -94,7 +95,7 @@ def _forms(model: nn.Module, fused: nn.Module, x: Tensor, compiled: bool) -> dic
     last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def not_packed() -> Tensor:
-        with patch.object(onednn, "usable", lambda *_: False):
+        with patch.object(fused_modules, "usable", lambda *_: False):
             return fused(x)
 
     forms: dict[str, Form] = {
@@ -131,12 +132,16 @@ def build(name: str) -> nn.Module:
 
 
 def _table(rows: list[dict[str, Any]], resolution: int) -> Table:
+    """A column for each model."""
     threads = torch.get_num_threads()
-    table = Table(title=f"sepconv.fuse, {resolution} px, float32, {threads} threads, ms a forward")
-    for column in ("model", "batch", *rows[0]["ms"], "of the best other", "packing", "error"):
-        table.add_column(column, justify="right")
+    batch = rows[0]["batch"]
+    table = Table(title=f"fuse, batch {batch}, {resolution} px, float32, {threads} threads, ms")
+    table.add_column("form", overflow="fold")
     for row in rows:
-        shown = [f"{t:.1f}" for t in row["ms"].values()]
-        ratios = [f"{row[key]:.2f}x" for key in ("ratio", "packing")]
-        table.add_row(row["model"], str(row["batch"]), *shown, *ratios, f"{row['error']:.0e}")
+        table.add_column(row["model"].partition("/")[2], justify="right", overflow="fold")
+    for form in rows[0]["ms"]:
+        table.add_row(form, *(f"{row['ms'][form]:.1f}" for row in rows))
+    table.add_row("of the best other", *(f"{row['ratio']:.2f}x" for row in rows))
+    table.add_row("packing", *(f"{row['packing']:.2f}x" for row in rows))
+    table.add_row("error", *(f"{row['error']:.0e}" for row in rows))
     return table
