@@ -49,7 +49,8 @@ CONVERT = """
 
 def test_it_works_where_triton_is_not_installed() -> None:
     code = textwrap.dedent(BLOCK_TRITON) + textwrap.dedent(CONVERT)
-    run(code + "\nassert 'triton' not in sys.modules", TRITON_INTERPRET="")
+    code += "\nassert 'triton' not in sys.modules and not torch.cuda.is_initialized()"
+    run(code, TRITON_INTERPRET="")
 
 
 def test_importing_it_never_initialises_cuda() -> None:
@@ -67,7 +68,6 @@ def test_importing_it_never_initialises_cuda() -> None:
         assert not torch.cuda.is_initialized()
         """
     )
-    run(textwrap.dedent(CONVERT) + "\nassert not torch.cuda.is_initialized()")
 
 
 def test_it_works_in_a_forked_process() -> None:

@@ -277,13 +277,12 @@ FEATURES: dict[str, Feature] = {
     "CUDA graph": cuda_graph,
     "`sepconv.save`": saving,
 }
-SLOW = {compile_fullgraph, aot_inductor}
+SLOW = {compile_fullgraph, aot_inductor, fully_sharded}
 LONG = {
     compile_aot_eager,
     export_in_another_process,
     onnx_plain_convolutions,
     data_parallel,
-    fully_sharded,
 }
 
 MODELS = ("resnet18", "mobilenet_v2", "efficientnet_b0")

@@ -79,6 +79,7 @@ def collected(machine, command):
     return {line.partition("::")[2] for line in lines if line.startswith("tests/")}
 
 
+@pytest.mark.slow
 def test_every_test_for_a_gpu_has_its_step(machine):
     quick, slow, alone = (
         collected(machine, commands[0])

@@ -74,6 +74,6 @@ def test_a_wrong_answer_is_seen(monkeypatch):
 
     convert = zoo_check.sepconv.convert
     monkeypatch.setattr(zoo_check.sepconv, "convert", wrong)
-    result = {"model": "torchvision/googlenet"}
+    result = {"model": "torchvision/squeezenet1_1"}
     zoo_check.check_convert(result["model"], result.update)
     assert zoo.verdict(result).startswith("wrong: ")
