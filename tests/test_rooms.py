@@ -1,6 +1,7 @@
 """The floor plan: which room may import from which. CONTRIBUTING shows it."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,3 +151,9 @@ def test_few_modules_are_loose_and_every_room_is_in_the_plan():
     assert len(LOOSE) <= MOST_LOOSE_MODULES
     assert len(FOLDERS) <= MOST_ROOMS
     assert {*LOOSE, *(folder.partition("/")[0] for folder in FOLDERS)} == set(ROOMS)
+
+
+def test_every_room_is_in_the_wheel():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {f"sepconv.{folder.replace('/', '.')}" for folder in FOLDERS}
+    assert set(settings["packages"]) == {"sepconv", *folders}
