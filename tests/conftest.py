@@ -17,7 +17,7 @@ if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 from fuzz.log import REPLAY, FuzzLog  # noqa: E402 (after the line above)
-from fuzz.options import check_options, share  # noqa: E402 (the same)
+from fuzz.options import check_options, share, share_of  # noqa: E402 (the same)
 from fuzz.session import FuzzSession, Tally  # noqa: E402 (the same)
 
 from examples.benchmarks.bench import torchvision_shim  # noqa: E402 (it imports triton too)
@@ -142,11 +142,10 @@ def _versions() -> str:
 
 @pytest.hookimpl(trylast=True)  # of the tests that -m, -k and --deselect leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if share := config.getoption("--share"):
-        index, shares = share
-        others = [item for i, item in enumerate(items) if i % shares != index - 1]
-        items[:] = items[index - 1 :: shares]
-        config.hook.pytest_deselected(items=others)
+    if chosen := config.getoption("--share"):
+        kept = share_of(items, chosen)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
     if not ON_GPU:
         skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is false")
         for item in items:

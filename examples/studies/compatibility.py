@@ -277,10 +277,9 @@ FEATURES: dict[str, Feature] = {
     "CUDA graph": cuda_graph,
     "`sepconv.save`": saving,
 }
-SLOW = {compile_fullgraph, aot_inductor, fully_sharded}
+SLOW = {compile_fullgraph, aot_inductor, fully_sharded, export_in_another_process}
 LONG = {
     compile_aot_eager,
-    export_in_another_process,
     onnx_plain_convolutions,
     data_parallel,
 }

@@ -1,7 +1,11 @@
 """Checks of the fuzz's options on the command line."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 
 def share(text: str) -> tuple[int, int]:
@@ -10,6 +14,12 @@ def share(text: str) -> tuple[int, int]:
     if not (index.isdecimal() and shares.isdecimal() and 1 <= int(index) <= int(shares)):
         raise argparse.ArgumentTypeError(f"expected I/N, such as 2/4, got {text!r}")
     return int(index), int(shares)
+
+
+def share_of(items: Sequence[Item], share: tuple[int, int]) -> list[Item]:
+    """Every N-th item from the I-th on."""
+    index, shares = share
+    return list(items[index - 1 :: shares])
 
 
 def check_options(
