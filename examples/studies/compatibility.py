@@ -198,15 +198,15 @@ def saving(model: nn.Module, x: Tensor) -> None:
 
 def _two_processes(kind: str, model: nn.Module, x: Tensor) -> None:
     """Outputs and gradients of half the images each are those of one process with all of them."""
-    script = Path(__file__).with_name("two_processes.py")
+    # By its name: the folder of a script would come first where modules are looked for.
+    command = [sys.executable, "-m", "examples.studies.two_processes", kind]
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         torch.save(model, f"{folder}/model.pt")
         torch.save(x, f"{folder}/x.pt")
         started = [
-            subprocess.Popen([sys.executable, script, kind, str(rank), folder], env=environment)
-            for rank in range(2)
+            subprocess.Popen([*command, str(rank), folder], env=environment) for rank in range(2)
         ]
         try:
             assert [process.wait(300) for process in started] == [0, 0]

@@ -1,7 +1,7 @@
 """One of two processes that share the work on a model; `compatibility.py` starts both.
 
-Run as ``python two_processes.py kind rank folder``: reads the model and the images from the folder,
-takes its half of the images, and as rank 0 writes the outputs and gradients.
+`python -m examples.studies.two_processes kind rank folder` reads the model and the images from the
+folder, takes its half of the images, and as rank 0 writes the outputs and gradients.
 """
 
 import sys
