@@ -9,10 +9,10 @@ from sepconv._util import package_version
 from sepconv.conversion.convert import convert
 from sepconv.conversion.options import Budget
 from sepconv.conversion.search import search
-from sepconv.cost import Cost, cost
+from sepconv.cost import Cost, cost, register_flops
 from sepconv.distill import distill
 from sepconv.fusion.fuse import fuse
-from sepconv.ops import backend, register_flops
+from sepconv.ops import backend
 from sepconv.ops.memory import keep_freed_memory
 from sepconv.reports.conversion import Report, report
 from sepconv.reports.fusion import FusionReport

@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from sepconv.ops import choice as tuning
-from sepconv.ops import choice_files as tuning_files
+from sepconv.ops import choice, choice_files
 from sepconv.ops.backend import backend, can_run_kernels
 from sepconv.tuning import Tuned, tune
 from sepconv.tuning.candidates import MAX_CANDIDATES
@@ -125,8 +124,8 @@ def _table(found: Sequence[Tuned]) -> Table:
     for column in ("call", "choice", "us", "default us", "gain", "tried"):
         table.add_column(column, justify="left" if column in ("call", "choice") else "right")
     for tuned in found:
-        choice = tuning_files.choice_json(tuned.key, tuned.choice)
-        shown = choice if isinstance(choice, str) else " ".join(f"{k}={choice[k]}" for k in choice)
+        won = choice_files.choice_json(tuned.key, tuned.choice)
+        shown = won if isinstance(won, str) else " ".join(f"{k}={won[k]}" for k in won)
         table.add_row(
             tuned.key,
             shown,
@@ -156,9 +155,9 @@ def _losses(found: Sequence[Tuned]) -> Iterator[str]:
 def _export(args: argparse.Namespace) -> Path:
     device = torch.device(args.device)
     index = -1 if device.type == "cpu" else (device.index or 0)
-    where = tuning.target(index)
-    entries = tuning_files.all_choices(where.gpu, where.triton)
+    where = choice.target(index)
+    entries = choice_files.all_choices(where.gpu, where.triton)
     if not entries:
         raise ValueError(f"--export: nothing is tuned for {where.gpu}, Triton {where.triton}")
     name = where.arch if args.export_arch else where.gpu
-    return tuning_files.write_table(args.export, name, where.triton, entries)
+    return choice_files.write_table(args.export, name, where.triton, entries)

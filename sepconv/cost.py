@@ -12,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sepconv._util import evaluating
-from sepconv.ops import register_flops
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+# By operator of `torch.ops.sepconv`, two operations for each multiply-add; the ops add theirs.
+FLOP_FORMULAS: dict[Any, Callable[..., int]] = {}
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,27 @@ def cost(model: nn.Module, x: Inputs) -> Cost:
         _call(model, x)
     _add_params(model, recorder)
     return Cost(tuple(recorder.layers.values()))
+
+
+def register_flops() -> None:
+    """Have `torch.utils.flop_counter.FlopCounterMode` count the operators of `sepconv.ops`.
+
+    Call it once, before the counter is used. It imports the counter, which imports Triton where
+    that is installed, and so is not done by `import sepconv`.
+
+    Example:
+        >>> from torch.utils.flop_counter import FlopCounterMode
+        >>> register_flops()
+        >>> with FlopCounterMode(display=False) as counter:
+        ...     x, weight = torch.zeros(1, 2, 4, 4), torch.zeros(8, 2, 1, 1)
+        ...     y = torch.ops.sepconv.pointwise_conv2d(x, weight, None, None, None)
+        >>> counter.get_total_flops() == 2 * 8 * 2 * 16
+        True
+    """
+    counter = import_module("torch.utils.flop_counter")
+    for op, formula in FLOP_FORMULAS.items():
+        if op not in counter.flop_registry:
+            counter.register_flop_formula(op)(formula)
 
 
 class _Recorder(TorchDispatchMode):

@@ -144,7 +144,8 @@ def _versions() -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if chosen := config.getoption("--share"):
         kept = share_of(items, chosen)
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        left = set(items).difference(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
         items[:] = kept
     if not ON_GPU:
         skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is false")

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 import sepconv
-from sepconv.ops import choice as tuning
-from sepconv.ops import choice_files as tuning_files
+from sepconv.ops import choice, choice_files
 
 
 def main() -> None:
@@ -24,11 +23,11 @@ def main() -> None:
     if args.dry_run:
         with sepconv.backend("triton"):
             sepconv.tune(sepconv.nn.SeparableConv2d(3, 4, 3), torch.ones(1, 3, 6, 6), seconds=1.0)
-    where = tuning.target(-1 if args.dry_run else 0)
-    choices = tuning_files.all_choices(where.gpu, where.triton)
+    where = choice.target(-1 if args.dry_run else 0)
+    choices = choice_files.all_choices(where.gpu, where.triton)
     if not choices:
         sys.exit(f"nothing is tuned for {where.gpu}, Triton {where.triton}")
-    path = tuning_files.write_table(args.folder, where.gpu, where.triton, choices)
+    path = choice_files.write_table(args.folder, where.gpu, where.triton, choices)
     print(f"wrote {len(choices)} choices to {path}")
 
 

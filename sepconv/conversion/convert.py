@@ -53,8 +53,8 @@ def convert(
     Args:
         model: Any module, traceable by torch.fx or not.
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments of the
-            model's forward. With them shapes and MACs are known, and one forward of
-            the whole model is timed in both forms at the end.
+            model's forward. With them shapes and MACs are known, and one forward of the whole
+            model is timed in both forms at the end.
         rank: An int, `"full"` (exact), or a mapping of name patterns to an int, `"full"` or None
             (leave); layers that a mapping does not name are left. A rank above a layer's full
             rank, min(K, R*S), means its full rank. Default: 1, the MobileNet form.

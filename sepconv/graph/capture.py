@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from sepconv._util import evaluating
+from sepconv.cost import register_flops
 from sepconv.graph.state import untouched, without_history
 from sepconv.graph.tracing import TraceLevel, trace
-from sepconv.ops import register_flops
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
 

@@ -11,7 +11,6 @@ from sepconv.ops.batch_norm import (
 )
 from sepconv.ops.depthwise import depthwise_conv2d
 from sepconv.ops.pointwise import pointwise_conv2d
-from sepconv.ops.registry import register_flops
 from sepconv.ops.separable import separable_conv2d
 
 __all__ = [
@@ -21,6 +20,5 @@ __all__ = [
     "depthwise_conv2d_batch_norm",
     "pointwise_conv2d",
     "pointwise_conv2d_batch_norm",
-    "register_flops",
     "separable_conv2d",
 ]

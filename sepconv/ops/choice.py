@@ -25,7 +25,7 @@ import torch
 from sepconv.kernels.configs import ConvShape, default
 from sepconv.kernels.cost_model import find_gpu, predicted_seconds
 from sepconv.kernels.geometry import Geometry, Pair
-from sepconv.ops import choice_files as tuning_files
+from sepconv.ops import choice_files
 from sepconv.ops.choice_files import Choice
 
 # Calls of different sizes are remembered one by one; a process that sees more starts again.
@@ -170,7 +170,7 @@ def tuned(problem: Problem) -> Known | None:
     where, key = target(problem.device), problem.key
     if (where, key) in _tuned:
         return _tuned[where, key]
-    entry = tuning_files.read(where.gpu, where.triton, key)
+    entry = choice_files.read(where.gpu, where.triton, key)
     return None if entry is None else Known(entry.choice, entry.finished)
 
 
@@ -186,7 +186,7 @@ def forget() -> None:
     with _lock:
         _tuned.clear()
         _answers.clear()
-        tuning_files.forget()
+        choice_files.forget()
 
 
 @cache
@@ -228,7 +228,7 @@ def _find(problem: Problem) -> Choice:
         if mine is not None:
             return mine.choice
     for name in (where.gpu, where.arch):
-        table = tuning_files.shipped(name, where.triton)
+        table = choice_files.shipped(name, where.triton)
         if key in table:
             return table[key]
     return _untuned(problem, where)

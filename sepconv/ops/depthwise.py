@@ -231,10 +231,11 @@ def _fake_by_input(dy: Tensor, weight_dw: Tensor, x_shape: Sequence[int], *other
     return empty(dy, x_shape, others[-1])
 
 
-def _setup_by_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    dy, weight_dw, _, *geometry, _ = inputs
-    ctx.save_for_backward(dy, weight_dw)
-    ctx.geometry = geometry
+def _setup_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Of either gradient: it is linear in its first two arguments."""
+    dy, other, _, *geometry = inputs
+    ctx.save_for_backward(dy, other)
+    ctx.geometry = geometry[:3]
 
 
 def _backward_by_input(ctx: Any, ddx: Tensor) -> tuple[Gradient, ...]:
@@ -272,7 +273,7 @@ define(
     f"{GEOMETRY_SCHEMA}, bool channels_last) -> Tensor",
     _real_by_input,
     _fake_by_input,
-    autograd=differentiable(_setup_by_input, _backward_by_input),
+    autograd=differentiable(_setup_gradient, _backward_by_input),
     vmap=_vmap_by_input,
     flops=_flops_by_input,
 )
@@ -287,12 +288,6 @@ def _real_by_weight(dy: Tensor, x: Tensor, weight_shape: Sequence[int], *geometr
 
 def _fake_by_weight(dy: Tensor, x: Tensor, weight_shape: Sequence[int], *_: Any) -> Tensor:
     return dy.new_empty(weight_shape)
-
-
-def _setup_by_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    dy, x, _, *geometry = inputs
-    ctx.save_for_backward(dy, x)
-    ctx.geometry = geometry
 
 
 def _backward_by_weight(ctx: Any, ddweight: Tensor) -> tuple[Gradient, ...]:
@@ -329,7 +324,7 @@ define(
     f"{GEOMETRY_SCHEMA}) -> Tensor",
     _real_by_weight,
     _fake_by_weight,
-    autograd=differentiable(_setup_by_weight, _backward_by_weight),
+    autograd=differentiable(_setup_gradient, _backward_by_weight),
     vmap=_vmap_by_weight,
     flops=_flops_by_weight,
 )

@@ -7,7 +7,6 @@ call costs about twice as much.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
 )
 from torch.autograd import forward_ad
 
+from sepconv.cost import FLOP_FORMULAS
 from sepconv.kernels.geometry import Geometry
 from sepconv.ops.arguments import pair
 from sepconv.ops.autocast import autocasting, is_autocasting
@@ -27,7 +27,6 @@ LIBRARY = torch.library.Library("sepconv", "DEF")
 GEOMETRY_SCHEMA = "int[2] stride, int[4] padding, int[2] dilation"
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-_FLOPS: dict[str, Callable[..., int]] = {}
 
 Gradient = Tensor | None
 # Of an operator: the gradients of its arguments from those of its outputs.
@@ -118,32 +117,10 @@ def define(
     if autograd is not None:
         LIBRARY.impl(name, autograd(op.default), "Autograd", with_keyset=True)
     if flops is not None:
-        _FLOPS[name] = flops
+        FLOP_FORMULAS[op] = flops
     if autocast:
         for key, device_type in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
             LIBRARY.impl(name, autocasting(op, device_type), key)
-
-
-def register_flops() -> None:
-    """Have `torch.utils.flop_counter.FlopCounterMode` count the operators of `sepconv.ops`.
-
-    Call it once, before the counter is used. It imports the counter, which imports Triton where
-    that is installed, and so is not done by `import sepconv`.
-
-    Example:
-        >>> from torch.utils.flop_counter import FlopCounterMode
-        >>> register_flops()
-        >>> with FlopCounterMode(display=False) as counter:
-        ...     x, weight = torch.zeros(1, 2, 4, 4), torch.zeros(8, 2, 1, 1)
-        ...     y = torch.ops.sepconv.pointwise_conv2d(x, weight, None, None, None)
-        >>> counter.get_total_flops() == 2 * 8 * 2 * 16
-        True
-    """
-    counter = import_module("torch.utils.flop_counter")
-    for name, formula in _FLOPS.items():
-        op = getattr(torch.ops.sepconv, name)
-        if op not in counter.flop_registry:
-            counter.register_flop_formula(op)(formula)
 
 
 def as_geometry(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Geometry:

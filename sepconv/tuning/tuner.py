@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from sepconv._util import track
 from sepconv.graph import split_inputs
-from sepconv.ops import choice as tuning
-from sepconv.ops import choice_files as tuning_files
+from sepconv.ops import choice, choice_files
 from sepconv.ops.choice import Problem, Target
 from sepconv.ops.choice_files import Choice, Entry, Lost
 from sepconv.timing import Timer, device_seconds, host_seconds
@@ -120,7 +119,7 @@ def record(
 ) -> list[Problem]:
     """The problems that one run of the model poses, each once."""
     args, kwargs = split_inputs(x)
-    with _kept_buffers(model), torch.random.fork_rng(), tuning.recording() as found:
+    with _kept_buffers(model), torch.random.fork_rng(), choice.recording() as found:
         with torch.set_grad_enabled(backward):
             y = model(*args, **kwargs)
         if backward:
@@ -147,7 +146,7 @@ def tune_problems(
     if _distributed():
         found = _agreed(found)
         for where, tuned in found:
-            tuning.install(where, tuned.key, tuned.choice, tuned.finished)
+            choice.install(where, tuned.key, tuned.choice, tuned.finished)
     return [tuned for _, tuned in found]
 
 
@@ -180,12 +179,12 @@ class _Search:
             if self._has_news_of_halves(problem) and time.monotonic() < end:
                 self._keep(problem, confirm_unfused(problem, entry, self._timer_for(problem)))
         return [
-            (tuning.target(problem.device), Tuned(problem.key, *entry))
+            (choice.target(problem.device), Tuned(problem.key, *entry))
             for problem, entry in self._found.items()
         ]
 
     def _is_open(self, problem: Problem) -> bool:
-        known = None if self._retune else tuning.tuned(problem)
+        known = None if self._retune else choice.tuned(problem)
         return known is None or not known.finished
 
     def _race(
@@ -196,8 +195,8 @@ class _Search:
         deadline: float,
     ) -> None:
         """Race one problem, and keep what is known of it even where that is broken off."""
-        where = tuning.target(problem.device)
-        before = tuning_files.read(where.gpu, where.triton, problem.key)
+        where = choice.target(problem.device)
+        before = choice_files.read(where.gpu, where.triton, problem.key)
         if before is not None and not self._retune:
             # What crashed or did not compile does so again; what had no turn has it now.
             lost = lost | {c: why for c, why in before.lost if why != OUT_OF_TIME}
@@ -210,10 +209,10 @@ class _Search:
             self._done(Tuned(problem.key, *self._found[problem]))
 
     def _keep(self, problem: Problem, entry: Entry) -> None:
-        where = tuning.target(problem.device)
+        where = choice.target(problem.device)
         self._found[problem] = entry
-        tuning_files.write(where.gpu, where.triton, problem.key, entry)
-        tuning.install(where, problem.key, entry.choice, entry.finished)
+        choice_files.write(where.gpu, where.triton, problem.key, entry)
+        choice.install(where, problem.key, entry.choice, entry.finished)
 
     def _has_news_of_halves(self, problem: Problem) -> bool:
         """Whether a half was tuned here to anything but its default block sizes."""
@@ -234,7 +233,7 @@ def _compile_ahead(
 
     The interpreter compiles nothing.
     """
-    jobs = [(p, choice) for p in choices if p.device >= 0 for choice in choices[p]]
+    jobs = [(p, each) for p in choices if p.device >= 0 for each in choices[p]]
     if not jobs:
         return frozenset()
     left = (end - time.monotonic()) * _COMPILING_SHARE
@@ -273,12 +272,12 @@ def _agreed(found: list[tuple[Target, Tuned]]) -> list[tuple[Target, Tuned]]:
     dist.broadcast_object_list(texts, src=0)
     agreed = []
     for where, (key, entry) in json.loads(texts[0]):
-        agreed.append((Target(*where), Tuned(key, *tuning_files.entry_of(key, entry))))
+        agreed.append((Target(*where), Tuned(key, *choice_files.entry_of(key, entry))))
     return agreed
 
 
 def _as_json(tuned: Tuned) -> tuple[str, dict[str, Any]]:
-    return tuned.key, tuning_files.entry_json(tuned.key, Entry(*tuned[1:]))
+    return tuned.key, choice_files.entry_json(tuned.key, Entry(*tuned[1:]))
 
 
 def _run_backward(model: nn.Module, y: Any) -> None:

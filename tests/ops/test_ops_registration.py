@@ -14,7 +14,7 @@ from ops.calls import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from sepconv.ops import register_flops
+from sepconv import register_flops
 from sepconv.ops.kernel_modules import kernel_module
 
 GEOMETRY = ((2, 1), SIDES, (1, 2))

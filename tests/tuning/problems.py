@@ -7,7 +7,7 @@ import torch
 from sepconv.kernels.configs import DepthwiseConfig, GemmConfig
 from sepconv.kernels.geometry import Geometry
 from sepconv.ops import choice as tuning
-from sepconv.ops import choice_files as tuning_files
+from sepconv.ops import choice_files
 from sepconv.ops.choice import Problem
 from sepconv.ops.choice_files import Choice
 
@@ -52,10 +52,10 @@ def preferring(wanted: Choice) -> Callable[[Sequence[Callable], float], float]:
 def few_candidates(problem: Problem, most: int = 8) -> list[Choice]:
     """Two candidates beside those that are no kernel: the interpreter is slow."""
     sizes = FEW_GEMM if problem.op in ("pointwise_fwd", "separable_fwd") else FEW
-    return [None, *tuning_files.others(problem.op), *sizes]
+    return [None, *choice_files.others(problem.op), *sizes]
 
 
-def entry(problem: Problem) -> tuning_files.Entry | None:
+def entry(problem: Problem) -> choice_files.Entry | None:
     """What the cache keeps for a problem."""
     where = tuning.target(problem.device)
-    return tuning_files.read(where.gpu, where.triton, problem.key)
+    return choice_files.read(where.gpu, where.triton, problem.key)

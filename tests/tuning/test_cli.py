@@ -9,7 +9,7 @@ import sepconv
 from sepconv import cli
 from sepconv.kernels.configs import DepthwiseConfig
 from sepconv.ops import choice as tuning
-from sepconv.ops import choice_files as tuning_files
+from sepconv.ops import choice_files
 from sepconv.ops.choice_files import Entry, Lost
 from sepconv.tuning import Tuned
 
@@ -36,7 +36,7 @@ def test_tune_and_export(
         asked.append((tuple(x.shape), x.dtype, options))
         lost = (Lost(None, "OutOfMemoryError: 80 GiB"), Lost("library", "out of time"))
         entry = Entry(CHOICE, 1e-5, 2e-5, 2, 4, False, lost)
-        tuning_files.write(where.gpu, where.triton, problem.key, entry)
+        choice_files.write(where.gpu, where.triton, problem.key, entry)
         return [Tuned(problem.key, *entry)]
 
     monkeypatch.setattr(cli, "tune", fake_search)
@@ -54,7 +54,7 @@ def test_tune_and_export(
     assert "ran out of time: 2 of 2; the same command goes on with them" in shown
     assert "depthwise_fwd: 2 candidates left out: OutOfMemoryError: 80 GiB" in shown
     (table,) = tmp_path.glob("*.json")
-    found = tuning_files.read_table(table, where.gpu, where.triton)
+    found = choice_files.read_table(table, where.gpu, where.triton)
     assert found == {problem.key: CHOICE}
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tuning.problems import depthwise, pointwise, separable
 
 from sepconv.kernels.configs import DepthwiseConfig, GemmConfig
-from sepconv.ops import choice_files as tuning_files
+from sepconv.ops import choice_files
 from sepconv.ops.choice_files import Entry, Lost
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ ENTRY = Entry(DepthwiseConfig(16, 64, 4), 1.5e-5, 2.0e-5, 7, 9, False, LOST)
 
 
 def path() -> Path:
-    found = tuning_files.entry_path(GPU, TRITON, KEY)
+    found = choice_files.entry_path(GPU, TRITON, KEY)
     assert found is not None
     return found
 
@@ -47,18 +47,18 @@ def plant(content: bytes | str) -> None:
 )
 def test_round_trip(key: str, choice):
     entry = ENTRY._replace(choice=choice, lost=(Lost(choice, "out of time"),))
-    assert tuning_files.read(GPU, TRITON, key) is None
-    assert tuning_files.write(GPU, TRITON, key, entry)
-    assert tuning_files.read(GPU, TRITON, key) == entry
-    assert tuning_files.all_choices(GPU, TRITON) == {key: choice}
-    assert tuning_files.read("NVIDIA H100", TRITON, key) is None
-    assert tuning_files.read(GPU, "3.7", key) is None
+    assert choice_files.read(GPU, TRITON, key) is None
+    assert choice_files.write(GPU, TRITON, key, entry)
+    assert choice_files.read(GPU, TRITON, key) == entry
+    assert choice_files.all_choices(GPU, TRITON) == {key: choice}
+    assert choice_files.read("NVIDIA H100", TRITON, key) is None
+    assert choice_files.read(GPU, "3.7", key) is None
 
 
 def sound() -> dict:
     return {
-        "format": tuning_files.FORMAT, "gpu": GPU, "triton": TRITON, "key": KEY,
-        **tuning_files.entry_json(KEY, ENTRY),
+        "format": choice_files.FORMAT, "gpu": GPU, "triton": TRITON, "key": KEY,
+        **choice_files.entry_json(KEY, ENTRY),
     }  # fmt: skip
 
 
@@ -70,7 +70,7 @@ DAMAGED = {
     "a list": "[]",
     "another key": json.dumps(sound() | {"key": pointwise().key}),
     "another GPU": json.dumps(sound() | {"gpu": "NVIDIA H100"}),
-    "a later format": json.dumps(sound() | {"format": tuning_files.FORMAT + 1}),
+    "a later format": json.dumps(sound() | {"format": choice_files.FORMAT + 1}),
     "deep": "[" * 100_000,
     "huge": " " * (2 << 20),
     "code": json.dumps(sound() | {"choice": "__import__('os').abort()"}),
@@ -92,16 +92,16 @@ DAMAGED = {
 def test_damage_is_a_miss_with_one_warning(content: bytes | str):
     plant(content)
     with pytest.warns(UserWarning, match="cannot be used") as caught:
-        assert tuning_files.read(GPU, TRITON, KEY) is None
+        assert choice_files.read(GPU, TRITON, KEY) is None
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuning_files.read(GPU, TRITON, KEY) is None
+        assert choice_files.read(GPU, TRITON, KEY) is None
 
 
 def test_what_was_damaged_here_is_sound_without_the_damage():
     plant(json.dumps(sound()))
-    assert tuning_files.read(GPU, TRITON, KEY) == ENTRY
+    assert choice_files.read(GPU, TRITON, KEY) == ENTRY
 
 
 json_values = st.recursive(
@@ -123,7 +123,7 @@ def test_hostile_values_are_refused_or_harmless(field: str, value):
     plant(json.dumps(content))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = tuning_files.read(GPU, TRITON, KEY)
+        found = choice_files.read(GPU, TRITON, KEY)
     if found is not None and isinstance(found.choice, tuple):
         assert isinstance(found.choice, DepthwiseConfig)
         assert all(type(size) is int and 0 <= size <= 4096 for size in found.choice)
@@ -149,22 +149,22 @@ def test_a_cache_that_cannot_be_written(
         folder.mkdir(mode=0o500)
     monkeypatch.setenv("SEPCONV_CACHE_DIR", str(folder))
     with pytest.warns(UserWarning, match="cannot be used"):
-        assert not tuning_files.write(GPU, TRITON, KEY, ENTRY)
+        assert not choice_files.write(GPU, TRITON, KEY, ENTRY)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not tuning_files.write(GPU, TRITON, KEY, ENTRY)
-        assert tuning_files.read(GPU, TRITON, KEY) is None
+        assert not choice_files.write(GPU, TRITON, KEY, ENTRY)
+        assert choice_files.read(GPU, TRITON, KEY) is None
 
 
 def test_no_home(monkeypatch: pytest.MonkeyPatch):
     for name in ("SEPCONV_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    assert tuning_files.cache_dir() is None
-    assert not tuning_files.write(GPU, TRITON, KEY, ENTRY)
-    assert tuning_files.read(GPU, TRITON, KEY) is None
+    assert choice_files.cache_dir() is None
+    assert not choice_files.write(GPU, TRITON, KEY, ENTRY)
+    assert choice_files.read(GPU, TRITON, KEY) is None
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert tuning_files.cache_dir() == Path("/somewhere/sepconv")
+    assert choice_files.cache_dir() == Path("/somewhere/sepconv")
 
 
 def in_child(work) -> int:
@@ -180,18 +180,18 @@ def in_child(work) -> int:
 
 
 def test_a_full_disk_leaves_the_old_file_whole(cache: Path):
-    assert tuning_files.write(GPU, TRITON, KEY, ENTRY)
+    assert choice_files.write(GPU, TRITON, KEY, ENTRY)
 
     def write_without_space():
         # Every write beyond the limit fails, as on a full disk.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
         warnings.simplefilter("ignore")
-        assert not tuning_files.write(GPU, TRITON, KEY, ENTRY._replace(seconds=1.0))
+        assert not choice_files.write(GPU, TRITON, KEY, ENTRY._replace(seconds=1.0))
 
     _, status = os.waitpid(in_child(write_without_space), 0)
     assert status == 0
-    assert tuning_files.read(GPU, TRITON, KEY) == ENTRY
+    assert choice_files.read(GPU, TRITON, KEY) == ENTRY
     assert [file.name for file in path().parent.iterdir()] == [path().name]
 
 
@@ -203,8 +203,8 @@ def test_eight_processes_some_of_them_killed():
         warnings.simplefilter("error")
         for i in range(60):
             key = keys[i % len(keys)]
-            assert tuning_files.write(GPU, TRITON, key, ENTRY._replace(tried=i))
-            found = tuning_files.read(GPU, TRITON, key)
+            assert choice_files.write(GPU, TRITON, key, ENTRY._replace(tried=i))
+            found = choice_files.read(GPU, TRITON, key)
             assert found is not None
             assert found.choice == ENTRY.choice
 
@@ -215,7 +215,7 @@ def test_eight_processes_some_of_them_killed():
     assert statuses[1::2] == [0] * 4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert set(tuning_files.all_choices(GPU, TRITON)) == set(keys)
+        assert set(choice_files.all_choices(GPU, TRITON)) == set(keys)
 
 
 def test_forked_child_of_a_locked_process_does_not_hang():

@@ -10,7 +10,7 @@ import sepconv
 from sepconv.kernels.configs import DepthwiseConfig
 from sepconv.kernels.geometry import Geometry
 from sepconv.ops import choice as tuning
-from sepconv.ops import choice_files as tuning_files
+from sepconv.ops import choice_files
 from sepconv.ops.choice import Problem, Target
 from sepconv.ops.choice_files import Choice, Entry
 
@@ -24,14 +24,14 @@ def answer(problem: Problem = PROBLEM) -> Choice:
 
 def keep(choice: Choice, problem: Problem = PROBLEM) -> None:
     where = tuning.target(problem.device)
-    tuning_files.write(where.gpu, where.triton, problem.key, Entry(choice, 1.0, 2.0, 2, 2))
+    choice_files.write(where.gpu, where.triton, problem.key, Entry(choice, 1.0, 2.0, 2, 2))
 
 
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in the place of the package's tables."""
     folder = tmp_path / "package" / "tables"
-    monkeypatch.setattr(tuning_files.resources, "files", lambda _: folder.parent)
+    monkeypatch.setattr(choice_files.resources, "files", lambda _: folder.parent)
     return folder
 
 
@@ -40,7 +40,7 @@ def test_each_source_comes_before_the_next(tables: Path, monkeypatch: pytest.Mon
     assert answer() is None
 
     for name, choice in (("sm_90", A), ("NVIDIA H200", B)):
-        tuning_files.write_table(tables, name, "3.6", {PROBLEM.key: choice})
+        choice_files.write_table(tables, name, "3.6", {PROBLEM.key: choice})
         tuning.forget()
         assert answer() == choice
     keep(C)
@@ -52,7 +52,7 @@ def test_each_source_comes_before_the_next(tables: Path, monkeypatch: pytest.Mon
 
 
 def test_tables_of_another_triton_are_not_used(tables: Path, monkeypatch: pytest.MonkeyPatch):
-    tuning_files.write_table(tables, "NVIDIA H200", "3.6", {PROBLEM.key: A})
+    choice_files.write_table(tables, "NVIDIA H200", "3.6", {PROBLEM.key: A})
     monkeypatch.setattr(tuning, "target", lambda _: Target("NVIDIA H200", "sm_90", "3.7"))
     assert answer() is None
 
@@ -61,7 +61,7 @@ def test_deterministic_mode_asks_only_what_all_ranks_have(
     tables: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(tuning, "target", lambda _: Target("NVIDIA H200", "sm_90", "3.6"))
-    tuning_files.write_table(tables, "NVIDIA H200", "3.6", {PROBLEM.key: A})
+    choice_files.write_table(tables, "NVIDIA H200", "3.6", {PROBLEM.key: A})
     keep(B)
     tuning.install(Target("NVIDIA H200", "sm_90", "3.6"), PROBLEM.key, C)
     assert answer() == C
@@ -114,8 +114,8 @@ def test_the_halves_are_what_the_unfused_call_asks_for(biases: tuple[bool, bool]
 
 def test_a_forward_reads_once_and_writes_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch):
     reads = []
-    read = tuning_files.read
-    monkeypatch.setattr(tuning_files, "read", lambda *key: reads.append(key) or read(*key))
+    read = choice_files.read
+    monkeypatch.setattr(choice_files, "read", lambda *key: reads.append(key) or read(*key))
     x, weight_dw = torch.ones(1, 4, 5, 5), torch.ones(4, 1, 3, 3)
     if torch.cuda.is_available():
         x, weight_dw = x.cuda(), weight_dw.cuda()
@@ -130,8 +130,8 @@ def test_a_forward_reads_once_and_writes_nothing(cache: Path, monkeypatch: pytes
 def test_eight_cold_threads_read_once(monkeypatch: pytest.MonkeyPatch):
     keep(A)
     reads, answers = [], []
-    read = tuning_files.read
-    monkeypatch.setattr(tuning_files, "read", lambda *key: reads.append(key) or read(*key))
+    read = choice_files.read
+    monkeypatch.setattr(choice_files, "read", lambda *key: reads.append(key) or read(*key))
     barrier = threading.Barrier(8)
 
     def ask():
