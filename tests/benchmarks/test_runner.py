@@ -198,7 +198,8 @@ def test_a_runner_that_is_stopped_leaves_everything(machine, number):
 
 def test_the_target_of_the_makefile():
     asked = ["gpu", "SECONDS=300", "STEPS=compile models", "DRY=1", "OUT=here", "PYTHON=python9"]
-    done = subprocess.run(["make", "--no-print-directory", "-n", *asked], cwd=ROOT, capture_output=True, text=True)
+    command = ["make", "--no-print-directory", "-n", *asked]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == [
         *("python9", "examples/benchmarks/gpu.py", "--out", "here", "--seconds", "300"),
         *("--steps", "compile", "models", "--dry-run"),
