@@ -12,6 +12,7 @@ from sepconv.kernels.geometry import Geometry, Pair, Rule, Sides, padding_sides
 from sepconv.ops import reference
 from sepconv.ops.autocast import is_autocasting
 from sepconv.ops.onednn import PackedConv2d, activate_, usable
+from sepconv.ops.stem import stem_conv2d, stem_takes
 
 _NO_PADDING = (0, 0, 0, 0)
 _PACKED_ROWS = 32  # of a matrix product; below it there is nothing to win
@@ -114,6 +115,9 @@ class FusedConv2d(_FusedConvolution):
             padding = ((top, bottom), (left, right))
             geometry = (self.stride, padding, self.dilation)
             return ops.depthwise_conv2d(x, weight, bias, *geometry, self.activation)
+        if self.groups == 1 and residual is None and stem_takes(x, weight):
+            geometry = Geometry(self.stride, sides, self.dilation)
+            return stem_conv2d(x, weight, bias, geometry, self.activation)
         if top != bottom or left != right:
             x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
         y = F.conv2d(x, weight, bias, self.stride, (top, left), self.dilation, self.groups)

@@ -24,6 +24,8 @@ from oracle import CHANNELS_LAST  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from sepconv import ops  # noqa: E402
+from sepconv.kernels.geometry import Geometry  # noqa: E402
+from sepconv.ops.stem import stem_conv2d  # noqa: E402
 
 _SIZES = {"N": 2, "C": 5, "H": 7, "W": 9}
 _FILTER = {"R": 3, "S": 3, "padding": (1, 1, 1, 1), "bias": True}
@@ -53,8 +55,16 @@ def main() -> None:
         for case in CASES:
             call(case, {name: placed.tensor for name, placed in case.tensors(DEVICE).items()})
             _wait(case)
+        _stem()
+        _wait("a standard convolution of an image")
         _train()
         _wait("a training step with batch normalisation")
+
+
+def _stem() -> None:
+    x = torch.randn(2, 3, 7, 9, device=DEVICE)
+    weight, bias = torch.randn(5, 3, 3, 3, device=DEVICE), torch.randn(5, device=DEVICE)
+    stem_conv2d(x, weight, bias, Geometry((2, 2), (1, 1, 1, 1)), "relu")
 
 
 def _train() -> None:
