@@ -22,13 +22,20 @@ _LIBRARY_SHARE = 0.6
 _START_SECONDS = 3e-6
 # Thread instructions per tap of one depthwise element, and per element: fitted to counts in the
 # machine code of the kernels for sm_90 (docs/results/static.md): 60 and 131 for 3 x 3 and 5 x 5 in
-# the general kernel, 27 rolling, 59 in the weight gradient; fused 52, 36 to 44 and 31 for one, two
-# and four rows, which share the part of a tap that loads and converts.
+# the general kernel, 27 rolling, 59 in the weight gradient. The fused kernel spends on each value
+# of x that it loads and converts, which several rows share, and on each tap.
 _GENERAL_SLOTS = (5.0, 8.0)
 _ROLLING_SLOTS = (2.5, 4.0)
 _BWD_WEIGHT_SLOTS = (6.0, 5.0)
-_FUSED_SLOTS, _FUSED_SHARED_SLOTS = (2.5, 3.0), 3.0
+_FUSED_SLOTS, _FUSED_LOAD_SLOTS = (2.5, 3.0), 3.0
 _FUSED_ROWS, _FUSED_BLOCK_K = 2, 256  # of a large layer
+# Shares of the issue slots that kernels use, as an H100 measured them
+# (docs/results/nvidia-h100-80gb-hbm3-2026-11-27.md): the depthwise kernels; the fused one, which
+# waits for its barriers, where sixteen warps on a multiprocessor hide that, and where the
+# registers leave room for eight.
+_DEPTHWISE_UTILISATION = 0.47
+_FUSED_UTILISATION, _CROWDED_UTILISATION = 0.33, 0.22
+_ROOMY_SUMS = 96  # sums and depthwise results of one thread
 _WARP, _SCHEDULERS = 32, 4
 
 
@@ -172,13 +179,10 @@ def predicted_seconds(
 
 
 def issue_seconds(op: str, shape: ConvShape, gpu: Gpu, config: Config | None) -> float:
-    """Time in which one call's instructions are issued, each scheduler one a cycle.
-
-    Where memory is slower than that, it still tells how far: kernels do not issue all the time.
-    Arguments as of `predicted_seconds`.
-    """
+    """Time in which one call's instructions are issued. Arguments as of `predicted_seconds`."""
     busy = _share_of_busy_units(op, shape, config, gpu)
-    return _issue_slots(op, shape, config) / gpu.issue_rate / busy
+    rate = gpu.issue_rate * _utilisation(op, config)
+    return _issue_slots(op, shape, config) / rate / busy
 
 
 def moved_bytes(op: str, shape: ConvShape, dtype: torch.dtype) -> int:
@@ -226,13 +230,25 @@ def _issue_slots(op: str, shape: ConvShape, config: Config | None) -> float:
         # Every tile of output channels makes the depthwise half again.
         repeats = ceil(shape.K / (_block_k(config) if config else _FUSED_BLOCK_K))
         per_tap, per_element = _FUSED_SLOTS
-        per_tap += _FUSED_SHARED_SLOTS / (config.rows if config else _FUSED_ROWS)
+        rows = config.rows if config else _FUSED_ROWS
+        stride = max(round(shape.H / max(shape.P, 1)), 1)
+        per_element += _FUSED_LOAD_SLOTS * shape.S * ((rows - 1) * stride + shape.R) / rows
     elif may_roll(op, shape) and (config is None or config.rows):
         per_tap, per_element = _ROLLING_SLOTS
         if config:  # rows above and below each strip are computed for nothing
             repeats = 1 + (shape.R - 1) / config.rows
     slots = (per_tap * taps + per_element) * repeats
     return slots * prod((shape.N, shape.C, shape.M, shape.P, shape.Q))
+
+
+def _utilisation(op: str, config: Config | None) -> float:
+    if op != "separable_fwd":
+        return _DEPTHWISE_UTILISATION
+    if not isinstance(config, GemmConfig):
+        return _CROWDED_UTILISATION
+    tile = config.rows * config.block_nq * (config.block_k + config.block_c)
+    roomy = tile <= _ROOMY_SUMS * _WARP * config.num_warps
+    return _FUSED_UTILISATION if roomy else _CROWDED_UTILISATION
 
 
 def _share_of_busy_units(op: str, shape: ConvShape, config: Config | None, gpu: Gpu) -> float:

@@ -300,8 +300,8 @@ def _pointwise(x: Tensor, weight_pw: Tensor, bias: Tensor | None) -> Triple:
     if not can_run_kernels(x):
         return _with_statistics(reference.pointwise_conv2d(x, weight_pw, bias, None, None))
     last = suggests_channels_last(x, weight_pw)
-    choice = pointwise.fwd_choice(x, weight_pw, last, bias is not None)
-    if choice in ("library", "linear"):
+    choice = pointwise.fwd_choice(x, weight_pw, last, bias is not None, one_pass=False)
+    if choice == "library":
         return _with_statistics(pointwise.run_fwd(x, weight_pw, bias, None, None, last, choice))
     options = {"allow_tf32": pointwise.allows_tf32(x), "channels_last": last, "config": choice}
     return kernel_module("pointwise").pointwise_fwd_statistics(x, weight_pw, bias, **options)

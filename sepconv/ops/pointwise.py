@@ -16,7 +16,7 @@ from sepconv.ops.activation import before_last_activation
 from sepconv.ops.arguments import check_pointwise
 from sepconv.ops.autocast import autocasted
 from sepconv.ops.backend import can_run_kernels, chooses_kernels
-from sepconv.ops.choice import ASK, Problem, lookup
+from sepconv.ops.choice import ASK, Problem, blocks, lookup
 from sepconv.ops.choice_files import Choice
 from sepconv.ops.kernel_modules import kernel_module
 from sepconv.ops.layout import suggests_channels_last, to_layout
@@ -78,7 +78,9 @@ def run_fwd(
     """The launcher `pointwise_fwd`, or what tuning chose in its place."""
     if choice == ASK:
         epilogue = bias is not None or activation is not None or residual is not None
-        choice = fwd_choice(x, weight_pw, channels_last, epilogue)
+        relu = activation == "relu" and bias is not None
+        one_pass = residual is None and (activation is None or relu)
+        choice = fwd_choice(x, weight_pw, channels_last, epilogue, one_pass)
     if choice == "linear":
         return to_layout(_linear(x, weight_pw, bias, activation, residual), channels_last)
     if choice == "library":
@@ -89,11 +91,19 @@ def run_fwd(
     return launch(x, weight_pw, bias, activation, residual, **options)
 
 
-def fwd_choice(x: Tensor, weight_pw: Tensor, channels_last: bool, epilogue: bool) -> Choice:
-    """What is to run a forward call."""
+def fwd_choice(
+    x: Tensor, weight_pw: Tensor, channels_last: bool, epilogue: bool, one_pass: bool
+) -> Choice:
+    """What is to run a forward call.
+
+    Where the library's product would need another pass over its result (`one_pass` is false), a
+    kernel, which does not.
+    """
     K, C = weight_pw.shape[:2]
     like = (x.dtype, x.get_device(), x.shape, (C, 1, 1), K, Geometry(), channels_last)
-    return lookup(Problem("pointwise_fwd", *like, allows_tf32(x), epilogue))
+    problem = Problem("pointwise_fwd", *like, allows_tf32(x), epilogue)
+    choice = lookup(problem)
+    return blocks(problem) if choice == "linear" and not one_pass else choice
 
 
 def allows_tf32(x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sepconv.kernels.configs import ConvShape, candidates
+from sepconv.kernels.configs import ConvShape, candidates, default
 from sepconv.kernels.cost_model import GPUS, find_gpu, moved_bytes, predicted_seconds
 
 LARGE = ConvShape(256, 128, 56, 56, 128, 56, 56, 3, 3)
@@ -19,8 +19,8 @@ def test_bytes_by_hand():
 
 
 def test_a_memory_bound_layer_takes_its_bytes():
-    bytes_moved = moved_bytes("depthwise_fwd", LARGE, BF16)
-    predicted = predicted_seconds("depthwise_fwd", LARGE, BF16, "NVIDIA H200")
+    bytes_moved = moved_bytes("pointwise_fwd", LARGE, BF16)
+    predicted = predicted_seconds("pointwise_fwd", LARGE, BF16, "NVIDIA H200")
     assert predicted == pytest.approx(bytes_moved / (0.9 * 4.8e12), rel=0.05)
 
 
@@ -34,7 +34,7 @@ def test_what_grows_with_what():
     def h200(op="separable_fwd", shape=LARGE, dtype=BF16, **options):
         return predicted_seconds(op, shape, dtype, "H200", **options)
 
-    assert h200() < h200(dtype=torch.float32) < h200(dtype=torch.float64)
+    assert h200() <= h200(dtype=torch.float32) < h200(dtype=torch.float64)
     assert h200() < h200(shape=LARGE._replace(M=3))
     assert h200(dtype=torch.float32, tf32=True) <= h200(dtype=torch.float32)
     assert h200("conv2d", LARGE._replace(C=512, K=512)) > h200("conv2d")
@@ -48,6 +48,35 @@ def test_small_grids_are_no_faster_than_one_wave():
         predicted_seconds("separable_fwd", tiny, BF16, "H200", config=c) for c in (config, None)
     ]
     assert times[0] > times[1]
+
+
+# Channels and size of the input, stride, channels of the output; us of the fused kernel's default
+# blocks and of two tuned kernels: an H100, bfloat16, batch 256
+# (docs/results/nvidia-h100-80gb-hbm3-2026-11-27.md).
+MEASURED = (
+    (32, 112, 1, 64, 359, 390),
+    (64, 112, 2, 128, 337, 310),
+    (128, 56, 1, 128, 387, 339),
+    (128, 56, 2, 256, 236, 175),
+    (256, 28, 1, 256, 315, 187),
+    (256, 28, 2, 512, 197, 96),
+    (512, 14, 1, 512, 299, 118),
+    (512, 14, 2, 1024, 225, 64),
+    (1024, 7, 1, 1024, 363, 84),
+)
+
+
+@pytest.mark.parametrize(("C", "size", "stride", "K", "fused", "apart"), MEASURED)
+def test_it_chooses_as_measured(C: int, size: int, stride: int, K: int, fused: int, apart: int):
+    out = size // stride
+    whole = ConvShape(256, C, size, size, K, out, out, 3, 3)
+    halves = {"depthwise_fwd": whole._replace(K=C), "pointwise_fwd": whole._replace(H=out, W=out)}
+
+    def predicted(op: str, shape: ConvShape) -> float:
+        return predicted_seconds(op, shape, BF16, "H100", config=default(op, BF16, shape))
+
+    times = [predicted("separable_fwd", whole), sum(predicted(*half) for half in halves.items())]
+    assert (times[0] < times[1]) == (fused < apart)
 
 
 @pytest.mark.parametrize("op", ["depthwise_fwd", "depthwise_bwd_weight", "separable_fwd"])

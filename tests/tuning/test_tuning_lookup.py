@@ -7,7 +7,7 @@ from oracle import poisoned_allocations
 from tuning.problems import depthwise, pointwise, separable
 
 import sepconv
-from sepconv.kernels.configs import DepthwiseConfig
+from sepconv.kernels.configs import DepthwiseConfig, GemmConfig
 from sepconv.kernels.geometry import Geometry
 from sepconv.ops import choice as tuning
 from sepconv.ops import choice_files
@@ -147,17 +147,38 @@ def test_eight_cold_threads_read_once(monkeypatch: pytest.MonkeyPatch):
     assert len(reads) == 1
 
 
-def test_untuned_wide_layers_run_unfused_and_narrow_ones_fused(monkeypatch: pytest.MonkeyPatch):
+def test_untuned_layers_run_unfused_where_memory_does_not_bound_them(
+    monkeypatch: pytest.MonkeyPatch,
+):
     def choice(C: int, size: int, gpu: str = "NVIDIA H200", arch: str = "sm_90") -> Choice:
         tuning.forget()
         monkeypatch.setattr(tuning, "target", lambda _: Target(gpu, arch, "3.6"))
         shape = (256, C, size, size)
         return answer(separable(C, C)._replace(dtype=torch.bfloat16, x_shape=shape))
 
-    assert choice(128, 56) is None
+    assert choice(128, 56) == "unfused"
+    assert choice(128, 56, "NVIDIA L4", "sm_89") is None
     assert choice(2048, 7) == "unfused"
     assert choice(2048, 7, "another of the kind") == "unfused"
     assert choice(2048, 7, "unknown", "unknown") is None
+
+
+def test_untuned_pointwise_convolutions(monkeypatch: pytest.MonkeyPatch):
+    def choice(C: int, K: int, gpu: str, arch: str, dtype: torch.dtype = torch.bfloat16) -> Choice:
+        tuning.forget()
+        monkeypatch.setattr(tuning, "target", lambda _: Target(gpu, arch, "3.6"))
+        whole = separable(C, K)._replace(dtype=dtype, x_shape=(256, C, 14, 14), channels_last=True)
+        return answer(whole.halves[1])
+
+    h100 = ("NVIDIA H100 80GB HBM3", "sm_90")
+    assert choice(512, 512, *h100) == "linear"
+    assert choice(128, 128, *h100) == GemmConfig(64, 64, 128, num_warps=4, num_stages=3)
+    assert choice(512, 192, *h100) == GemmConfig(128, 64, 128, num_warps=8, num_stages=3)
+    assert choice(32, 64, *h100) is None
+    assert choice(512, 512, *h100, torch.float32) is None
+    # 64 KB of shared memory
+    assert choice(512, 192, "Tesla T4", "sm_75") is None
+    assert choice(512, 512, "unknown", "unknown") is None
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch):
