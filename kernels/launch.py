@@ -139,9 +139,12 @@ def pack_depthwise(weight_dw: torch.Tensor, M: int, outputs: int) -> View:
 
     Packed as [R*S, M, C] in the accumulator's type, the channels of one tap lie side by side and
     need no conversion. That copy is a launch of its own, so problems of few `outputs` (results of
-    the depthwise convolution) do without.
+    the depthwise convolution) do without, and weights that lie so already, as `side_by_side` has
+    them.
     """
     G, _, R, S = weight_dw.shape
+    if M == 1 and weight_dw.stride() == (1, G, S * G, G):
+        return View(weight_dw, (G, 0, 1))
     if outputs < _WORTH_PACKING and weight_dw.is_contiguous():
         return View(weight_dw, (1, R * S, M * R * S))
     view = weight_dw.unflatten(0, (G // M, M)).permute(3, 4, 2, 1, 0)

@@ -11,6 +11,7 @@ from sepconv import ops
 from sepconv.kernels.geometry import Geometry, Pair, Rule, Sides, padding_sides
 from sepconv.ops import reference
 from sepconv.ops.autocast import is_autocasting
+from sepconv.ops.layout import side_by_side
 from sepconv.ops.onednn import PackedConv2d, activate_, usable
 from sepconv.ops.stem import stem_conv2d, stem_takes
 
@@ -31,6 +32,8 @@ class _Fused(nn.Module):
         # A tensor made in inference mode could not tell when it is written to.
         with torch.inference_mode(False):
             value = torch.empty_like(value, memory_format=layout).copy_(value.detach())
+            if name == "weight_dw" and value.is_cuda:
+                value = side_by_side(value)
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 

@@ -45,6 +45,11 @@ def to_channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
+def side_by_side(weight_dw: Tensor) -> Tensor:
+    """Depthwise weights [G, 1, R, S] as the kernels read them: the channels of a tap in one run."""
+    return weight_dw.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+
+
 def to_layout(y: Tensor, channels_last: bool) -> Tensor:
     """`y` with exactly the strides of a new tensor in that layout, copied only if they differ."""
     if is_channels_last(y):

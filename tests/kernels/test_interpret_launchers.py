@@ -16,6 +16,7 @@ from sepconv.kernels.geometry import Geometry
 from sepconv.kernels.launch import MAX_AXIS, collapse, dot_options
 from sepconv.kernels.pointwise import pointwise_fwd
 from sepconv.kernels.separable import separable_fwd
+from sepconv.ops.layout import side_by_side
 
 PACKING = pytest.mark.parametrize("worth_packing", [0, 1 << 60], ids=["packed", "unpacked"])
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -296,3 +297,21 @@ def test_only_float32_is_multiplied_in_tf32_and_only_if_allowed(
     assert precision == "ieee"
     _, precision = dot_options(x, allow_tf32=True)
     assert precision == ("tf32" if dtype == torch.float32 and hip is None else "ieee")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_that_lie_side_by_side_are_not_copied(case: Case, dtype: torch.dtype):
+    weight_dw, weight_pw = weights(case, dtype)
+    ready = side_by_side(weight_dw)
+    assert torch.equal(ready, weight_dw)
+    G, _, R, S = ready.shape
+    given = launch.pack_filters(ready, 1 << 60)
+    assert given.ptr is ready or R * S == 1
+    assert given.stride == (G, 1)
+    x = integers(N, C, H, W, dtype=dtype)
+    options = {"allow_tf32": False, "channels_last": True}
+    arguments = (x, ready, weight_pw, None, None, case.geometry, None, None, None)
+    y = separable_fwd(*arguments, **options)
+    expected = separable_fwd(x, weight_dw, *arguments[2:], **options)
+    assert_exact(y, expected)
