@@ -13,6 +13,7 @@ from sepconv.mobilenet.config import Activation, Block, MobileNetV1Config, Paddi
 from sepconv.nn import DepthwiseConv2d, PaddedConv2d, PointwiseConv2d
 from sepconv.ops import BatchNorm, depthwise_conv2d_batch_norm, pointwise_conv2d_batch_norm
 from sepconv.ops.backend import chooses_kernels
+from sepconv.ops.batch_norm import normalised
 
 Conv = TypeVar("Conv", bound=nn.Conv2d)
 
@@ -22,29 +23,46 @@ _ACTIVATIONS = {"relu": F.relu, "relu6": F.relu6}
 def conv_norm_act(x: Tensor, conv: nn.Module, bn: nn.Module, activation: Activation) -> Tensor:
     """Return `activation(bn(conv(x)))`.
 
-    While training through the kernels, the convolution's kernel collects the batch's statistics.
+    While training through the kernels, the convolution's kernel collects the batch's statistics;
+    without gradients, one pass normalises and activates.
     """
-    if (
-        type(bn) is nn.BatchNorm2d
-        and bn.training
-        and isinstance(x, Tensor)  # not where fx records the layers
-        and (type(conv) is DepthwiseConv2d or type(conv) is PointwiseConv2d)
-        and chooses_kernels(x)
-        and not has_hooks(conv)
-        and not has_hooks(bn)
-    ):
-        norm = BatchNorm.of(bn)
+    norm = _for_kernels(x, conv, bn)
+    if norm is not None and norm.training:
         if isinstance(conv, PointwiseConv2d):
-            return pointwise_conv2d_batch_norm(x, conv.weight, norm, conv.bias, activation)
-        top, bottom, left, right = conv.sides(x)
-        geometry = (conv.stride, ((top, bottom), (left, right)), conv.dilation)
-        return depthwise_conv2d_batch_norm(
-            x, conv.weight, norm, conv.bias, *geometry, activation=activation
-        )
+            own = BatchNorm.of(norm)
+            return pointwise_conv2d_batch_norm(x, conv.weight, own, conv.bias, activation)
+        if isinstance(conv, DepthwiseConv2d):
+            return _depthwise_norm_act(x, conv, BatchNorm.of(norm), activation)
+    if (
+        norm is not None
+        and not norm.training
+        and norm.running_mean is not None
+        and not torch.is_grad_enabled()
+    ):
+        return normalised(conv(x), norm, activation)
     y = bn(conv(x))
     # Not over what a hook may have kept, or what is not the BatchNorm's own result.
     inplace = isinstance(bn, _BatchNorm) and not has_hooks(bn)
     return _ACTIVATIONS[activation](y, inplace=inplace)
+
+
+def _for_kernels(x: Tensor, conv: nn.Module, bn: nn.Module) -> nn.BatchNorm2d | None:
+    """The BatchNorm, where the kernels may do its work."""
+    plain = type(bn) is nn.BatchNorm2d and isinstance(x, Tensor)  # not where fx records the layers
+    if not plain or not chooses_kernels(x) or has_hooks(conv) or has_hooks(bn):
+        return None
+    assert isinstance(bn, nn.BatchNorm2d)
+    return bn
+
+
+def _depthwise_norm_act(
+    x: Tensor, conv: DepthwiseConv2d, norm: BatchNorm, activation: Activation
+) -> Tensor:
+    top, bottom, left, right = conv.sides(x)
+    geometry = (conv.stride, ((top, bottom), (left, right)), conv.dilation)
+    return depthwise_conv2d_batch_norm(
+        x, conv.weight, norm, conv.bias, *geometry, activation=activation
+    )
 
 
 class SeparableBlock(nn.Module):

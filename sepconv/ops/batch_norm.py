@@ -182,6 +182,17 @@ def pointwise_conv2d_batch_norm(
     return _normalise(made, norm, activation)
 
 
+def normalised(z: Tensor, norm: nn.BatchNorm2d, activation: str | None) -> Tensor:
+    """`activation(norm(z))` of a module in eval mode, in one pass over `z` [N, C, H, W].
+
+    It has no gradient: that of the operator goes through the batch's own statistics.
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    mean, var = (t.to(_wide(z)) for t in (norm.running_mean, norm.running_var))
+    return torch.ops.sepconv.batch_norm(z, mean, var, norm.weight, norm.bias, norm.eps, activation)
+
+
 def _check_norm(norm: BatchNorm, x: Tensor, shape: tuple[int, int, int, int]) -> None:
     for name, vector in zip(BatchNorm._fields[:4], norm[:4], strict=True):
         if vector is not None:

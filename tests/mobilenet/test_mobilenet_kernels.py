@@ -93,6 +93,17 @@ def test_kernels_collect_the_statistics(monkeypatch):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), name
 
 
+@torch.no_grad()
+def test_kernels_normalise_and_activate_in_one_pass(monkeypatch):
+    model = smallest().eval()
+    x = images(4, 8).to(DEVICE)
+    with sepconv.backend("reference"):
+        expected = model(x)
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda *_: pytest.fail("a pass of its own"))
+    with sepconv.backend("triton"):
+        assert torch.allclose(model(x), expected, atol=1e-5)
+
+
 def smallest() -> nn.Module:
     """Four layers, so that steps through the interpreter take seconds."""
     torch.manual_seed(0)
