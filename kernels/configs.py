@@ -16,6 +16,8 @@ ROLLING_MOST_TAPS = 9
 
 # Enough programs to keep a large GPU busy.
 _FILLING_PROGRAMS = 1024
+# As many lanes in programs of four times the pixels. Smaller launches make one column a thread.
+_FILLING_PROGRAMS_OF_PAIRS, _FEWEST_ROWS_OF_PAIRS = 256, 4
 # Sums of one thread. Without matrix instructions for a type the compiler spells out every
 # multiply-add of a product: beyond the lower figure it takes a minute for code that spills.
 _MOST_SUMS, _MOST_SUMS_SPELT_OUT = 128, 64
@@ -42,13 +44,18 @@ class ConvShape(NamedTuple):
 
 
 class DepthwiseConfig(NamedTuple):
-    """A tile of `block_nq` pixels of one row (across images) by `block_c` channels."""
+    """A tile of `block_nq` pixels of one row (across images) by `block_c` channels.
+
+    In a rolling strip `block_nq` counts groups of `columns` neighbouring pixels; one thread makes
+    all of a group.
+    """
 
     block_nq: int
     block_c: int
     rows: int = 0  # output rows of a rolling strip; 0 = the general kernel
     num_warps: int = 4
     num_stages: int = 1
+    columns: int = 1
 
 
 class GemmConfig(NamedTuple):
@@ -134,7 +141,7 @@ def shared_bytes(op: str, dtype: torch.dtype, config: Config) -> int:
     if isinstance(config, DepthwiseConfig):
         if op in ("depthwise_bwd_weight", *CHANNELWISE_OPS):
             return 4 * config.block_c * config.num_warps
-        row = 3 * config.block_nq * config.block_c * dtype.itemsize
+        row = (config.columns + 2) * config.block_nq * config.block_c * dtype.itemsize
         return row * (config.num_stages - 1) if config.rows else 0
     tile = (config.block_nq + config.block_k) * config.block_c * dtype.itemsize
     return tile * config.num_stages if op == "pointwise_fwd" else tile
@@ -147,6 +154,15 @@ def _power_of_2(n: int, low: int, high: int) -> int:
 
 def _default_depthwise(op: str, dtype: torch.dtype, shape: ConvShape) -> DepthwiseConfig:
     height, width = _written_size(op, shape)
+    if dtype.itemsize == 2 and _loads_vectors(shape) and may_pair(op, shape):
+        # Measured on an H100 at 3 x 3: 13 to 24 % faster than one column.
+        groups = shape.N * -(-width // 2)
+        block_c = _power_of_2(shape.K, 8, 64)
+        block_nq = _power_of_2(groups, 8, 32)
+        programs_per_row = -(-shape.K // block_c) * -(-groups // block_nq)
+        most = programs_per_row * height // _FILLING_PROGRAMS_OF_PAIRS
+        if most >= _FEWEST_ROWS_OF_PAIRS:
+            return DepthwiseConfig(block_nq, block_c, _even_rows(height, most), 4, 3, 2)
     columns = shape.N * width
     if shape.channels_last:
         narrow = dtype == torch.float64 or not _loads_vectors(shape)
@@ -159,6 +175,13 @@ def _default_depthwise(op: str, dtype: torch.dtype, shape: ConvShape) -> Depthwi
     programs_per_row = -(-shape.K // block_c) * -(-columns // block_nq)
     rows = min(max(programs_per_row * height // _FILLING_PROGRAMS, 2), 16)
     return DepthwiseConfig(block_nq, block_c, rows, num_stages=3)
+
+
+def _even_rows(height: int, most: int) -> int:
+    """Rows of a strip, `most` and 16 at most, of which as few as possible lie below the image."""
+    most = min(most, height, 14 if height % 14 == 0 else 16)
+    even = -(-height // -(-height // most))
+    return next((rows for rows in range(most, most // 2, -1) if height % rows == 0), even)
 
 
 def _default_channelwise(dtype: torch.dtype, shape: ConvShape) -> DepthwiseConfig:
@@ -179,17 +202,22 @@ def _written_size(op: str, shape: ConvShape) -> tuple[int, int]:
 
 def _depthwise_candidates(op: str, shape: ConvShape) -> Iterator[Config]:
     height, width = _written_size(op, shape)
-    widest = _power_of_2(shape.N * width, 8, 1024)
     blocks_c = (32, 64, 128) if shape.channels_last else (1,)
-    # (rows, num_stages); the general kernel has no loop to pipeline.
-    strips = ((0, 1), (4, 3), (16, 1), (16, 3)) if may_roll(op, shape) else ((0, 1),)
+    # (rows, num_warps, num_stages, columns); the general kernel has no loop to pipeline.
+    strips = [(0, 4, 1, 1), (0, 8, 1, 1)]
+    if may_roll(op, shape):
+        tall, low = _even_rows(height, 16), _even_rows(height, 8)
+        strips += [(4, 4, 3, 1), (4, 8, 3, 1), (tall, 4, 3, 1)]
+        if shape.channels_last and may_pair(op, shape):
+            strips += [(tall, 4, 3, 2), (low, 4, 3, 2)]
     # Sixteen-byte loads bring eight channels: each thread has one or two pixels of them.
-    for block_c, per_thread, num_warps, (rows, num_stages) in itertools.product(
-        blocks_c, (8, 16), (4, 8), strips
+    for block_c, per_thread, (rows, num_warps, num_stages, columns) in itertools.product(
+        blocks_c, (8, 16), strips
     ):
         block_nq = per_thread * 32 * num_warps // block_c
+        widest = _power_of_2(shape.N * -(-width // columns), 8, 1024)
         if block_nq <= widest and block_c < 2 * max(shape.K, 32) and rows < 2 * height:
-            yield DepthwiseConfig(block_nq, block_c, rows, num_warps, num_stages)
+            yield DepthwiseConfig(block_nq, block_c, rows, num_warps, num_stages, columns)
 
 
 def may_roll(op: str, shape: ConvShape) -> bool:
@@ -200,6 +228,11 @@ def may_roll(op: str, shape: ConvShape) -> bool:
     by_1 = 2 * shape.P > shape.H + shape.R
     fits = shape.R > 1 and shape.R * shape.S <= ROLLING_MOST_TAPS and by_1
     return fits and (op == "depthwise_fwd" or (op == "depthwise_bwd_input" and shape.M == 1))
+
+
+def may_pair(op: str, shape: ConvShape) -> bool:
+    """Whether two columns of a strip share loads; the horizontal stride is told as the vertical."""
+    return may_roll(op, shape) and shape.S > 1 and 2 * shape.Q > shape.W + shape.S
 
 
 def _channelwise_candidates(shape: ConvShape) -> Iterator[Config]:

@@ -12,7 +12,7 @@ from math import ceil, prod
 
 import torch
 
-from sepconv.kernels.configs import Config, ConvShape, GemmConfig, may_roll
+from sepconv.kernels.configs import Config, ConvShape, GemmConfig, may_pair, may_roll
 
 # Shares of the data sheet's rates that large copies and matrix products reach; a convolution of the
 # library reaches less of the latter.
@@ -22,10 +22,11 @@ _LIBRARY_SHARE = 0.6
 _START_SECONDS = 3e-6
 # Thread instructions per tap of one depthwise element, and per element: fitted to counts in the
 # machine code of the kernels for sm_90 (docs/results/static.md): 60 and 131 for 3 x 3 and 5 x 5 in
-# the general kernel, 27 rolling, 59 in the weight gradient. The fused kernel spends on each value
-# of x that it loads and converts, which several rows share, and on each tap.
+# the general kernel, 27 rolling, 21 rolling where a thread makes two columns, 59 in the weight
+# gradient. The fused kernel spends on each value of x that it loads and converts, which several
+# rows share, and on each tap.
 _GENERAL_SLOTS = (5.0, 8.0)
-_ROLLING_SLOTS = (2.5, 4.0)
+_ROLLING_SLOTS = {1: (2.5, 4.0), 2: (1.9, 4.0)}
 _BWD_WEIGHT_SLOTS = (6.0, 5.0)
 _FUSED_SLOTS, _FUSED_LOAD_SLOTS = (2.5, 3.0), 3.0
 _FUSED_ROWS, _FUSED_BLOCK_K = 2, 256  # of a large layer
@@ -234,7 +235,7 @@ def _issue_slots(op: str, shape: ConvShape, config: Config | None) -> float:
         stride = max(round(shape.H / max(shape.P, 1)), 1)
         per_element += _FUSED_LOAD_SLOTS * shape.S * ((rows - 1) * stride + shape.R) / rows
     elif may_roll(op, shape) and (config is None or config.rows):
-        per_tap, per_element = _ROLLING_SLOTS
+        per_tap, per_element = _ROLLING_SLOTS[_columns(op, shape, config)]
         if config:  # rows above and below each strip are computed for nothing
             repeats = 1 + (shape.R - 1) / config.rows
     slots = (per_tap * taps + per_element) * repeats
@@ -265,6 +266,13 @@ def _block_k(config: Config) -> int:
     return config.block_k if isinstance(config, GemmConfig) else config.block_c
 
 
+def _columns(op: str, shape: ConvShape, config: Config | None) -> int:
+    """Neighbouring pixels that one thread of a depthwise kernel makes."""
+    if not may_pair(op, shape):
+        return 1
+    return 2 if config is None else getattr(config, "columns", 1)
+
+
 def _programs(op: str, shape: ConvShape, config: Config) -> int:
     channels = ceil(shape.K / _block_k(config))
     if op in ("pointwise_fwd", "activation_bwd"):
@@ -274,4 +282,5 @@ def _programs(op: str, shape: ConvShape, config: Config) -> int:
         # It splits its work into about as many programs as fill any GPU.
         return min(channels * rows * ceil(shape.N * columns / config.block_nq), 2048)
     strips = ceil(rows / max(config.rows, 1))
-    return channels * strips * ceil(shape.N * columns / config.block_nq)
+    groups = shape.N * ceil(columns / _columns(op, shape, config))
+    return channels * strips * ceil(groups / config.block_nq)

@@ -5,7 +5,9 @@
 
 A program walks down a strip of `rows` output rows. An input row gives its products to the R output
 rows that need it, whose sums roll through R accumulators: S loads and conversions per output
-instead of R * S. Instruction issue, not memory, bounds the general kernel in 16 bits.
+instead of R * S. Of COLS neighbouring columns made by one thread, the loads are shared too:
+(S + COLS - 1) / COLS per output. Instruction issue, not memory, bounds the general kernel in 16
+bits.
 """
 
 import torch
@@ -26,7 +28,7 @@ def _depthwise_rolling_kernel(
     weight,  # [R*S, G]
     bias,  # [G] or None
     y,  # [N, G, P, Q]
-    triples,  # [TILES], or None where no statistics are wanted
+    triples,  # [TILES], or None where no statistics are wanted; of one column only
     sizes,
     CONV: tl.constexpr,
     INPUT_GRADIENT: tl.constexpr,
@@ -34,9 +36,11 @@ def _depthwise_rolling_kernel(
     ACC: tl.constexpr,
     BLOCK_NQ: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    COLS: tl.constexpr,  # output columns of a thread; more than 1 by stride and dilation 1 only
     NUM_STAGES: tl.constexpr,
 ):
-    N, H, W, G, P, Q, num_g, num_strips, rows, steps = sizes  # steps = rows + R - 1
+    # groups = ceil(Q / COLS), steps = rows + R - 1
+    N, H, W, G, P, Q, groups, num_g, num_strips, rows, steps = sizes
     R: tl.constexpr = CONV.R  # Triton unrolls over what it knows as a constant only
     S: tl.constexpr = CONV.S
     stride_xn, stride_xc, stride_xh, stride_xw = x.stride
@@ -47,7 +51,8 @@ def _depthwise_rolling_kernel(
     first_p = pid // num_g % num_strips * rows
     pid_nq = pid // num_g // num_strips
 
-    n, q = split_nq(pid_nq, Q, BLOCK_NQ)
+    n, group = split_nq(pid_nq, groups, BLOCK_NQ)
+    q = group * COLS  # the first of the thread's columns
     mask_nq = n < N
     offs_g = pid_g * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_g = offs_g < G
@@ -71,41 +76,51 @@ def _depthwise_rolling_kernel(
 
     means = tl.zeros([BLOCK_NQ, BLOCK_C], ACC)
     squares = tl.zeros([BLOCK_NQ, BLOCK_C], ACC)
-    # accs[r] is the sum of the output row that meets this input row with filter row r.
-    accs = (tl.zeros([BLOCK_NQ, BLOCK_C], ACC),) * R
+    # accs[r * COLS + c] is the sum of column c in the output row that meets this input row with
+    # filter row r.
+    accs = (tl.zeros([BLOCK_NQ, BLOCK_C], ACC),) * (R * COLS)
     # Loads of the next rows are under way while this one is summed.
     for i in tl.range(steps, num_stages=NUM_STAGES):
         step = tl.cast(i, tl.int64)
         h = first_p + step - CONV.PAD_TOP
         mask_h = mask_nq & (h >= 0) & (h < H)
-        for s in tl.static_range(S):
+        for s in tl.static_range(S + COLS - 1):
             column = w + s * CONV.DILATION_W
             mask = (mask_h & (column >= 0) & (column < W))[:, None] & mask_g[None, :]
             tap_ptrs = x_ptrs + (
                 h * stride_xh + tl.cast(stride_xw, tl.int64) * (s * CONV.DILATION_W)
             )
             value = tl.load(tap_ptrs, mask=mask, other=0.0).to(ACC)
-            for r in tl.static_range(R):
-                acc = accs[r] + value * weights[r * S + s]
-                if INPUT_GRADIENT:
-                    acc = tl.where(mask, acc, accs[r])
-                accs = accs[:r] + (acc,) + accs[r + 1 :]  # noqa: RUF005
+            for c in tl.static_range(COLS):
+                if (s >= c) & (s - c < S):
+                    for r in tl.static_range(R):
+                        before = accs[r * COLS + c]
+                        acc = before + value * weights[r * S + s - c]
+                        if INPUT_GRADIENT:
+                            acc = tl.where(mask, acc, before)
+                        accs = accs[: r * COLS + c] + (acc,) + accs[r * COLS + c + 1 :]  # noqa: RUF005
 
         # The strip's first R - 1 steps finish rows that belong to the strip above.
         p = first_p + step - (R - 1)
         mask_p = mask_nq & (p >= first_p) & (p < P)
-        out = apply_activation(accs[R - 1] + shift[None, :], ACTIVATION)
-        if triples is not None:
-            # Each lane's mean so far and squared deviations from it (Welford, 1962).
-            finished = (p >= first_p) & (p < P)
-            share = 1.0 / tl.maximum(p - first_p + 1, 1).to(ACC)
-            delta = out - means
-            mean = means + delta * share
-            squares = tl.where(finished, squares + delta * (out - mean), squares)
-            means = tl.where(finished, mean, means)
-        out = out.to(y.ptr.dtype.element_ty)
-        tl.store(y_ptrs + p * stride_yh, out, mask=mask_p[:, None] & mask_g[None, :])
-        accs = (tl.zeros([BLOCK_NQ, BLOCK_C], ACC),) + accs[: R - 1]  # noqa: RUF005
+        for c in tl.static_range(COLS):
+            out = apply_activation(accs[(R - 1) * COLS + c] + shift[None, :], ACTIVATION)
+            if triples is not None:
+                # Each lane's mean so far and squared deviations from it (Welford, 1962).
+                finished = (p >= first_p) & (p < P)
+                share = 1.0 / tl.maximum(p - first_p + 1, 1).to(ACC)
+                delta = out - means
+                mean = means + delta * share
+                squares = tl.where(finished, squares + delta * (out - mean), squares)
+                means = tl.where(finished, mean, means)
+            out = out.to(y.ptr.dtype.element_ty)
+            out_ptrs = y_ptrs + p * stride_yh
+            mask_q = mask_p
+            if COLS > 1:
+                out_ptrs += tl.cast(stride_yw, tl.int64) * c
+                mask_q &= q + c < Q
+            tl.store(out_ptrs, out, mask=mask_q[:, None] & mask_g[None, :])
+        accs = (tl.zeros([BLOCK_NQ, BLOCK_C], ACC),) * COLS + accs[: (R - 1) * COLS]
 
     if triples is not None:
         tile = pid // num_g
@@ -146,21 +161,27 @@ def depthwise_rolling(
         activation: `None`, `relu`, `relu6`, `silu`, `hardswish` or `gelu`.
         input_gradient: Rotate the filters by half a turn, and leave padding out instead of
             multiplying it as zero.
-        config: Block sizes, with `rows` > 0.
+        config: Block sizes, with `rows` > 0. Where the horizontal stride or dilation is not 1,
+            neighbouring columns share too little: each thread makes one.
         statistics: Whether to collect those of `y`, which are then returned.
     """
     N, C, H, W = x.shape
     R, S = filter_size
     _, G, P, Q = y.shape
     num_g = ceil_div(G, config.block_c)
+    if statistics and config.columns > 1:
+        # The sums of two columns leave no registers for their means and deviations (sm_90: 255).
+        config = config._replace(block_nq=max(config.block_nq // 2, 1), columns=1)
     num_strips = ceil_div(P, config.rows)
-    tiles = num_strips * ceil_div(N * Q, config.block_nq)
+    columns = config.columns if geometry.stride[1] == geometry.dilation[1] == 1 else 1
+    groups = ceil_div(Q, columns)
+    tiles = num_strips * ceil_div(N * groups, config.block_nq)
     partial = Partial(y, tiles) if statistics else None
     launch(
         _depthwise_rolling_kernel,
         num_g * tiles,
         (view(x), taps, view(bias), view(y), collected_by(partial)),
-        ((N, H, W, G, P, Q, num_g, num_strips, config.rows, config.rows + R - 1),),
+        ((N, H, W, G, P, Q, groups, num_g, num_strips, config.rows, config.rows + R - 1),),
         {
             "CONV": conv_constants(G // C, (R, S), geometry),
             "INPUT_GRADIENT": input_gradient,
@@ -168,6 +189,7 @@ def depthwise_rolling(
             "ACC": accumulator(x.dtype),
             "BLOCK_NQ": config.block_nq,
             "BLOCK_C": config.block_c,
+            "COLS": columns,
             "NUM_STAGES": config.num_stages,
         },
         num_warps=config.num_warps,

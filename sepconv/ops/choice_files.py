@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from sepconv._util import write_atomically
 from sepconv.kernels.configs import DepthwiseConfig, GemmConfig
 
-FORMAT = 2
+FORMAT = 3
 # Beside the kernels: torch's own convolutions, its matrix product for a pointwise one, and for the
 # separable op one kernel after the other.
 OTHERS = ("library", "linear", "unfused")
@@ -260,11 +260,13 @@ def choice_of(key: str, value: Any) -> Choice:
 def _check_sizes(sizes: Mapping[str, int]) -> None:
     blocks = [size for name, size in sizes.items() if name.startswith("block_")]
     powers = [*blocks, sizes["num_warps"], *([sizes["rows"]] if "block_k" in sizes else [])]
+    powers.append(sizes.get("columns", 1))
     if any(size < 1 or size & (size - 1) for size in powers):
         raise ValueError(f"choice: expected powers of two, got {dict(sizes)}")
     sound = max(blocks) <= 4096 and sizes["num_warps"] <= 32 and 1 <= sizes["num_stages"] <= 8
     tile = sizes["block_nq"] * sizes.get("block_k", sizes["block_c"])
-    tile *= sizes["rows"] if "block_k" in sizes else 1
+    tile *= sizes["rows"] if "block_k" in sizes else sizes["columns"]
+    sound = sound and sizes.get("columns", 1) <= 2
     in_registers = tile <= _MOST_SUMS_PER_THREAD * 32 * sizes["num_warps"]
     if not sound or not in_registers or not 0 <= sizes["rows"] <= 4096:
         raise ValueError(f"choice: no program can be that large: {dict(sizes)}")

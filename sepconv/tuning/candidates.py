@@ -35,7 +35,7 @@ def candidates(problem: Problem, most: int = MAX_CANDIDATES) -> list[Choice]:
 def diverse(sizes: Sequence[Any], count: int) -> list[Any]:
     """So many of `sizes`, in order: the first of each kind, coarse kinds first, then the rest."""
     kinds: tuple[Callable[[Any], Any], ...] = (
-        lambda config: config.rows,
+        lambda config: (config.rows, getattr(config, "columns", 1)),
         lambda config: (config.block_nq, getattr(config, "block_k", config.block_c)),
         lambda config: config,
     )

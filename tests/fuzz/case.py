@@ -26,6 +26,7 @@ class Tiles(NamedTuple):
         rows: Of a strip that one program makes.
         programs: That the weight gradient is split into.
         packed: Whether depthwise weights are copied so that the channels of a tap lie together.
+        columns: Neighbouring pixels that one thread of the rolling kernel makes.
     """
 
     nq: int
@@ -34,6 +35,7 @@ class Tiles(NamedTuple):
     rows: int
     programs: int
     packed: bool
+    columns: int = 1
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def _default_tiles(case: Case) -> Iterator[None]:
     if case.tiles is None:
         yield
         return
-    nq, c, k, rows, programs, packed = case.tiles
+    nq, c, k, rows, programs, packed, columns = case.tiles
     plain = configs.default
     asked = []
 
@@ -162,7 +162,7 @@ def _default_tiles(case: Case) -> Iterator[None]:
         asked.append(op)
         config = plain(op, dtype, shape)
         if isinstance(config, configs.DepthwiseConfig):
-            return config._replace(block_nq=nq, block_c=c, rows=rows)
+            return config._replace(block_nq=nq, block_c=c, rows=rows, columns=columns)
         return config._replace(block_nq=nq, block_c=c, block_k=k, rows=max(rows, 1))
 
     with ExitStack() as stack:

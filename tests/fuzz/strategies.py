@@ -109,8 +109,8 @@ def axis(
     return max(size, 1), stride, before, after, dilation
 
 
-# rows, programs and packed of `Tiles`
-DIVISIONS = list(itertools.product((0, 1, 2, 3, 4), (1, 2, 5), (False, True)))
+# rows, programs, packed and columns of `Tiles`
+DIVISIONS = list(itertools.product((0, 1, 2, 3, 4), (1, 2, 5), (False, True), (1, 2)))
 PLANTS = st.sampled_from(
     [(at, value) for at in (0, 1, 2, 7, 31, 200, 999) for value in (math.nan, math.inf, -math.inf)]
 )

@@ -48,6 +48,11 @@ CASES = [
     Case((7, 1), Geometry((1, 1), (3, 3, 0, 0)), M=2),
     Case((1, 1), Geometry((2, 1))),
 ]
+CONFIGS = [
+    DepthwiseConfig(16, 16),
+    DepthwiseConfig(16, 16, 4),
+    DepthwiseConfig(8, 16, 4, columns=2),
+]
 N, C, H, W, K = 2, 11, 5, 7, 13
 
 
@@ -78,7 +83,7 @@ def assert_exact(actual: Tensor, expected: Tensor, channels_last: bool | None = 
 
 @PACKING
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("config", [DepthwiseConfig(16, 16), DepthwiseConfig(16, 16, 4)])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_depthwise_fwd(case: Case, config: DepthwiseConfig, worth_packing, monkeypatch):
     monkeypatch.setattr(launch, "_WORTH_PACKING", worth_packing)
     torch.manual_seed(0)
@@ -91,7 +96,7 @@ def test_depthwise_fwd(case: Case, config: DepthwiseConfig, worth_packing, monke
 
 @PACKING
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("config", [DepthwiseConfig(16, 16), DepthwiseConfig(16, 16, 4)])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_depthwise_bwd(case: Case, config: DepthwiseConfig, worth_packing, monkeypatch):
     monkeypatch.setattr(launch, "_WORTH_PACKING", worth_packing)
     torch.manual_seed(0)
@@ -194,7 +199,9 @@ def test_activations_at_special_values(activation: str):
     torch.testing.assert_close(got.flatten(), ACTIVATIONS[activation](z), **close)
 
 
-@pytest.mark.parametrize("config", [DepthwiseConfig(8, 8), DepthwiseConfig(8, 8, 2)])
+@pytest.mark.parametrize(
+    "config", [DepthwiseConfig(8, 8), DepthwiseConfig(8, 8, 2), DepthwiseConfig(4, 8, 2, columns=2)]
+)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_padding_is_multiplied_forward_and_left_out_backward(config: DepthwiseConfig, value: float):
     x = torch.ones(1, 3, 4, 4, device=DEVICE, dtype=torch.float64, requires_grad=True)

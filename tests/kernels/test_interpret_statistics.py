@@ -15,7 +15,10 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 AXES = (0, 2, 3)
 SAME = Geometry(padding=(1, 1, 1, 1))
 # Strips of several rows and of none, tiles that fit and that do not.
-CONFIGS = [DepthwiseConfig(16, 16), DepthwiseConfig(16, 8, 4), DepthwiseConfig(8, 16, 3), None]
+CONFIGS = [
+    DepthwiseConfig(16, 16), DepthwiseConfig(16, 8, 4), DepthwiseConfig(8, 16, 3),
+    DepthwiseConfig(8, 16, 3, columns=2), None,
+]  # fmt: skip
 
 
 def tensors(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:

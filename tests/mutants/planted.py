@@ -57,6 +57,13 @@ MUTANTS = [
         DEPTHWISE,
     ),
     Mutant(
+        "column_beyond_the_last",
+        "depthwise_rolling.py",
+        "mask_q &= q + c < Q",
+        "mask_q &= q < Q",
+        DEPTHWISE,
+    ),
+    Mutant(
         "lost_input_row",
         "depthwise_rolling.py",
         "(h >= 0) & (h < H)",
@@ -102,8 +109,8 @@ MUTANTS = [
     Mutant(
         "stale_accumulator",
         "depthwise_rolling.py",
-        "accs = (tl.zeros([BLOCK_NQ, BLOCK_C], ACC),) + accs[: R - 1]",
-        "accs = (accs[R - 1],) + accs[: R - 1]",
+        "accs = (tl.zeros([BLOCK_NQ, BLOCK_C], ACC),) * COLS + accs[: (R - 1) * COLS]",
+        "accs = accs[(R - 1) * COLS :] + accs[: (R - 1) * COLS]",
         DEPTHWISE,
     ),
     Mutant(

@@ -81,16 +81,31 @@ def test_the_matrix_product_is_offered_where_its_precision_is_the_users():
 
 
 def test_strips_are_offered_where_they_run_another_kernel():
-    def strips(problem: Problem) -> set[int]:
-        return {c.rows for c in tuner_candidates.candidates(problem) if isinstance(c, tuple)}
+    def strips(problem: Problem) -> set[tuple[int, int]]:
+        found = tuner_candidates.candidates(problem)
+        return {(c.rows, c.columns) for c in found if isinstance(c, DepthwiseConfig)}
 
     by_1 = at(depthwise(), 128, 128, 56)
-    assert strips(by_1) == {0, 4, 16}
-    assert strips(by_1._replace(geometry=Geometry((2, 2), (1, 1, 1, 1)))) == {0}
+    assert strips(by_1) == {(0, 1), (4, 1), (14, 1), (8, 2), (14, 2)}
+    assert strips(by_1._replace(geometry=Geometry((2, 2), (1, 1, 1, 1)))) == {(0, 1)}
+    across = by_1._replace(geometry=Geometry((1, 2), (1, 1, 1, 1)))
+    assert strips(across) == {(0, 1), (4, 1), (14, 1)}, "few loads to share"
     wide = by_1._replace(filter_shape=(128, 5, 5), geometry=Geometry(padding=(2,) * 4))
-    assert strips(wide) == {0}
-    assert strips(by_1._replace(op="depthwise_bwd_input")) == {0, 4, 16}
-    assert strips(by_1._replace(op="depthwise_bwd_weight")) == {0}
+    assert strips(wide) == {(0, 1)}
+    assert strips(by_1._replace(op="depthwise_bwd_input")) == strips(by_1)
+    assert strips(by_1._replace(op="depthwise_bwd_weight")) == {(0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "rows"), [(64, 112, 14), (128, 56, 14), (256, 28, 14), (1024, 7, 7)]
+)
+def test_large_launches_make_two_columns_in_even_strips(channels: int, size: int, rows: int):
+    def by_default(batch: int, dtype: torch.dtype = torch.bfloat16):
+        shape = at(depthwise(), channels, channels, size, batch).conv_shape
+        return default("depthwise_fwd", dtype, shape)
+
+    assert by_default(256) == DepthwiseConfig(32, 64, rows, 4, 3, 2)
+    assert by_default(1).columns == by_default(256, torch.float32).columns == 1
 
 
 def test_the_default_block_sizes_have_one_turn():

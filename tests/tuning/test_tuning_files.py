@@ -38,7 +38,7 @@ def plant(content: bytes | str) -> None:
     [
         (KEY, None),
         (KEY, "library"),
-        (KEY, DepthwiseConfig(8, 64, 16, 8, 1)),
+        (KEY, DepthwiseConfig(8, 64, 14, 8, 1, 2)),
         (separable().key, "unfused"),
         (separable().key, GemmConfig(64, 32, 128, 4, 8, 2)),
         (pointwise().key, GemmConfig(64, 32, 128)),
@@ -62,7 +62,7 @@ def sound() -> dict:
     }  # fmt: skip
 
 
-SIZES = {"block_nq": 16, "block_c": 64, "rows": 4, "num_warps": 4, "num_stages": 1}
+SIZES = {"block_nq": 16, "block_c": 64, "rows": 4, "num_warps": 4, "num_stages": 1, "columns": 1}
 DAMAGED = {
     "empty": "",
     "truncated": json.dumps(sound())[:-20],
@@ -81,6 +81,10 @@ DAMAGED = {
     "negative": json.dumps(sound() | {"choice": SIZES | {"block_c": -64}}),
     "gigantic": json.dumps(sound() | {"choice": SIZES | {"block_c": 1 << 40}}),
     "too many sums": json.dumps(sound() | {"choice": SIZES | {"block_nq": 4096}}),
+    "three columns": json.dumps(sound() | {"choice": SIZES | {"columns": 3}}),
+    "four columns": json.dumps(sound() | {"choice": SIZES | {"columns": 4}}),
+    "no column": json.dumps(sound() | {"choice": SIZES | {"columns": 0}}),
+    "too many columns": json.dumps(sound() | {"choice": SIZES | {"block_nq": 512, "columns": 2}}),
     "one more size": json.dumps(sound() | {"choice": SIZES | {"block_k": 64}}),
     "NaN": json.dumps(sound() | {"seconds": float("nan")}),
     "infinite": json.dumps(sound() | {"seconds": float("inf")}),
