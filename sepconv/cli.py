@@ -102,7 +102,8 @@ def _tune(args: argparse.Namespace) -> None:
     for line in _losses(found):
         console.print(line, markup=False, soft_wrap=True)
     if args.export:
-        console.print(f"wrote {_export(args)}")
+        for line in _export(args):
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def _make_model(name: str) -> nn.Module:
@@ -152,12 +153,18 @@ def _losses(found: Sequence[Tuned]) -> Iterator[str]:
         yield f"{op}: {count} candidates left out: {reason}"
 
 
-def _export(args: argparse.Namespace) -> Path:
+def _export(args: argparse.Namespace) -> Iterator[str]:
+    """Write the table, and tell what is in it."""
     device = torch.device(args.device)
     index = -1 if device.type == "cpu" else (device.index or 0)
     where = choice.target(index)
-    entries = choice_files.all_choices(where.gpu, where.triton)
-    if not entries:
-        raise ValueError(f"--export: nothing is tuned for {where.gpu}, Triton {where.triton}")
+    entries = choice_files.all_entries(where.gpu, where.triton)
+    choices = choice_files.finished(entries)
+    left_out = f"{len(entries) - len(choices)} left out, whose races are not finished"
+    if not choices:
+        raise ValueError(
+            f"--export: nothing is tuned for {where.gpu}, Triton {where.triton}; {left_out}"
+        )
     name = where.arch if args.export_arch else where.gpu
-    return choice_files.write_table(args.export, name, where.triton, entries)
+    yield f"wrote {choice_files.write_table(args.export, name, where.triton, choices)}"
+    yield f"{len(choices)} choices; {left_out}"

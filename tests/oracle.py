@@ -176,6 +176,22 @@ def _sums_exactly(
 # ---- activations ------------------------------------------------------------------------------
 
 
+class _Hardswish(torch.autograd.Function):
+    """`F.hardswish`, but that its kernel for CUDA takes one sixth in float32, even in float64.
+
+    Its gradient is right everywhere, and says what the slope at a kink and of a NaN is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return z * (z + 3).clamp(0, 6) / 6
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return torch.ops.aten.hardswish_backward(dy, *ctx.saved_tensors)
+
+
 class Activation(NamedTuple):
     """An activation and the constants of its error bound."""
 
@@ -190,7 +206,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(F.relu, 1.0, 0.0, {0.0: 1.0}, False),
     "relu6": Activation(F.relu6, 1.0, 0.0, {0.0: 1.0, 6.0: 1.0}, False),
     "silu": Activation(F.silu, 1.1, 0.5, {}, True),  # f'(2.4) = 1.0998, f''(0) = 1/2
-    "hardswish": Activation(F.hardswish, 1.5, 1 / 3, {-3.0: 0.5, 3.0: 0.5}, True),
+    "hardswish": Activation(_Hardswish.apply, 1.5, 1 / 3, {-3.0: 0.5, 3.0: 0.5}, True),
     "gelu": Activation(F.gelu, 1.13, 0.8, {}, True),  # f'(2**0.5) = 1.1289, f''(0) = 0.798
 }
 

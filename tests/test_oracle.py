@@ -344,6 +344,24 @@ def test_what_may_be_anything_still_may_once_it_is_stored():
             assert check(torch.full((3,), value, dtype=dtype), kept) == 0
 
 
+_SPECIAL = [math.nan, math.inf, -math.inf, -1e300, 1e308, -3.0, -0.0, 0.0, 1.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_of_the_framework_on_a_cpu(name, device):
+    """Where its operators are right: on a GPU float64's hardswish is not."""
+    values = torch.cat([torch.tensor(_SPECIAL).double(), torch.linspace(-9, 9, 1000).double()])
+    z = values.to(device).requires_grad_()
+    y = ACTIVATIONS[name].function(z)
+    close = {"rtol": 1e-13, "atol": 1e-13, "equal_nan": True}
+    torch.testing.assert_close(y.detach().cpu(), reference.activate(values, name), **close)
+    (slope,) = torch.autograd.grad(y, z, torch.ones_like(y))
+    # At NaN the framework's loops differ among themselves.
+    right = reference.activation_backward(torch.ones_like(values), values, name)
+    torch.testing.assert_close(slope[1:].cpu(), right[1:], **close)
+
+
 @pytest.mark.parametrize("name", ["silu", "hardswish", "gelu"])
 def test_the_framework_keeps_within_the_bound_of_each_slope(name):
     z = torch.linspace(-40, 40, 160_001)

@@ -1,5 +1,7 @@
 """Write this GPU's tuned choices as a table of the kind that the package ships. Tunes nothing.
 
+Choices of races that are not finished are left out.
+
     python examples/benchmarks/export_table.py FOLDER [--dry-run]
 
 `--dry-run` tunes one tiny call on the CPU first, with TRITON_INTERPRET=1.
@@ -22,13 +24,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.dry_run:
         with sepconv.backend("triton"):
-            sepconv.tune(sepconv.nn.SeparableConv2d(3, 4, 3), torch.ones(1, 3, 6, 6), seconds=1.0)
+            model, x = sepconv.nn.SeparableConv2d(3, 4, 3), torch.ones(1, 3, 6, 6)
+            sepconv.tune(model, x, max_candidates=1)
     where = choice.target(-1 if args.dry_run else 0)
-    choices = choice_files.all_choices(where.gpu, where.triton)
+    entries = choice_files.all_entries(where.gpu, where.triton)
+    choices = choice_files.finished(entries)
+    left_out = f"{len(entries) - len(choices)} left out, whose races are not finished"
     if not choices:
-        sys.exit(f"nothing is tuned for {where.gpu}, Triton {where.triton}")
+        sys.exit(f"nothing is tuned for {where.gpu}, Triton {where.triton}; {left_out}")
     path = choice_files.write_table(args.folder, where.gpu, where.triton, choices)
-    print(f"wrote {len(choices)} choices to {path}")
+    print(f"wrote {len(choices)} choices to {path}; {left_out}")
 
 
 if __name__ == "__main__":

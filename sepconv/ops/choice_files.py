@@ -27,6 +27,8 @@ Choice = tuple[int, ...] | str | None
 _LARGEST_FILE = 1 << 20  # bytes
 _MOST_LOST, _LONGEST_REASON = 1000, 300
 _DEPTHWISE, _GEMM = DepthwiseConfig._fields, GemmConfig._fields
+# Matrix instructions start at sixteen on every side.
+_SMALLEST_GEMM_BLOCK = 16
 # More sums than this in one thread cannot stay in registers (255 at most, of 32 bits).
 _MOST_SUMS_PER_THREAD = 256
 
@@ -132,14 +134,19 @@ def read_table(path: Path, name: str, triton: str) -> dict[str, Choice]:
         return {}
 
 
-def all_choices(gpu: str, triton: str) -> dict[str, Choice]:
-    """Every sound choice in the user's cache, by key."""
+def all_entries(gpu: str, triton: str) -> dict[str, Entry]:
+    """Every sound entry in the user's cache, by key."""
     path = entry_path(gpu, triton, "any")
     if path is None or not path.parent.is_dir():
         return {}
     keys = sorted(file.stem for file in path.parent.glob("[!.]*.json"))
     entries = {key: read(gpu, triton, key) for key in keys}
-    return {key: entry.choice for key, entry in entries.items() if entry is not None}
+    return {key: entry for key, entry in entries.items() if entry is not None}
+
+
+def finished(entries: Mapping[str, Entry]) -> dict[str, Choice]:
+    """The choices that may stand in a table, which are final: those of races that are over."""
+    return {key: entry.choice for key, entry in entries.items() if entry.finished}
 
 
 def write_table(folder: Path, name: str, triton: str, entries: Mapping[str, Choice]) -> Path:
@@ -263,6 +270,10 @@ def _check_sizes(sizes: Mapping[str, int]) -> None:
     powers.append(sizes.get("columns", 1))
     if any(size < 1 or size & (size - 1) for size in powers):
         raise ValueError(f"choice: expected powers of two, got {dict(sizes)}")
+    if "block_k" in sizes and min(blocks) < _SMALLEST_GEMM_BLOCK:
+        raise ValueError(
+            f"choice: expected blocks of at least {_SMALLEST_GEMM_BLOCK}, got {dict(sizes)}"
+        )
     sound = max(blocks) <= 4096 and sizes["num_warps"] <= 32 and 1 <= sizes["num_stages"] <= 8
     tile = sizes["block_nq"] * sizes.get("block_k", sizes["block_c"])
     tile *= sizes["rows"] if "block_k" in sizes else sizes["columns"]

@@ -27,6 +27,8 @@ from sepconv.ops.backend import Backend
 
 FLAT = (None, "relu", "relu6")  # piecewise linear: differentiated from the output alone
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# A side of a block in a matrix product: devices have instructions from sixteen on.
+SMALLEST_GEMM_BLOCK = 16 if DEVICE == "cuda" else 1
 
 
 def check_case(case: Case, backend: Backend = "triton") -> float:
@@ -163,7 +165,9 @@ def _default_tiles(case: Case) -> Iterator[None]:
         config = plain(op, dtype, shape)
         if isinstance(config, configs.DepthwiseConfig):
             return config._replace(block_nq=nq, block_c=c, rows=rows, columns=columns)
-        return config._replace(block_nq=nq, block_c=c, block_k=k, rows=max(rows, 1))
+        # A case may have been drawn for the interpreter, or for a kernel without products.
+        blocks = (max(block, SMALLEST_GEMM_BLOCK) for block in (nq, c, k))
+        return configs.GemmConfig(*blocks, max(rows, 1), config.num_warps, config.num_stages)
 
     with ExitStack() as stack:
         weight, act = depthwise_bwd_weight, activation_bwd

@@ -14,13 +14,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fuzz.case import Case, Plant, parse
+from fuzz import check
+from fuzz.case import Case, Plant, Tiles, parse
 from fuzz.log import FuzzLog
 from fuzz.options import check_options, share, share_of
 from fuzz.session import FuzzSession
 from fuzz.strategies import cases
 from hypothesis import given, settings
 from oracle import CHANNELS_LAST, Layout
+
+from sepconv.kernels import depthwise, pointwise, separable
+from sepconv.kernels.configs import ConvShape
 
 ROOT = Path(__file__).resolve().parents[2]
 # Any file with few and quick tests.
@@ -198,6 +202,24 @@ def test_expanded_and_strided_layouts_reach_the_op():
     x = case.tensors("cpu")["x"].tensor
     assert x.stride() == (0, 8, 4, 2)
     assert torch.equal(x[0], x[1])
+
+
+@pytest.mark.parametrize("smallest", [1, 16])
+def test_no_matrix_product_is_too_small_for_the_device(smallest, monkeypatch):
+    """Cases that were found in the interpreter run on a device as well."""
+    monkeypatch.setattr(check, "SMALLEST_GEMM_BLOCK", smallest)
+    shape = ConvShape(1, 4, 5, 5, 4, 5, 5)
+    case = Case("separable", tiles=Tiles(nq=4, c=2, k=32, rows=0, programs=1, packed=True))
+    with check.tiles(case):
+        chosen = [
+            module.default(op, torch.float32, shape)
+            for module, op in ((pointwise, "pointwise_fwd"), (separable, "separable_fwd"))
+        ]
+        plain = depthwise.default("depthwise_fwd", torch.float32, shape)
+    for config in chosen:
+        blocks = (config.block_nq, config.block_c, config.block_k, config.rows)
+        assert blocks == (max(smallest, 4), max(smallest, 2), 32, 1)
+    assert (plain.block_nq, plain.block_c) == (4, 2), "it has none"
 
 
 def pytest_run(*arguments, **environment):

@@ -95,12 +95,12 @@ def test_in_float32(depthwise, channels_last):
 
 @pytest.mark.parametrize("depthwise", [True, False], ids=["depthwise", "pointwise"])
 def test_by_torchs_own_operators(depthwise, without_kernels):
-    layer = Layer(depthwise, "hardswish").double()
+    layer = Layer(depthwise, "silu").double()
     x = images(2, C, 5, 4, dtype=torch.float64)
     with backend("reference"):
         assert_same(layer, x, 1e-12)
     pick = torch.ops.sepconv
-    norm = (layer.norm.weight, layer.norm.bias, EPS, "hardswish")
+    norm = (layer.norm.weight, layer.norm.bias, EPS, "silu")
     if depthwise:
         made = pick.depthwise_conv2d_statistics(
             x, layer.conv.weight, None, (2, 2), (1,) * 4, (1, 1)

@@ -37,6 +37,8 @@ def test_tune_and_export(
         lost = (Lost(None, "OutOfMemoryError: 80 GiB"), Lost("library", "out of time"))
         entry = Entry(CHOICE, 1e-5, 2e-5, 2, 4, False, lost)
         choice_files.write(where.gpu, where.triton, problem.key, entry)
+        over = entry._replace(finished=True)
+        choice_files.write(where.gpu, where.triton, depthwise(C=8).key, over)
         return [Tuned(problem.key, *entry)]
 
     monkeypatch.setattr(cli, "tune", fake_search)
@@ -55,7 +57,8 @@ def test_tune_and_export(
     assert "depthwise_fwd: 2 candidates left out: OutOfMemoryError: 80 GiB" in shown
     (table,) = tmp_path.glob("*.json")
     found = choice_files.read_table(table, where.gpu, where.triton)
-    assert found == {problem.key: CHOICE}
+    assert found == {depthwise(C=8).key: CHOICE}
+    assert "1 choices; 1 left out, whose races are not finished" in shown
 
 
 @pytest.mark.parametrize(

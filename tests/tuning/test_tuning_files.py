@@ -50,7 +50,7 @@ def test_round_trip(key: str, choice):
     assert choice_files.read(GPU, TRITON, key) is None
     assert choice_files.write(GPU, TRITON, key, entry)
     assert choice_files.read(GPU, TRITON, key) == entry
-    assert choice_files.all_choices(GPU, TRITON) == {key: choice}
+    assert choice_files.all_entries(GPU, TRITON) == {key: entry}
     assert choice_files.read("NVIDIA H100", TRITON, key) is None
     assert choice_files.read(GPU, "3.7", key) is None
 
@@ -106,6 +106,27 @@ def test_damage_is_a_miss_with_one_warning(content: bytes | str):
 def test_what_was_damaged_here_is_sound_without_the_damage():
     plant(json.dumps(sound()))
     assert choice_files.read(GPU, TRITON, KEY) == ENTRY
+
+
+@pytest.mark.parametrize("side", ["block_nq", "block_c", "block_k"])
+def test_blocks_too_small_for_matrix_instructions_are_refused(side: str):
+    """A file is foreign; what no device can compile must not fail at the first call."""
+    key, sizes = separable().key, GemmConfig(16, 16, 16)._asdict()
+    assert choice_files.choice_of(key, sizes) == GemmConfig(16, 16, 16)
+    for size in (1, 8):
+        with pytest.raises(ValueError, match="expected blocks of at least 16"):
+            choice_files.choice_of(key, sizes | {side: size})
+    small = DepthwiseConfig(1, 8)
+    assert choice_files.choice_of(KEY, small._asdict()) == small, "those have no products"
+
+
+def test_only_finished_races_stand_in_a_table():
+    assert choice_files.write(GPU, TRITON, KEY, ENTRY)
+    over = ENTRY._replace(choice="unfused", lost=(), finished=True)
+    assert choice_files.write(GPU, TRITON, separable().key, over)
+    entries = choice_files.all_entries(GPU, TRITON)
+    assert set(entries) == {KEY, separable().key}
+    assert choice_files.finished(entries) == {separable().key: "unfused"}
 
 
 json_values = st.recursive(
@@ -219,7 +240,7 @@ def test_eight_processes_some_of_them_killed():
     assert statuses[1::2] == [0] * 4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert set(choice_files.all_choices(GPU, TRITON)) == set(keys)
+        assert set(choice_files.all_entries(GPU, TRITON)) == set(keys)
 
 
 def test_forked_child_of_a_locked_process_does_not_hang():
