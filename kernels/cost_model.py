@@ -22,11 +22,11 @@ _LIBRARY_SHARE = 0.6
 _START_SECONDS = 3e-6
 # Thread instructions per tap of one depthwise element, and per element: fitted to counts in the
 # machine code of the kernels for sm_90 (docs/results/static.md): 60 and 131 for 3 x 3 and 5 x 5 in
-# the general kernel, 27 rolling, 21 rolling where a thread makes two columns, 59 in the weight
+# the general kernel, 27 rolling, 20 rolling where a thread makes two columns, 59 in the weight
 # gradient. The fused kernel spends on each value of x that it loads and converts, which several
 # rows share, and on each tap.
 _GENERAL_SLOTS = (5.0, 8.0)
-_ROLLING_SLOTS = {1: (2.5, 4.0), 2: (1.9, 4.0)}
+_ROLLING_SLOTS = {1: (2.5, 4.0), 2: (1.8, 4.0)}
 _BWD_WEIGHT_SLOTS = (6.0, 5.0)
 _FUSED_SLOTS, _FUSED_LOAD_SLOTS = (2.5, 3.0), 3.0
 _FUSED_ROWS, _FUSED_BLOCK_K = 2, 256  # of a large layer

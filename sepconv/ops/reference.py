@@ -52,8 +52,16 @@ def activate(z: Tensor, activation: str | None) -> Tensor:
     if activation == "silu":
         return F.silu(z)
     if activation == "hardswish":
-        return F.hardswish(z)
+        return _hardswish(z)
     return F.gelu(z)
+
+
+def _hardswish(z: Tensor) -> Tensor:
+    """Torch's own, but for float64 on a GPU, where that takes one sixth in float32."""
+    differentiated = torch.is_grad_enabled() and z.requires_grad
+    if z.dtype == torch.float64 and z.is_cuda and not differentiated:
+        return z * (z + 3).clamp(0, 6) / 6
+    return F.hardswish(z)
 
 
 def activation_backward(dy: Tensor, z: Tensor, activation: str | None) -> Tensor:

@@ -38,12 +38,15 @@ def describe(device: torch.device) -> dict[str, Any]:
 def commit() -> str:
     """The checkout's commit, marked where files differ from it.
 
-    A copy without git's own files is told by the variable SEPCONV_COMMIT what it is a copy of.
+    The variable SEPCONV_COMMIT says better, for a copy that lacks git's own files or whose git's
+    files are older than it.
     """
+    if told := os.environ.get("SEPCONV_COMMIT"):
+        return told
     folder = str(Path(__file__).parent)
     found = _output("git", "-C", folder, "rev-parse", "--short=12", "HEAD")
     if found == "unknown":
-        return os.environ.get("SEPCONV_COMMIT", found)
+        return found
     changed = _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
     return found if changed == "" else f"{found} with changes"
 
