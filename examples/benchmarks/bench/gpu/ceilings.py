@@ -27,13 +27,17 @@ def run(bench: Bench) -> None:
 
 
 def copy(bench: Bench) -> Case:
-    """A copy far larger than any cache: bytes read plus bytes written."""
+    """A copy far larger than any cache: bytes read plus bytes written.
+
+    By a kernel: `copy_`, captured in a graph, came to 2.45 TB/s on an H100 and 2.72 on an H200,
+    where kernels that compute something reached 2.9 and 3.9.
+    """
     count = 1 << (14 if bench.dry else 29)
     source = torch.randn(count, device=bench.device)
     target = torch.empty_like(source)
     return bench.measure(
         "ceilings",
         "copy",
-        [Contender("library", lambda: [partial(target.copy_, source)])],
+        [Contender("library", lambda: [partial(torch.neg, source, out=target)])],
         useful_bytes=source.nbytes + target.nbytes,
     )
