@@ -51,18 +51,17 @@ def test_small_grids_are_no_faster_than_one_wave():
 
 
 # Channels and size of the input, stride, channels of the output; us of the fused kernel's default
-# blocks and of two tuned kernels: an H100, bfloat16, batch 256
-# (docs/results/nvidia-h100-80gb-hbm3-2026-11-27.md).
+# blocks and of two kernels: an H200, bfloat16, batch 256 (docs/results/nvidia-h200-2026-11-27.md).
 MEASURED = (
-    (32, 112, 1, 64, 359, 390),
-    (64, 112, 2, 128, 337, 310),
-    (128, 56, 1, 128, 387, 339),
-    (128, 56, 2, 256, 236, 175),
-    (256, 28, 1, 256, 315, 187),
-    (256, 28, 2, 512, 197, 96),
-    (512, 14, 1, 512, 299, 118),
-    (512, 14, 2, 1024, 225, 64),
-    (1024, 7, 1, 1024, 363, 84),
+    (32, 112, 1, 64, 331, 298),
+    (64, 112, 2, 128, 311, 278),
+    (128, 56, 1, 128, 391, 274),
+    (128, 56, 2, 256, 224, 162),
+    (256, 28, 1, 256, 321, 148),
+    (256, 28, 2, 512, 201, 89),
+    (512, 14, 1, 512, 308, 90),
+    (512, 14, 2, 1024, 236, 63),
+    (1024, 7, 1, 1024, 377, 67),
 )
 
 
@@ -73,7 +72,7 @@ def test_it_chooses_as_measured(C: int, size: int, stride: int, K: int, fused: i
     halves = {"depthwise_fwd": whole._replace(K=C), "pointwise_fwd": whole._replace(H=out, W=out)}
 
     def predicted(op: str, shape: ConvShape) -> float:
-        return predicted_seconds(op, shape, BF16, "H100", config=default(op, BF16, shape))
+        return predicted_seconds(op, shape, BF16, "H200", config=default(op, BF16, shape))
 
     times = [predicted("separable_fwd", whole), sum(predicted(*half) for half in halves.items())]
     assert (times[0] < times[1]) == (fused < apart)

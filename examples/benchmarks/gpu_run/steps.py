@@ -97,8 +97,8 @@ def _sanitizer(machine: Machine, seconds: float) -> list[Phase] | str:
 
 
 STEPS = (
-    _bench("compile", 45),
-    _bench("correctness", 45),
+    _bench("compile", 35),
+    _bench("correctness", 40),
     _bench("models", 90, "--quick"),
     Step("fuzz", 60, _fuzz, after=fuzz.note_lost_cases),
     Step("tests", 60, _tests, is_passed=tests.is_passed),
