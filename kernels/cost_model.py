@@ -166,7 +166,7 @@ def predicted_seconds(
         >>> pair = ("depthwise_fwd", "pointwise_fwd")
         >>> apart = sum(predicted_seconds(op, layer, torch.bfloat16, "H200") for op in pair)
         >>> fused = predicted_seconds("separable_fwd", layer, torch.bfloat16, "H200")
-        >>> fused < apart < predicted_seconds("conv2d", layer, torch.bfloat16, "T4")
+        >>> apart < fused < predicted_seconds("conv2d", layer, torch.bfloat16, "T4")
         True
     """
     known = find_gpu(gpu) if isinstance(gpu, str) else gpu
