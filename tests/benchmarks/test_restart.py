@@ -258,7 +258,7 @@ def test_a_gpu_that_cannot_copy_ends_the_run(
     monkeypatch: pytest.MonkeyPatch, commands: list[list[str]], tmp_path: Path
 ):
     """Another process would find the same."""
-    monkeypatch.setattr(gpu.ceilings, "partial", lambda *_: captures)
+    monkeypatch.setattr(gpu.ceilings, "partial", lambda *_, **__: captures)
     with pytest.raises(SystemExit, match="the GPU fails at a copy: planted"):
         gpu.run(arguments("--part", "ops", out=tmp_path))
     assert commands == []
