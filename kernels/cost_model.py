@@ -36,7 +36,9 @@ _FUSED_ROWS, _FUSED_BLOCK_K = 2, 256  # of a large layer
 # registers leave room for eight.
 _DEPTHWISE_UTILISATION = 0.47
 _FUSED_UTILISATION, _CROWDED_UTILISATION = 0.33, 0.22
-_ROOMY_SUMS = 96  # sums and depthwise results of one thread
+# Sums and depthwise results of one thread that leave its registers to sixteen warps on a
+# multiprocessor of 64 K registers: 128 for everything.
+_ROOMY_SUMS = 96
 _WARP, _SCHEDULERS = 32, 4
 
 
@@ -245,11 +247,14 @@ def _issue_slots(op: str, shape: ConvShape, config: Config | None) -> float:
 def _utilisation(op: str, config: Config | None) -> float:
     if op != "separable_fwd":
         return _DEPTHWISE_UTILISATION
-    if not isinstance(config, GemmConfig):
-        return _CROWDED_UTILISATION
-    tile = config.rows * config.block_nq * (config.block_k + config.block_c)
-    roomy = tile <= _ROOMY_SUMS * _WARP * config.num_warps
+    roomy = isinstance(config, GemmConfig) and not is_crowded(config)
     return _FUSED_UTILISATION if roomy else _CROWDED_UTILISATION
+
+
+def is_crowded(config: GemmConfig) -> bool:
+    """Whether the fused kernel's registers leave room for fewer than sixteen warps."""
+    tile = config.rows * config.block_nq * (config.block_k + config.block_c)
+    return tile > _ROOMY_SUMS * _WARP * config.num_warps
 
 
 def _share_of_busy_units(op: str, shape: ConvShape, config: Config | None, gpu: Gpu) -> float:

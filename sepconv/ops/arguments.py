@@ -135,6 +135,24 @@ def check_separable(x: Tensor, weights: Weights, geometry: Geometry, epilogue: E
     return _check_mixing(middle, kind, "bias_pw", weight_pw, bias_pw, activation, residual)
 
 
+def check_stem(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: str | None
+) -> Shape:
+    """Check normalised arguments of a standard convolution; return the shape of its result."""
+    kind = _check_images(x)
+    if not isinstance(weight, Tensor) or weight.dim() != 4:
+        _fail_4d("weight", weight, "[K, C, R, S]")
+    channels, filters = x.shape[1], weight.shape[0]
+    if channels < 1 or 0 in weight.shape or weight.shape[1] != channels:
+        _fail("weight", f"shape [K, {channels}, R, S]", f"shape {_shown(weight.shape)}")
+    _check_kind("weight", weight, kind)
+    if bias is not None:
+        _check_like("bias", bias, (filters,), kind)
+    if activation is not None:
+        _check_activation("activation", activation)
+    return x.shape[0], filters, *_output_size(x, weight, geometry)
+
+
 def check_channels(name: str, t: Tensor, channels: int, device: torch.device) -> None:
     """Check a vector with one number per channel, of any floating type."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
@@ -203,15 +221,21 @@ def _check_filters(x: Tensor, weight_dw: Tensor, kind: Kind, geometry: Geometry)
     if filters != channels and (channels == 0 or filters == 0 or filters % channels):
         _fail("weight_dw", f"a multiple of x's {channels} channels as filters", f"{filters}")
     _check_kind("weight_dw", weight_dw, kind)
-    p, q = geometry.output_size(x_shape[2:], weight_shape[2:])
+    return x_shape[0], filters, *_output_size(x, weight_dw, geometry)
+
+
+def _output_size(x: Tensor, weight: Tensor, geometry: Geometry) -> Pair:
+    """Height and width of a convolution's result."""
+    (h, w), (rows, columns) = x.shape[2:], weight.shape[2:]
+    p, q = geometry.output_size((h, w), (rows, columns))
     if p < 1 or q < 1:
         _, padding, dilation = geometry
         _fail(
             "x",
             f"height and width that hold a {rows} x {columns} filter of dilation {dilation}",
-            f"{x_shape[2]} x {x_shape[3]} with padding {padding}",
+            f"{h} x {w} with padding {padding}",
         )
-    return x_shape[0], filters, p, q
+    return p, q
 
 
 def _check_mixing(

@@ -244,7 +244,8 @@ def _untuned(problem: Problem, where: Target) -> Choice:
     if gpu is None or 0 in problem.x_shape:
         return None
     if problem.op == "pointwise_fwd":
-        return "linear" if _is_wide(problem) else blocks(problem)
+        measured = gpu.arch.startswith("sm_") and _is_wide(problem)
+        return "linear" if measured else blocks(problem)
     if problem.op != "separable_fwd":
         return None
     fused, *halves = (

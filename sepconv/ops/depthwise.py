@@ -188,7 +188,8 @@ def _fake(x: Tensor, weight_dw: Tensor, bias: Tensor | None, *others: Any) -> Te
     return empty(x, shape, suggests_channels_last(x, weight_dw))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Save what the gradient of a convolution needs, and of its activation."""
     x, weight_dw, _, *geometry, activation = inputs
     ctx.save_for_backward(x, weight_dw, output if activation else None)
     ctx.geometry, ctx.activation = geometry, activation
@@ -211,7 +212,7 @@ define(
     f"{GEOMETRY_SCHEMA}, str? activation) -> Tensor",
     _real,
     _fake,
-    autograd=differentiable(_setup, _backward, activation_at=6),
+    autograd=differentiable(keep_for_backward, _backward, activation_at=6),
     vmap=images_together(0),
     flops=_flops,
     autocast=True,

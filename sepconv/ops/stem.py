@@ -14,7 +14,9 @@ from torch import Tensor
 from sepconv.kernels.geometry import Geometry
 from sepconv.ops import reference
 from sepconv.ops.activation import before_last_activation
+from sepconv.ops.arguments import check_stem
 from sepconv.ops.backend import can_run_kernels, chooses_kernels
+from sepconv.ops.depthwise import keep_for_backward
 from sepconv.ops.kernel_modules import kernel_module
 from sepconv.ops.layout import suggests_channels_last
 from sepconv.ops.pointwise import allows_tf32
@@ -28,14 +30,19 @@ from sepconv.ops.registry import (
     images_together,
 )
 
-# More channels than an image has: from there on the library's convolutions waste less.
-_MOST_CHANNELS = 4
+# Where the kernel was measured, in bfloat16, it is faster than the library, which pads the channels
+# to eight: an image's channels, and filters up to those of a ResNet, in one tile of the product.
+_HALF = (torch.float16, torch.bfloat16)
+_MOST_CHANNELS, _MOST_PRODUCTS, _MOST_FILTERS = 4, 7 * 7 * 3, 64
 
 
 def stem_takes(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is to run a convolution of `x` [N, C, H, W] with `weight` [K, C, R, S]."""
-    few = weight.shape[1] <= _MOST_CHANNELS and x.shape[1] == weight.shape[1]
-    return few and x.dtype == weight.dtype and chooses_kernels(x)
+    filters, channels = weight.shape[:2]
+    few = channels <= _MOST_CHANNELS and filters <= _MOST_FILTERS
+    few = few and prod(weight.shape[1:]) <= _MOST_PRODUCTS
+    fits = x.dim() == 4 and x.shape[1] == channels and x.dtype == weight.dtype
+    return few and fits and x.dtype in _HALF and chooses_kernels(x)
 
 
 def stem_conv2d(
@@ -56,6 +63,9 @@ def stem_conv2d(
 
     Returns:
         y [N, K, P, Q], channels_last where torch's convolution would return that.
+
+    Raises:
+        ValueError: An argument does not fit; the message says which, and what was expected.
     """
     return torch.ops.sepconv.stem_conv2d(x, weight, bias, *geometry, activation)
 
@@ -72,6 +82,7 @@ def by_library(
 def _real(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> Tensor:
     *geometry, activation = others
     arguments = (x, weight, bias, as_geometry(*geometry), activation)
+    check_stem(*arguments)
     if not can_run_kernels(x):
         return by_library(*arguments)
     options = {"allow_tf32": allows_tf32(x), "channels_last": suggests_channels_last(x, weight)}
@@ -79,15 +90,9 @@ def _real(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> Tenso
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> Tensor:
-    size = as_geometry(*others[:3]).output_size(x.shape[2:], weight.shape[2:])
-    shape = (x.shape[0], weight.shape[0], *size)
+    *geometry, activation = others
+    shape = check_stem(x, weight, bias, as_geometry(*geometry), activation)
     return empty(x, shape, suggests_channels_last(x, weight))
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, *geometry, activation = inputs
-    ctx.save_for_backward(x, weight, output if activation else None)
-    ctx.geometry, ctx.activation = geometry, activation
 
 
 def _backward(ctx: Any, dy: Gradient, also: Gradient = None) -> tuple[Gradient, ...]:
@@ -122,7 +127,7 @@ define(
     "str? activation) -> Tensor",
     _real,
     _fake,
-    autograd=differentiable(_setup, _backward, activation_at=6),
+    autograd=differentiable(keep_for_backward, _backward, activation_at=6),
     vmap=images_together(0),
     flops=_flops,
     autocast=True,

@@ -6,7 +6,13 @@ from typing import Any
 import torch
 
 from sepconv.kernels import configs
-from sepconv.kernels.cost_model import Gpu, find_gpu, issue_seconds, predicted_seconds
+from sepconv.kernels.cost_model import (
+    Gpu,
+    find_gpu,
+    is_crowded,
+    issue_seconds,
+    predicted_seconds,
+)
 from sepconv.ops.choice import Problem, target
 from sepconv.ops.choice_files import Choice, others
 
@@ -14,9 +20,6 @@ MAX_CANDIDATES = 8
 _SAFE_SHARED = 48 * 1024  # bytes that any GPU has
 # Candidates predicted to be this many times slower than the best are not compiled.
 _HOPELESS = 3.0
-# Sums and depthwise results of one thread that leave its registers to sixteen warps on a
-# multiprocessor of 64 K registers: 128 for everything.
-_ROOMY = 96
 
 
 def candidates(problem: Problem, most: int = MAX_CANDIDATES) -> list[Choice]:
@@ -80,9 +83,7 @@ def _demerits(problem: Problem, config: Any, gpu: Gpu) -> tuple[float, ...]:
     rereading = 1 / config.block_nq + 1 / config.block_k  # of the product's operands
     if problem.op == "pointwise_fwd":
         return rereading, -config.block_c, abs(config.num_stages - 3)
-    tile = config.rows * config.block_nq * (config.block_k + config.block_c)
-    crowded = tile > _ROOMY * 32 * config.num_warps
-    return crowded, issue, rereading, config.block_c
+    return is_crowded(config), issue, rereading, config.block_c
 
 
 def known_gpu(device: int) -> Gpu | None:

@@ -64,7 +64,7 @@ def test_the_operator_keeps_torch_s_rules():
 
 
 def test_a_fused_convolution_uses_it_where_kernels_run():
-    x, weight, bias = operands(torch.float32, 3, 4, (3, 3), True)
+    x, weight, bias = operands(torch.float16, 3, 4, (3, 3), True)
     # In another layout than the one that a CPU's library packs.
     fused = FusedConv2d(weight, bias, (2, 2), (0, 1, 0, 1), activation="relu", channels_last=False)
     expected = by_library(x, weight, bias, GEOMETRIES[1], "relu")
@@ -74,11 +74,30 @@ def test_a_fused_convolution_uses_it_where_kernels_run():
 
 
 def test_other_convolutions_are_left_to_the_library():
-    x, weight, _ = operands(torch.float32, 3, 4, (3, 3), True)
+    x, weight, _ = operands(torch.bfloat16, 3, 4, (3, 3), True)
     assert not stem_takes(x, weight) or DEVICE == "cuda"
     with backend("triton"):
         assert stem_takes(x, weight)
+        assert stem_takes(x, weight.repeat(16, 1, 1, 1))
+        assert not stem_takes(x, weight.repeat(17, 1, 1, 1)), "two tiles of filters"
+        assert not stem_takes(x, weight.repeat(1, 1, 6, 6)), "patches of a vision transformer"
         assert not stem_takes(x, weight.double())
-        assert not stem_takes(
-            torch.ones(1, 8, 4, 4, device=DEVICE), weight.repeat(1, 3, 1, 1)[:, :8]
-        )
+        assert not stem_takes(x.float(), weight.float()), "not measured"
+        assert not stem_takes(x.repeat(1, 3, 1, 1), weight.repeat(1, 3, 1, 1))
+
+
+def test_wrong_arguments_are_named():
+    x, weight, bias = operands(torch.float32, 3, 4, (3, 3), True)
+    geometry = GEOMETRIES[0]
+    wrong = {
+        "weight: expected shape": (x[:, :2], weight, bias, geometry, None),
+        "x: expected height and width": (x[:, :, :2, :2], weight, bias, Geometry(), None),
+        "weight: expected x's dtype": (x, weight.double(), bias, geometry, None),
+        "bias: expected shape": (x, weight, bias[:2], geometry, None),
+        "activation: expected None": (x, weight, bias, geometry, "tanh"),
+        "x: expected dtype": (x.long(), weight, bias, geometry, None),
+    }
+    with backend("triton"):
+        for message, arguments in wrong.items():
+            with pytest.raises(ValueError, match=message):
+                stem_conv2d(*arguments)

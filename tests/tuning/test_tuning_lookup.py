@@ -178,6 +178,7 @@ def test_untuned_pointwise_convolutions(monkeypatch: pytest.MonkeyPatch):
     assert choice(512, 512, *h100, torch.float32) is None
     # 64 KB of shared memory
     assert choice(512, 192, "Tesla T4", "sm_75") is None
+    assert choice(512, 512, "AMD Instinct MI300X", "gfx942") is None
     assert choice(512, 512, "unknown", "unknown") is None
 
 
