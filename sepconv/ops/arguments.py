@@ -150,7 +150,10 @@ def check_stem(
         _check_like("bias", bias, (filters,), kind)
     if activation is not None:
         _check_activation("activation", activation)
-    return x.shape[0], filters, *_output_size(x, weight, geometry)
+    p, q = geometry.output_size(x.shape[2:], weight.shape[2:])
+    if p < 1 or q < 1:
+        _fail_size(x, weight, geometry)
+    return x.shape[0], filters, p, q
 
 
 def check_channels(name: str, t: Tensor, channels: int, device: torch.device) -> None:
@@ -221,21 +224,20 @@ def _check_filters(x: Tensor, weight_dw: Tensor, kind: Kind, geometry: Geometry)
     if filters != channels and (channels == 0 or filters == 0 or filters % channels):
         _fail("weight_dw", f"a multiple of x's {channels} channels as filters", f"{filters}")
     _check_kind("weight_dw", weight_dw, kind)
-    return x_shape[0], filters, *_output_size(x, weight_dw, geometry)
-
-
-def _output_size(x: Tensor, weight: Tensor, geometry: Geometry) -> Pair:
-    """Height and width of a convolution's result."""
-    (h, w), (rows, columns) = x.shape[2:], weight.shape[2:]
-    p, q = geometry.output_size((h, w), (rows, columns))
+    p, q = geometry.output_size(x_shape[2:], weight_shape[2:])
     if p < 1 or q < 1:
-        _, padding, dilation = geometry
-        _fail(
-            "x",
-            f"height and width that hold a {rows} x {columns} filter of dilation {dilation}",
-            f"{h} x {w} with padding {padding}",
-        )
-    return p, q
+        _fail_size(x, weight_dw, geometry)
+    return x_shape[0], filters, p, q
+
+
+def _fail_size(x: Tensor, weight: Tensor, geometry: Geometry) -> NoReturn:
+    (h, w), (rows, columns) = x.shape[2:], weight.shape[2:]
+    _, padding, dilation = geometry
+    _fail(
+        "x",
+        f"height and width that hold a {rows} x {columns} filter of dilation {dilation}",
+        f"{h} x {w} with padding {padding}",
+    )
 
 
 def _check_mixing(
