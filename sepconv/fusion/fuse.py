@@ -1,23 +1,26 @@
 """Inference lowering: copy, trace, fold, fuse, measure."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from inspect import Parameter, signature
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map, tree_map_only
 
 from sepconv.fusion.chains import Chain
+from sepconv.fusion.guards import install
 from sepconv.fusion.lower import lower_graph
 from sepconv.fusion.recognise import Left, obstacle
 from sepconv.graph import ExampleInputs, split_inputs
-from sepconv.graph.capture import arguments_given
+from sepconv.graph.capture import arguments_given, asks_for_layout
 from sepconv.graph.checked import checked_model
+from sepconv.graph.compare import Check, run
 from sepconv.graph.effects import has_hooks
-from sepconv.graph.state import copied, untouched
-from sepconv.graph.tracing import TraceLevel, trace
+from sepconv.graph.state import copied
+from sepconv.graph.tracing import Trace, TraceLevel, trace
 from sepconv.nn import SeparableConv2d
 from sepconv.reports.conversion import attach
 from sepconv.reports.fusion import FusedLayer, FusionReport
@@ -64,94 +67,104 @@ def fuse(
     model = checked_model(model)
     if model.training:
         raise ValueError("model: expected a model in eval mode, got one in training mode")
-    args, kwargs = split_inputs(example_inputs)
-    given = None if example_inputs is None else arguments_given(model, args, kwargs)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
+        args, kwargs = split_inputs(example_inputs)
         if example_inputs is None:
-            lowered, report = _lower(model, given, channels_last=True)
+            lowering = _Lowering(model, None, {}, channels_last=None)
         else:
-            _check_runs(model, args, kwargs)
-            lowered, report = _lower(model, given, channels_last=True)
-            if not _runs(lowered, args, kwargs):
-                # Code that fx did not see asks for contiguous tensors.
-                lowered, report = _lower(model, given, channels_last=False)
-            if measure:
-                lowered = _faster(model, lowered, report, args, kwargs)
+            lowering = _checked(model, args, kwargs)
+        lowered, report = lowering.model, lowering.report()
+        report.checked = example_inputs is not None
+        if example_inputs is not None and measure:
+            lowered = _faster(model, lowered, report, args, kwargs)
     attach(lowered, report)
     return lowered
 
 
-def _lower(
-    model: nn.Module, given: Mapping[str, Any] | None, channels_last: bool
-) -> tuple[nn.Module, FusionReport]:
-    names = {name: m for name, m in model.named_modules() if _is_convolution(m)}
-    lowering = _Lowering(channels_last)
-    lowered = lowering.root(copied(model), given)
-    layers = []
-    for name, module in names.items():
-        reason = obstacle(module) or (Left.UNUSED if lowering.level == "graph" else Left.UNTRACED)
-        left = FusedLayer(name, "left", reason=str(reason))
-        layers.append(lowering.fused.pop(name, left))
-    layers += lowering.fused.values()
-    return lowered, FusionReport(layers, lowering.level, lowering.note, channels_last)
-
-
 class _Lowering:
-    """Lowers a copied model, and what fx cannot trace of it part by part."""
+    """A copy of a model with every part of it lowered that a graph can stand for.
 
-    def __init__(self, channels_last: bool) -> None:
-        self.channels_last = channels_last
+    Args:
+        model: In eval mode.
+        given: The arguments of its forward by name, None if they are not known.
+        wrong: Parts, by name, that must stay as they are, and why.
+        channels_last: Whether the fused modules return channels_last tensors; None where that is
+            sure not to matter.
+
+    Attributes:
+        model: The copy.
+        parts: The lowered modules in it by name, outer ones first.
+        fused: What was fused, by the name of the convolution.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        given: Mapping[str, Any] | None,
+        wrong: Mapping[str, str],
+        channels_last: bool | None,
+    ) -> None:
+        self._original, self._wrong = model, wrong
+        self.model: nn.Module = copied(model)
+        self.parts: dict[str, nn.Module] = {}
         self.fused: dict[str, FusedLayer] = {}
-        self.level: TraceLevel = "graph"
-        self.note = ""
-        self._seen: dict[int, nn.Module] = {}
-
-    def root(self, model: nn.Module, given: Mapping[str, Any] | None) -> nn.Module:
-        lowered, self.level, self.note = self._traced(model, "", given)
-        return lowered
-
-    def _part(self, module: nn.Module, prefix: str) -> nn.Module:
-        """A submodule that is called by code that cannot be traced."""
-        if id(module) not in self._seen:
-            self._seen[id(module)] = module
-            parameters = _forward_parameters(module)
-            # Code may ask whether an optional argument was given; tracing would fix the answer.
-            optional = any(p.default is not p.empty or p.kind in _VARIADIC for p in parameters)
-            single = _is_convolution(module) or not any(True for _ in module.children())
-            if single or optional or module.training:
-                lowered = self._children(module, prefix)
-            else:
-                lowered, _, _ = self._traced(module, prefix, None)
-            self._seen[id(module)] = lowered
-        return self._seen[id(module)]
+        self.left: dict[str, str] = {}
+        self._seen: set[nn.Module] = set()
+        self.channels_last = bool(channels_last)
+        traced = self._traced(self.model, "", given)
+        self.level: TraceLevel = "modules" if traced is None else traced.level
+        if traced is not None:
+            if channels_last is None:
+                self.channels_last = traced.level == "graph" and not asks_for_layout(traced.graph)
+            self._lower(self.model, "", traced)
 
     def _traced(
-        self, module: nn.Module, prefix: str, given: Mapping[str, Any] | None
-    ) -> tuple[nn.Module, TraceLevel, str]:
-        if has_hooks(module):
-            return self._children(module, prefix), "modules", Left.HOOKS
-        # Tracing through a module with hooks would run them now and never again.
-        hooked = [name for name, m in module.named_modules() if name and has_hooks(m)]
-        traced = trace(module, given, hooked)
-        if traced.graph is None:
-            return self._children(module, prefix), traced.level, traced.why
-        lowered = fx.GraphModule(module, traced.graph, type(module).__name__)
-        lowered.training = False
-        # Code around it may read them.
-        vars(lowered).update(
-            {k: v for k, v in _constants(module).items() if not hasattr(lowered, k)}
-        )
-        for leaf in traced.leaves:
-            if leaf in (n.target for n in traced.graph.nodes if n.op == "call_module"):
-                self._children(lowered.get_submodule(leaf), f"{prefix}{leaf}.")
-        for chain in lower_graph(lowered, self.channels_last):
-            self._note(chain, prefix)
-        return lowered, traced.level, traced.why
+        self, module: nn.Module, name: str, given: Mapping[str, Any] | None
+    ) -> Trace | None:
+        """The trace of a module that is to be lowered; the parts of any other are lowered."""
+        why = self._wrong.get(name) or (Left.HOOKS if has_hooks(module) else None)
+        if why is None:
+            # Tracing through a module with hooks would run them now and never again.
+            hooked = [path for path, m in module.named_modules() if path and has_hooks(m)]
+            traced = trace(module, given, hooked)
+            if traced.graph is not None:
+                return traced
+            why = traced.why
+        self.left[name] = str(why)
+        self._lower_children(module, name)
+        return None
 
-    def _children(self, module: nn.Module, prefix: str) -> nn.Module:
-        for name, child in module.named_children():
-            setattr(module, name, self._part(child, f"{prefix}{name}."))
-        return module
+    def _lower_children(self, module: nn.Module, name: str) -> None:
+        for key, child in module.named_children():
+            path = f"{name}.{key}" if name else key
+            if child in self._seen:
+                continue
+            self._seen.add(child)
+            alone = _is_convolution(child) or not any(True for _ in child.children())
+            if not alone and not child.training:
+                traced = self._traced(child, path, None)
+                if traced is not None:
+                    self._lower(child, path, traced)
+
+    def _lower(self, module: nn.Module, name: str, traced: Trace) -> None:
+        assert traced.graph is not None
+        prefix = f"{name}." if name else ""
+        for leaf in traced.leaves:
+            self.left[prefix + leaf] = traced.why
+            self._lower_children(module.get_submodule(leaf), prefix + leaf)
+        chains = lower_graph(traced.graph, module, self.channels_last)
+        if not chains:
+            return
+        try:
+            install(module, traced)
+        except TypeError as error:
+            self.left[name] = f"its class cannot be extended: {error}"
+            return
+        self.parts[name] = module
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        for chain in chains:
+            self._note(chain, prefix)
 
     def _note(self, chain: Chain, prefix: str) -> None:
         for stage in chain.stages:
@@ -165,26 +178,97 @@ class _Lowering:
             name = prefix + stage.conv
             self.fused.setdefault(name, FusedLayer(name, "fused", chain.form, tuple(takes)))
 
+    def report(self) -> FusionReport:
+        """What was done with every convolution, and with the parts that are as they were."""
+        fused = dict(self.fused)
+        layers = []
+        for name, module in self._original.named_modules():
+            if _is_convolution(module):
+                why = str(obstacle(module) or self._reason(name))
+                layers.append(fused.pop(name, FusedLayer(name, "left", reason=why)))
+        note = next(iter(self.left.values()), "")
+        return FusionReport(
+            [*layers, *fused.values()], self.level, note, self.channels_last, dict(self._wrong)
+        )
 
-_VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    def _reason(self, name: str) -> str:
+        """Why a convolution that could be fused is not: the innermost part around it says."""
+        while name:
+            name = name.rpartition(".")[0]
+            if name in self.parts:
+                return Left.UNUSED
+            if name in self.left:
+                return f"{Left.UNTRACED}: {self.left[name]}"
+        return Left.UNUSED
 
 
-def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _checked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Lowering:
+    """The lowering of as much as answers as the original does; two forwards if all of it does."""
+    given = arguments_given(model, args, kwargs)
     try:
-        with untouched(model):
-            model(*args, **kwargs)
+        check = Check(model, args, kwargs)
     except Exception as error:
         raise ValueError(
             f"example_inputs: the model's forward fails on them: {type(error).__name__}: {error}"
         ) from error
+    wrong: dict[str, str] = {}
+    while True:
+        # Code that no graph shows may ask for contiguous tensors.
+        for channels_last in (True, False):
+            lowering = _Lowering(model, given, wrong, channels_last)
+            found = check.difference(lowering.model, len(lowering.fused))
+            if found is None:
+                return lowering
+        # Each by itself; what is right there and not in its place goes too.
+        differing = _differing(lowering, check) or dict.fromkeys(lowering.parts, found)
+        if not differing:
+            raise RuntimeError(f"fuse: a copy of the model does not do as the model: {found}")
+        wrong |= differing
 
 
-def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _differing(lowering: _Lowering, check: Check) -> dict[str, str]:
+    """The lowered parts that answer otherwise than their own code does, and how.
+
+    Runs the model's own code once, and beside each part of it the lowered part.
+    """
+    found: dict[str, str] = {}
+    with ExitStack() as stack:
+        for name, part in lowering.parts.items():
+            stack.enter_context(_beside(part, partial(found.setdefault, name), check))
+        run(lowering.model, check.args, check.kwargs)
+    return found
+
+
+@contextmanager
+def _beside(part: nn.Module, note: Callable[[str], Any], check: Check) -> Iterator[None]:
+    """Have a lowered part run its own code, then the lowered one, and note what differs."""
+    lowered = type(part)
+    own = lowered._sepconv_original  # type: ignore[attr-defined]
+    given = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given.append(tree_map_only(Tensor, torch.clone, (args, kwargs)))
+
+    def compare(module: nn.Module, args: Any, kwargs: Any, expected: Any) -> None:
+        args, kwargs = given.pop()
+        try:
+            why = check.between(lowered.forward(module, *args, **kwargs), expected, 1000)
+        except Exception as error:
+            why = f"raises {type(error).__name__}: {error}".split("\n")[0]
+        if why is not None:
+            note(why)
+
+    hooks = (
+        part.register_forward_pre_hook(keep, with_kwargs=True),
+        part.register_forward_hook(compare, with_kwargs=True),
+    )
+    part.__class__ = own
     try:
-        model(*args, **kwargs)
-    except RuntimeError:
-        return False
-    return True
+        yield
+    finally:
+        part.__class__ = lowered
+        for hook in hooks:
+            hook.remove()
 
 
 def _faster(
@@ -219,20 +303,6 @@ def _to_channels_last(value: Any) -> Any:
     if isinstance(value, Tensor) and value.dim() == 4:
         return value.contiguous(memory_format=torch.channels_last)
     return value
-
-
-def _constants(module: nn.Module) -> dict[str, Any]:
-    """The attributes that are numbers, names and flags."""
-    plain = bool | int | float | str | None
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if not name.startswith("_") and all(isinstance(v, plain) for v in tree_leaves(value))
-    }
-
-
-def _forward_parameters(module: nn.Module) -> list[Parameter]:
-    return list(signature(module.forward).parameters.values())
 
 
 def _is_convolution(module: nn.Module) -> bool:

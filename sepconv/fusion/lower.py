@@ -1,5 +1,7 @@
 """Replace chains of a graph by fused modules, with the BatchNorms folded into the weights."""
 
+from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -13,34 +15,42 @@ from sepconv.nn import FusedConv2d, FusedLinear, FusedSeparableConv2d, Separable
 from sepconv.ops.arguments import pair
 
 
-def lower_graph(owner: fx.GraphModule, channels_last: bool) -> list[Chain]:
+def lower_graph(graph: fx.Graph, owner: nn.Module, channels_last: bool) -> list[Chain]:
     """Rewrite the graph of `owner` in place; return what was fused.
 
+    A fused module becomes a child `fused` of the convolution that it begins with. The modules it
+    was made of stay as they are, for whoever calls them by themselves.
+
     Args:
-        owner: Traced in eval mode; its submodules may be shared by several calls.
+        graph: Traced in eval mode; the submodules it calls may be shared by several calls.
+        owner: Whose submodules they are.
         channels_last: Whether the fused modules return channels_last tensors.
     """
-    graph = owner.graph
     modules = dict(owner.named_modules(remove_duplicate=False))
     tidy(graph, modules)
     chains = find_chains(graph, modules)
     names: dict[object, str] = {}
     for chain in chains:
         if chain.key not in names:
-            names[chain.key] = _top_name(owner, f"{chain.stages[-1].conv}_fused")
-            owner.add_submodule(names[chain.key], _fused(chain, owner, channels_last))
+            host = modules[chain.stages[0].conv]
+            free = next(name for name in _names() if not hasattr(host, name))
+            host.add_module(free, _fused(chain, owner, channels_last))
+            names[chain.key] = f"{chain.stages[0].conv}.{free}"
         _call_instead(graph, chain, names[chain.key])
     for node in list(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
-    _lift(owner)
-    graph.lint()
-    owner.delete_all_unused_submodules()
-    owner.recompile()
     return chains
 
 
-def _fused(chain: Chain, owner: fx.GraphModule, channels_last: bool) -> nn.Module:
+def _names() -> Iterator[str]:
+    """For the fused modules of one convolution: a shared one may be called in several chains."""
+    yield "fused"
+    for number in count(2):
+        yield f"fused_{number}"
+
+
+def _fused(chain: Chain, owner: nn.Module, channels_last: bool) -> nn.Module:
     """The module that computes a chain, called with its source and, if it has one, the residual."""
     first = owner.get_submodule(chain.stages[0].conv)
     last = chain.stages[-1]
@@ -105,27 +115,3 @@ def _call_instead(graph: fx.Graph, chain: Chain, name: str) -> None:
     chain.nodes[-1].replace_all_uses_with(call)
     for node in reversed(chain.nodes):
         graph.erase_node(node)
-
-
-def _lift(module: fx.GraphModule) -> None:
-    """Put called submodules without state at the top."""
-    names: dict[str, str] = {}
-    for node in module.graph.nodes:
-        if node.op != "call_module" or "." not in node.target:
-            continue
-        called = module.get_submodule(node.target)
-        if next(called.children(), None) is None and not called._parameters and not called._buffers:
-            if node.target not in names:
-                names[node.target] = _top_name(module, node.target)
-                module.add_submodule(names[node.target], called)
-            node.target = names[node.target]
-
-
-def _top_name(module: nn.Module, name: str) -> str:
-    """An unused name without dots, each of which would cost a look-up at every call."""
-    taken = dict(module.named_modules())
-    name = name.replace(".", "_")
-    number, free = 1, name
-    while free in taken or hasattr(module, free):
-        number, free = number + 1, f"{name}_{number}"
-    return free

@@ -21,6 +21,17 @@ from sepconv.graph.tracing import TraceLevel, trace
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
 
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+# What they return or do follows from the strides of a tensor.
+ASKS_FOR_LAYOUT = {
+    torch.as_strided,
+    torch.view_as_complex,
+    Tensor.as_strided,
+    Tensor.data_ptr,
+    Tensor.is_contiguous,
+    Tensor.storage_offset,
+    Tensor.stride,
+    Tensor.untyped_storage,
+}
 
 
 class ConvRun(NamedTuple):
@@ -65,11 +76,10 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
         ValueError: The model's forward fails on the example inputs.
     """
     args, kwargs = split_inputs(example_inputs)
-    with untouched(model):
-        given = None if example_inputs is None else arguments_given(model, args, kwargs)
-        traced = trace(model, given)
+    given = None if example_inputs is None else arguments_given(model, args, kwargs)
+    traced = trace(model, given)
     if example_inputs is None:
-        safe = traced.level == "graph" and not _calls_view(traced.graph)
+        safe = traced.level == "graph" and not asks_for_layout(traced.graph, views=True)
         return Capture(traced.level, traced.why, traced.graph, traced.leaves, channels_last=safe)
 
     runner = runnable(model)
@@ -117,8 +127,8 @@ class _ConvRecorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func is Tensor.view and self._force_channels_last:
-            _require_any_batch(args[0], result)
+        if self._force_channels_last:
+            _require_any_layout(func, args, result)
         if func not in _CONVOLUTIONS:
             return result
         x = args[0] if args else kwargs["input"]
@@ -140,13 +150,23 @@ def _channels_last(y: Tensor, batched: bool) -> Tensor:
     return y if batched else y[0]
 
 
-def _require_any_batch(x: Tensor, viewed: Tensor) -> None:
-    """Raise `RuntimeError` for a view of one image that more images would refuse.
+class _LayoutMattersError(Exception):
+    """The model's code looks at the order in which a tensor lies in memory."""
 
-    A first axis of length 1 can be merged with any other; a longer one cannot in channels_last.
+
+def _require_any_layout(func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
+    """Raise for a call on a tensor that is not contiguous whose result tells or needs it.
+
+    And for a view of one image that more images would refuse: a first axis of length 1 can be
+    merged with any other, a longer one cannot in channels_last.
     """
-    if x.shape[:1] == (1,) and viewed.shape[:1] != (1,) and not x.is_contiguous():
-        raise RuntimeError("view: merges the first axis of a channels_last tensor")
+    if func not in ASKS_FOR_LAYOUT and func is not Tensor.view:
+        return
+    if not isinstance(x := args[0] if args else None, Tensor) or x.is_contiguous():
+        return
+    if func is Tensor.view and not (x.shape[:1] == (1,) and result.shape[:1] != (1,)):
+        return
+    raise _LayoutMattersError
 
 
 def _record(
@@ -154,8 +174,9 @@ def _record(
 ) -> tuple[_ConvRecorder, bool]:
     """Run the model with channels_last convolutions, and only if that fails without."""
     try:
-        return _run(model, args, kwargs, force_channels_last=True), True
-    except RuntimeError:
+        with untouched(model):
+            return _run(model, args, kwargs, force_channels_last=True), True
+    except Exception:  # the model may ask for contiguous tensors in any way
         return _run(model, args, kwargs, force_channels_last=False), False
 
 
@@ -192,10 +213,18 @@ def arguments_given(
         return kwargs  # they do not fit; running the model will say how
 
 
-def _calls_view(graph: fx.Graph | None) -> bool:
-    """Whether a `view` stands after a convolution: it may refuse a channels_last tensor."""
+def asks_for_layout(graph: fx.Graph | None, views: bool = False) -> bool:
+    """Whether code of the graph may depend on the order in which tensors lie in memory.
+
+    Args:
+        graph: None if there is none to know from.
+        views: Whether a `view` counts, which may refuse a channels_last tensor.
+    """
+    asking = ASKS_FOR_LAYOUT | {Tensor.view, Tensor.view_as} if views else ASKS_FOR_LAYOUT
+    names = {function.__name__ for function in asking}
     return graph is None or any(
-        node.op == "call_method" and node.target in ("view", "view_as", "as_strided", "stride")
+        (node.op == "call_method" and node.target in names)
+        or (node.op == "call_function" and node.target in asking)
         for node in graph.nodes
     )
 

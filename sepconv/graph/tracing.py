@@ -1,20 +1,51 @@
-"""Any module to an fx graph: as much of it as can be traced.
+"""Any module to an fx graph that may stand for its forward: as much of it as there is.
 
 Three levels. `graph`: the whole model traces. `leaves`: it does once the submodules whose
-forward cannot be traced are taken as leaves. `modules`: the root itself cannot be traced.
+forward no graph can stand for are taken as leaves. `modules`: the root itself is such a one.
+
+A trace runs the forward's Python code once, and keeps what that code did. It stands for the
+forward only where the code would do the same again, so a forward is refused that asks what no
+graph can answer (a truth value, a length, a type), enters a context (no_grad, autocast, a
+device), writes to its module, draws random numbers, or makes another graph when traced again.
 """
 
+import dis
 import inspect
 import operator
-from collections.abc import Callable, Collection, Mapping
+import os
+import random
+import sys
+import sysconfig
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import zip_longest
+from operator import attrgetter
+from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any, Literal, NamedTuple
 
-from torch import fx, nn
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import SUPPORTED_NODES, tree_flatten, tree_unflatten
 
+from sepconv.graph.state import untouched
 from sepconv.nn import SeparableConv2d
 
 TraceLevel = Literal["graph", "leaves", "modules"]
+
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+_TORCH, _PYTHON = f"{Path(torch.__file__).parent}{os.sep}", sysconfig.get_path("stdlib")
+# Whose questions about types are not the model's.
+_TORCHS_OWN = tuple(_TORCH + name for name in ("fx", "nn", "overrides.py", "utils"))
+_ASKING = {"isinstance", "__class__", "_abc_instancecheck"}
+_DECORATORS = f"{_TORCH}utils{os.sep}_contextlib.py"  # of `@torch.no_grad()` and the like
+_WITH = {"BEFORE_WITH", "BEFORE_ASYNC_WITH", "LOAD_SPECIAL"}  # the last from Python 3.14 on
+# Whose answers are of the moment.
+_MOMENTARY = {"is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"}
 
 
 class Trace(NamedTuple):
@@ -24,13 +55,22 @@ class Trace(NamedTuple):
         level: See the module's description.
         graph: Of the model, or None at level `modules`.
         leaves: Names of the submodules that could not be traced into.
-        why: The error that tracing met first, empty at level `graph`.
+        why: What kept the trace from more, empty at level `graph`.
+        fixed: Arguments of the forward that the graph holds for these values alone, by name. Its
+            placeholders are the others, in the signature's order.
+        constants: Tensors and other objects that the graph reads by a name the model lacks.
     """
 
     level: TraceLevel
     graph: fx.Graph | None
     leaves: tuple[str, ...]
     why: str
+    fixed: Mapping[str, Any]
+    constants: Mapping[str, Any]
+
+
+class RefusedError(Exception):
+    """A forward that no graph can stand for, and why."""
 
 
 class _Proxy(fx.Proxy):
@@ -38,6 +78,51 @@ class _Proxy(fx.Proxy):
 
     Then other names of the same tensor would keep the old value.
     """
+
+    tracer: "ModuleTracer"
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """`isinstance` reads this, where `type()` is not what it asked for."""
+        if _asks_type(sys._getframe(1)):
+            self.tracer.refuse("asks for the type of a value")
+        return type(self)
+
+    def __getattr__(self, name: str) -> "_Attribute":
+        return _Attribute(self, name)
+
+    def __len__(self) -> int:
+        self.tracer.refuse("asks for the length of a value")
+        return super().__len__()
+
+
+class _Attribute(_Proxy, fx.proxy.Attribute):
+    """An attribute of a value; one that is not used was a question (`hasattr`)."""
+
+    def __init__(self, root: _Proxy, attr: str) -> None:
+        super().__init__(root, attr)
+        # Every value that a graph holds is taken to have what tensors have.
+        if not hasattr(Tensor, attr):
+            self.tracer.unused[id(self)] = (attr, self.tracer.path())
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        """Of the read."""
+        self.tracer.unused.pop(id(self), None)
+        return super().node
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.tracer.unused.pop(id(self), None)
+        return super().__call__(*args, **kwargs)
+
+
+def _asks_type(frame: FrameType) -> bool:
+    """Whether code that reads `__class__` is the model's own question, not a function's check."""
+    code = frame.f_code
+    if code.co_filename.startswith(_TORCHS_OWN):
+        return False
+    asked = dis.opname[code.co_code[frame.f_lasti]] == "MATCH_CLASS"
+    return asked or not _ASKING.isdisjoint(code.co_names)
 
 
 def _record_in_place(name: str) -> None:
@@ -49,36 +134,114 @@ def _record_in_place(name: str) -> None:
     setattr(_Proxy, f"__{name}__", method)
 
 
-for _name in (
-    "iadd",
-    "isub",
-    "imul",
-    "itruediv",
-    "ifloordiv",
-    "imod",
-    "ipow",
-    "iand",
-    "ior",
-    "ixor",
-):
+for _name in "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor".split():
     _record_in_place(_name)
 
 
 class ModuleTracer(fx.Tracer):
-    """Traces down to convolutions, and remembers which module's forward raised.
+    """Traces down to convolutions, and notes the innermost module that no graph can stand for.
 
     Args:
         opaque: Names of modules to take as leaves.
+        fixed: Arguments of the root's forward that are not traced but have these values.
+
+    Attributes:
+        failed: Name of that module, the root's being empty; None if there is none.
+        why: What its forward does.
+        unused: Attributes of values that were asked for and not used so far, and where.
+        constants: Names in the root under which constants of its code were put.
     """
 
-    def __init__(self, opaque: Collection[str] = ()) -> None:
+    def __init__(
+        self, opaque: Collection[str] = (), fixed: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
-        self.opaque = opaque
+        self.opaque, self.fixed = opaque, fixed or {}
         self.failed: str | None = None
+        self.why = ""
+        self.unused: dict[int, tuple[str, str]] = {}
+        self.constants: set[str] = set()
+        self._random = _random_state()
+
+    def path(self) -> str:
+        """The name of the module whose forward is running."""
+        return next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
+
+    def refuse(self, why: str, path: str | None = None) -> None:
+        """Note what a forward does that no graph can hold."""
+        if self.failed is None:
+            self.failed, self.why = self.path() if path is None else path, why
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        """Trace; raises whatever the model's code raises, and `RefusedError`."""
+        with _watching(self):
+            graph = super().trace(root, concrete_args)
+        for name, path in self.unused.values():
+            self.refuse(f"asks whether a value has .{name}", path)
+        self._raise_if_refused()
+        return graph
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """A placeholder for each argument that is not fixed."""
+        given: dict[str, Any] = {}
+        for name, parameter in inspect.signature(self.root.forward).parameters.items():
+            if name in self.fixed:
+                given[name] = self.fixed[name]
+            elif parameter.kind not in VARIADIC:
+                given[name] = self.create_proxy("placeholder", name, (), {})
+        return partial(self._forward, self.root, (), given), []
+
+    def _forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module's own code."""
+        before = _attributes(module)
+        result = module.forward(*args, **kwargs)
+        after = _attributes(module)
+        for name in {**before, **after}.keys() - self.constants:
+            if before.get(name) is not after.get(name):
+                self.refuse(f"writes to self.{name}")
+        if _random_state() != self._random:
+            self.refuse("draws random numbers")
+        self._raise_if_refused()
+        return result
+
+    def _raise_if_refused(self) -> None:
+        if self.failed is not None:
+            raise RefusedError(self.why)
+
+    def get_fresh_qualname(self, prefix: str) -> str:
+        """A name for a constant, which will be set in the root."""
+        name = super().get_fresh_qualname(prefix)
+        self.constants.add(name)
+        return name
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """In-place operators are recorded as such."""
+        """Proxies that answer no questions."""
         return _Proxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Refuse, even if the model's code catches the error."""
+        self.refuse("asks for the truth of a value")
+        return super().to_bool(obj)
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        """The same."""
+        self.refuse("iterates over a value")
+        return super().iter(obj)
+
+    def create_arg(self, a: Any) -> Any:
+        """A container of a class of its own is made anew, as pytree knows how to."""
+        kind = type(a)
+        if issubclass(kind, dict | list) and kind not in (dict, list):
+            if kind not in SUPPORTED_NODES:
+                raise RefusedError(f"makes a {kind.__name__}")
+            values, spec = tree_flatten(a)
+            name = self.get_fresh_qualname("_container")
+            setattr(self.root, name, spec)
+            args = (self.create_arg(values), self.create_node("get_attr", name, (), {}))
+            return self.create_node("call_function", tree_unflatten, args, {})
+        return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Convolutions of any class are leaves: a subclass's own forward is not ours to open."""
@@ -95,12 +258,12 @@ class ModuleTracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Note the innermost module whose forward fails, and do not run its hooks."""
+        """Run a module's code without its hooks, and note the innermost whose code fails."""
         try:
-            return super().call_module(m, m.forward, args, kwargs)
-        except Exception:
-            if self.failed is None:
-                self.failed = self.path_of_module(m)
+            own = partial(self._forward, m)
+            return super().call_module(m, lambda *a, **k: own(a, k), args, kwargs)
+        except Exception as error:
+            self.refuse(_said(error), self.path_of_module(m))
             raise
 
 
@@ -109,6 +272,8 @@ def trace(
 ) -> Trace:
     """Trace `model` at the best level it allows; never raises because tracing failed.
 
+    The model is left as it was.
+
     Args:
         model: Any module.
         given: The forward arguments that the caller passes, by name; flags and numbers among
@@ -116,38 +281,131 @@ def trace(
             default are passed.
         opaque: Names of submodules to take as leaves from the start.
     """
-    concrete = _fixed(model, given)
+    try:
+        fixed = _fixed(model, given)
+    except RefusedError as error:
+        return Trace("modules", None, (), str(error), {}, {})
     names = {name: m for name, m in model.named_modules() if name}
     closed = set(opaque)
     why = ""
     while True:
-        tracer = ModuleTracer(closed)
+        with untouched(model):
+            tracers = [ModuleTracer(closed, fixed) for _ in range(2)]
+            failed, reason = _failure(tracers, model)
+            constants = {name: vars(model)[name] for name in tracers[0].constants}
+        if failed is None:
+            level: TraceLevel = "leaves" if closed else "graph"
+            return Trace(level, tracers[0].graph, tuple(sorted(closed)), why, fixed, constants)
+        why = why or reason
+        if failed in closed or failed not in names:
+            return Trace("modules", None, (), why, {}, {})
+        # Its siblings of the same class would fail the same way, one attempt each.
+        failed_class = type(names[failed])
+        closed.update(name for name, m in names.items() if type(m) is failed_class)
+
+
+def _failure(tracers: Iterable[ModuleTracer], model: nn.Module) -> tuple[str | None, str]:
+    """Trace with each; the module that no graph can stand for, and why, or None."""
+    graphs = []
+    for tracer in tracers:
         try:
-            graph = tracer.trace(model, concrete_args=concrete or None)
+            graphs.append(tracer.trace(model))
         # The model's own code runs here, so anything at all may be raised.
         except Exception as error:
-            why = why or f"{type(error).__name__}: {error}".split("\n")[0]
-            if tracer.failed is None or tracer.failed in closed or tracer.failed not in names:
-                return Trace("modules", None, (), why)
-            # Its siblings of the same class would fail the same way, one attempt each.
-            failed_class = type(names[tracer.failed])
-            closed.update(name for name, m in names.items() if type(m) is failed_class)
-            continue
-        return Trace("leaves" if closed else "graph", graph, tuple(sorted(closed)), why)
+            tracer.refuse(_said(error), "")
+            return tracer.failed, tracer.why
+    changed = _difference(*graphs, model)
+    return changed, "does not do the same twice"
+
+
+def _difference(one: fx.Graph, two: fx.Graph, model: nn.Module) -> str | None:
+    """The module whose code made the first node that differs in two graphs, None if none does."""
+    place = {node: i for graph in (one, two) for i, node in enumerate(graph.nodes)}
+
+    def plain(node: fx.Node) -> tuple[Any, ...]:
+        # Constants have names of their own in each trace.
+        read = attrgetter(node.target)(model) if node.op == "get_attr" else node.target
+        return node.op, read, fx.node.map_arg((node.args, node.kwargs), place.__getitem__)
+
+    for ours, theirs in zip_longest(one.nodes, two.nodes):
+        if ours is None or theirs is None or not _same(plain(ours), plain(theirs)):
+            stack = (ours or theirs).meta.get("nn_module_stack")
+            return next(reversed(stack.values()))[0] if stack else ""
+    return None
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return ours is theirs or (
+            (ours.dtype, ours.device) == (theirs.dtype, theirs.device) and torch.equal(ours, theirs)
+        )
+    if isinstance(ours, tuple | list) and isinstance(theirs, tuple | list):
+        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(_same(ours[k], theirs[k]) for k in ours)
+    return ours is theirs or bool(ours == theirs) or (ours != ours and theirs != theirs)
 
 
 def _fixed(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any]:
     """The forward arguments that Python code may branch on, and that are therefore constants."""
     try:
-        parameters = inspect.signature(model.forward).parameters.values()
+        parameters = inspect.signature(model.forward).parameters
     except (TypeError, ValueError):
-        return {}
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    if given is None:
-        return defaults
-    passed = {
-        name: value
-        for name, value in given.items()
-        if value is None or isinstance(value, bool | int | float | str)
-    }
-    return {name: v for name, v in defaults.items() if name not in given} | passed
+        raise RefusedError("has no signature") from None
+    fixed = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    for name, value in (given or {}).items():
+        if name not in parameters or parameters[name].kind in VARIADIC:
+            raise RefusedError("takes any number of arguments")
+        fixed.pop(name, None)
+        if value is None or isinstance(value, bool | int | float | str):
+            fixed[name] = value
+    return fixed
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What an assignment to `self` changes."""
+    return {**vars(module), **module._parameters, **module._buffers, **module._modules}
+
+
+def _random_state() -> tuple[Any, ...]:
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    _, key, position, *_ = np.random.get_state()
+    drawn = [state.numpy().tobytes() for state in (torch.get_rng_state(), *on_gpu)]
+    return random.getstate(), key.tobytes(), position, *drawn
+
+
+@contextmanager
+def _watching(tracer: ModuleTracer) -> Iterator[None]:
+    """Look at every function that is called, for what leaves no node in a graph."""
+    seen: set[CodeType] = set()
+
+    def look(frame: FrameType, event: str, called: Any) -> None:
+        code = frame.f_code
+        if event == "c_call" and not _is_library(code):
+            if getattr(called, "__name__", None) in _MOMENTARY:
+                tracer.refuse(f"asks {called.__name__}()")
+        elif event == "call" and code not in seen:
+            if _is_library(code) or not any(i.opname in _WITH for i in dis.get_instructions(code)):
+                seen.add(code)
+            else:
+                tracer.refuse("enters a context manager")
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+def _is_library(code: CodeType) -> bool:
+    """Whether a function is torch's or Python's own."""
+    file = code.co_filename
+    if file.startswith((_TORCH, "<")):
+        return file != _DECORATORS
+    return file.startswith(_PYTHON) and "-packages" not in file
+
+
+def _said(error: Exception) -> str:
+    text = str(error) if isinstance(error, RefusedError) else f"{type(error).__name__}: {error}"
+    return text.split("\n")[0]

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sepconv.graph.effects import has_hooks
@@ -48,7 +48,7 @@ def conv_norm_act(x: Tensor, conv: nn.Module, bn: nn.Module, activation: Activat
 
 def _for_kernels(x: Tensor, conv: nn.Module, bn: nn.Module) -> nn.BatchNorm2d | None:
     """The BatchNorm, where the kernels may do its work."""
-    plain = type(bn) is nn.BatchNorm2d and isinstance(x, Tensor)  # not where fx records the layers
+    plain = type(bn) is nn.BatchNorm2d and not isinstance(x, fx.Proxy)  # fx records layers
     if not plain or not chooses_kernels(x) or has_hooks(conv) or has_hooks(bn):
         return None
     assert isinstance(bn, nn.BatchNorm2d)

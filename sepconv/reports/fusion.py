@@ -39,6 +39,9 @@ class FusionReport:
         trace_level: `graph`, `leaves` or `modules`; see `sepconv.graph.tracing`.
         trace_note: What kept fx from tracing more, in its own words.
         channels_last: Whether the fused modules return channels_last tensors.
+        left: Parts that a graph was made of and that stayed as they were, by name (the model's
+            own is empty), and how the graph answered otherwise on the example inputs.
+        checked: Whether the result was compared with the model on example inputs.
         latency_before: Seconds of the original in its better memory format, None if not measured.
         latency_after: Seconds of the fused model.
         kept: Whether the original was returned because the fused model measured slower.
@@ -48,6 +51,8 @@ class FusionReport:
     trace_level: str = "graph"
     trace_note: str = ""
     channels_last: bool = True
+    left: dict[str, str] = field(default_factory=dict)
+    checked: bool = False
     latency_before: float | None = None
     latency_after: float | None = None
     kept: bool = False
@@ -84,6 +89,9 @@ class FusionReport:
         parts = [f"{len(self.fused)} of {len(self.layers)} layers fused"]
         reasons = Counter(layer.reason for layer in self.layers if layer.reason)
         parts += [f"{n} left: {reason}" for reason, n in reasons.most_common()]
+        parts += [f"{name or 'the model'} as it was: {why}" for name, why in self.left.items()]
+        if not self.checked:
+            parts.append("not checked: no example inputs")
         if self.latency_before is not None and self.latency_after is not None:
             before, after = self.latency_before * 1e3, self.latency_after * 1e3
             parts.append(f"{before:.2f} ms > {after:.2f} ms")

@@ -1,0 +1,161 @@
+"""Whether a rewritten model answers as the original does: structure, types, shapes, numbers."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map, tree_map_only
+
+from sepconv._util import evaluating
+from sepconv.graph.capture import runnable
+from sepconv.graph.state import copied, untouched
+
+_UNITS = 16  # of rounding that one rewritten layer may add, in the mean over what it sums
+_COARSEST = 0.05  # relative difference above which low precision is no excuse
+_WORSE = 4  # times the original's own rounding
+
+
+class Check:
+    """A model's answer to example inputs, to compare others' with. Costs one forward.
+
+    Args:
+        model: Run in eval mode without gradients, in the caller's autocast state; left as it was.
+        args: Positional arguments of the forward.
+        kwargs: Keyword arguments.
+
+    Raises:
+        Exception: Whatever the model's forward raises.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.expected = run(model, args, kwargs)
+        self._truth: Any = None
+
+    def difference(self, other: nn.Module, layers: int) -> str | None:
+        """What `other` answers that the model does not, or None if only rounding differs.
+
+        Costs one forward; where numbers differ by more than rounding may explain, the first time
+        one in float64 too: then the other may be `_WORSE` times as far from that as the model is.
+
+        Args:
+            other: A rewritten copy of the model.
+            layers: How many of its layers compute in another way.
+        """
+        try:
+            got = run(other, self.args, self.kwargs)
+        except Exception as error:
+            return f"raises {type(error).__name__}: {error}".split("\n")[0]
+        return self.between(got, self.expected, layers)
+
+    def between(self, got: Any, expected: Any, layers: int) -> str | None:
+        """The same for an answer that is there, `expected` being the model's."""
+        bound = min(_UNITS * self._unit() * math.sqrt(layers + 1), _COARSEST)
+        found = difference(got, expected, bound)
+        if found is None or expected is not self.expected:
+            return found
+        truth = self._in_double()
+        if truth is None:
+            return found
+        return difference(got, expected, bound, truth)
+
+    def _unit(self) -> float:
+        """The coarsest rounding of anything that the model computes in."""
+        device = next((p.device.type for p in self.model.parameters()), "cpu")
+        kinds = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        tree_map_only(Tensor, lambda t: kinds.add(t.dtype), (self.args, self.kwargs))
+        if torch.is_autocast_enabled(device):
+            kinds.add(torch.get_autocast_dtype(device))
+        unit = max((torch.finfo(k).eps for k in kinds if k.is_floating_point), default=0.0)
+        tf32 = device == "cuda" and torch.backends.cudnn.allow_tf32
+        return max(unit, 2.0**-10) if tf32 else unit
+
+    def _in_double(self) -> Any:
+        if self._truth is None:
+            device = next((p.device.type for p in self.model.parameters()), "cpu")
+            args, kwargs = tree_map(_double, (self.args, self.kwargs))
+            try:
+                with torch.autocast(device, enabled=False):
+                    self._truth = run(copied(self.model).double(), args, kwargs)
+            except Exception:  # code that insists on a dtype
+                return None
+        return self._truth
+
+
+def run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One forward in eval mode that leaves nothing behind, not even in its inputs."""
+    model = runnable(model)
+    args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+    with untouched(model), evaluating(model), torch.no_grad():
+        return model(*args, **kwargs)
+
+
+def difference(got: Any, expected: Any, bound: float, truth: Any = None) -> str | None:
+    """The first thing that differs in two answers, in words, or None.
+
+    Args:
+        got: Tensors, numbers and other objects, in containers of any class.
+        expected: The same.
+        bound: Of the difference of floating point numbers, relative to a tensor's largest.
+        truth: What `expected` would be without rounding: where it is given, what is further from
+            it than the bound may be `_WORSE` times as far as `expected` is.
+    """
+    if type(got) is not type(expected):
+        return f"{type(got).__name__} in place of {type(expected).__name__}"
+    if isinstance(expected, Tensor):
+        return _tensors(got, expected, bound, truth if isinstance(truth, Tensor) else None)
+    if isinstance(expected, float):
+        near = math.isclose(got, expected, rel_tol=bound, abs_tol=bound)
+        return None if near or got != got else f"{got} in place of {expected}"
+    if isinstance(expected, bool | int | str | bytes | type(None)):
+        return None if got == expected else f"{got!r} in place of {expected!r}"
+    ours, theirs, exact = _parts(got), _parts(expected), _parts(truth)
+    if ours.keys() != theirs.keys():
+        return f"entries {list(ours)} in place of {list(theirs)}"
+    for key in theirs:
+        found = difference(ours[key], theirs[key], bound, exact.get(key))
+        if found is not None:
+            return f"{key}: {found}"
+    return None
+
+
+def _parts(value: Any) -> dict[Any, Any]:
+    """What an answer consists of, by name."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, tuple | list):
+        return dict(enumerate(value))
+    if isinstance(value, nn.Module) or not hasattr(value, "__dict__"):
+        return {}
+    return dict(vars(value))
+
+
+def _tensors(got: Tensor, expected: Tensor, bound: float, truth: Tensor | None) -> str | None:
+    ours, theirs = ((t.dtype, tuple(t.shape)) for t in (got, expected))
+    if ours != theirs:
+        return f"{ours[0]} {list(ours[1])} in place of {theirs[0]} {list(theirs[1])}"
+    if not expected.is_floating_point() and not expected.is_complex():
+        return None if torch.equal(got, expected) else "other integers"
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    got, expected = got.to(wide), expected.to(wide)
+    finite = expected.isfinite()
+    if not torch.equal(finite, got.isfinite()):
+        return "other values that are not finite"
+    if not finite.any():
+        return None
+    scale = float(expected[finite].abs().max())
+    allowed, apart = bound * scale, _apart(got, expected, finite)
+    if truth is not None and truth.shape == expected.shape:
+        allowed = max(allowed, _WORSE * _apart(expected, truth, finite))
+        apart = _apart(got, truth, finite)
+    return None if apart <= allowed else f"relative difference {apart / max(scale, 1e-300):.2g}"
+
+
+def _apart(a: Tensor, b: Tensor, where: Tensor) -> float:
+    return float((a - b)[where].abs().max())
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
