@@ -20,6 +20,7 @@ from sepconv.conversion.options import (
     select,
 )
 from sepconv.conversion.plan import check_within, ranks_asked, ranks_for
+from sepconv.conversion.trial import tried
 from sepconv.graph import ExampleInputs, Match, capture, match
 from sepconv.graph.checked import checked_model
 from sepconv.reports.conversion import attach, measure_layers, planned_layers, summarise
@@ -102,6 +103,9 @@ def convert(
     asked, found = select(model, found, rank, include, exclude, filter_fn, first_conv)
     matches = [conv for conv in found if isinstance(conv, Match)]
     check_finite(matches)
+    if example_inputs is not None:
+        captured, found = tried(model, example_inputs, captured, found)
+        matches = [conv for conv in found if isinstance(conv, Match)]
 
     table = LatencyTable()
     study = None

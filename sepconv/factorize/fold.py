@@ -5,6 +5,7 @@ Such a BatchNorm is `scale * x + shift` per channel. The arithmetic is float64, 
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -31,6 +32,22 @@ def batch_norm_affine(
     if bias is not None:
         shift = shift + bias.double()
     return Affine(scale, shift)
+
+
+def fits(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether folding left a weight [K, ...] and a bias [K] in the range of their dtype.
+
+    In float16 a scale may push them under its smallest normal number, or over its largest.
+
+    >>> fits(torch.tensor([[1e-6, 1.0]]).half(), None), fits(torch.tensor([[1e-6]]).half(), None)
+    (True, False)
+    """
+    least = torch.finfo(weight.dtype).smallest_normal
+    largest = weight.abs().flatten(1).amax(1)
+    normal = (largest >= least) | (largest == 0)
+    return bool(normal.all() and largest.isfinite().all()) and (
+        bias is None or bool(bias.isfinite().all())
+    )
 
 
 def fold_after(weight: Tensor, bias: Tensor | None, bn: Affine) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sepconv.fusion.folding import can_fold
 from sepconv.fusion.recognise import (
     Norm,
     activation,
@@ -126,9 +127,12 @@ def _form(conv: nn.Module | None) -> str:
 def _stage(node: fx.Node, modules: Modules) -> tuple[Stage, list[fx.Node]]:
     """The convolution, the BatchNorms after it, and the activation after those."""
     stage, nodes = Stage(str(node.target)), [node]
+    conv = modules[stage.conv]
     while (user := _only_user(nodes[-1])) is not None:
         norm = batch_norm(user, modules)
         if norm is None or norm[0] is not nodes[-1]:
+            break
+        if not can_fold(conv, (*stage.norms, norm[1]), modules):
             break
         stage.norms += (norm[1],)
         nodes.append(user)
@@ -174,6 +178,8 @@ def _take_norms_before(chain: Chain, modules: Modules, taken: set[fx.Node]) -> N
         # The BatchNorm's input is now read where the fused module stands.
         moved = written_between(norm[0], before, chain.place, modules, set(chain.nodes))
         if before in taken or _only_user(before) is not chain.nodes[0] or moved:
+            return
+        if not can_fold(conv, chain.stages[0].norms, modules, (norm[1], *chain.before)):
             return
         chain.before = (norm[1], *chain.before)
         chain.nodes.insert(0, before)

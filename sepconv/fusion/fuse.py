@@ -220,6 +220,7 @@ def _checked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             if found is None:
                 return lowering
         # Each by itself; what is right there and not in its place goes too.
+        assert found is not None
         differing = _differing(lowering, check) or dict.fromkeys(lowering.parts, found)
         if not differing:
             raise RuntimeError(f"fuse: a copy of the model does not do as the model: {found}")
@@ -231,12 +232,12 @@ def _differing(lowering: _Lowering, check: Check) -> dict[str, str]:
 
     Runs the model's own code once, and beside each part of it the lowered part.
     """
-    found: dict[str, str] = {}
+    differing: dict[str, str] = {}
     with ExitStack() as stack:
         for name, part in lowering.parts.items():
-            stack.enter_context(_beside(part, partial(found.setdefault, name), check))
+            stack.enter_context(_beside(part, partial(differing.setdefault, name), check))
         run(lowering.model, check.args, check.kwargs)
-    return found
+    return differing
 
 
 @contextmanager

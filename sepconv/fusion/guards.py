@@ -8,10 +8,10 @@ argument or training mode, runs the original code on the original modules.
 
 import inspect
 import keyword
+import types
 from importlib import import_module
 from inspect import Parameter
 from operator import attrgetter
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -49,7 +49,7 @@ def install(module: nn.Module, traced: Trace) -> None:
     defaults: dict[str, Any] = {}
     source = code.src.replace("def forward(", "def lowered(", 1) + _guard(module, traced, defaults)
     names = {
-        name: _Imported(value.__name__) if isinstance(value, ModuleType) else value
+        name: _Imported(value.__name__) if isinstance(value, types.ModuleType) else value
         for name, value in code.globals.items()
     }
     names |= {"_default": defaults, "_fixed": dict(traced.fixed), "_same": _same}
@@ -132,7 +132,7 @@ def _subclass(kind: type[nn.Module], lowered: Lowered) -> type[nn.Module]:
         "forward": namespace["forward"],
     }
     members |= {alias: property(attrgetter(path)) for alias, path in lowered.aliases.items()}
-    return type(original)(original.__name__, (original,), members)
+    return types.new_class(original.__name__, (original,), {}, lambda body: body.update(members))
 
 
 def _new(original: type[nn.Module], lowered: Lowered) -> nn.Module:

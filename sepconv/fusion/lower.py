@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from sepconv.factorize.fold import Affine, batch_norm_affine, fold_after, fold_before
 from sepconv.fusion.chains import Chain, find_chains
-from sepconv.fusion.recognise import Norm
+from sepconv.fusion.folding import folded
 from sepconv.fusion.tidy import tidy
+from sepconv.graph.effects import Modules
 from sepconv.kernels.geometry import fixed_sides
 from sepconv.nn import FusedConv2d, FusedLinear, FusedSeparableConv2d, SeparableConv2d
 from sepconv.ops.arguments import pair
@@ -34,7 +34,7 @@ def lower_graph(graph: fx.Graph, owner: nn.Module, channels_last: bool) -> list[
         if chain.key not in names:
             host = modules[chain.stages[0].conv]
             free = next(name for name in _names() if not hasattr(host, name))
-            host.add_module(free, _fused(chain, owner, channels_last))
+            host.add_module(free, _fused(chain, modules, channels_last))
             names[chain.key] = f"{chain.stages[0].conv}.{free}"
         _call_instead(graph, chain, names[chain.key])
     for node in list(graph.nodes):
@@ -50,50 +50,23 @@ def _names() -> Iterator[str]:
         yield f"fused_{number}"
 
 
-def _fused(chain: Chain, owner: nn.Module, channels_last: bool) -> nn.Module:
+def _fused(chain: Chain, modules: Modules, channels_last: bool) -> nn.Module:
     """The module that computes a chain, called with its source and, if it has one, the residual."""
-    first = owner.get_submodule(chain.stages[0].conv)
-    last = chain.stages[-1]
+    stage, last = chain.stages[0], chain.stages[-1]
+    first = modules[stage.conv]
     if isinstance(first, nn.Linear):
         return FusedLinear(first.weight, first.bias, last.activation)
+    weight, bias = folded(first, stage.norms, modules, chain.before)
+    tail = (last.activation, channels_last)
     if isinstance(first, SeparableConv2d):
-        folded, bias_pw = _folded(first.weight_pw, first.bias, last.norms, owner)
-        tensors = (first.weight_dw, folded, None, bias_pw)
-        tail = (None, last.activation, channels_last)
-        return FusedSeparableConv2d(*tensors, *_geometry(first), *tail)
+        tensors = (first.weight_dw, weight, None, bias)
+        return FusedSeparableConv2d(*tensors, *_geometry(first), None, *tail)
     assert isinstance(first, nn.Conv2d)
-    weight, bias = first.weight, first.bias
-    for norm in reversed(chain.before):
-        weight, bias = fold_before(weight, bias, _affine(norm, owner), first.groups)
-    weight, bias = _folded(weight, bias, chain.stages[0].norms, owner)
     if len(chain.stages) == 1:
-        geometry = (*_geometry(first), first.groups)
-        return FusedConv2d(weight, bias, *geometry, last.activation, channels_last)
-    second = owner.get_submodule(last.conv)
-    assert isinstance(second, nn.Conv2d)
-    weight_pw, bias_pw = _folded(second.weight, second.bias, last.norms, owner)
-    activations = (chain.stages[0].activation, last.activation)
+        return FusedConv2d(weight, bias, *_geometry(first), first.groups, *tail)
+    weight_pw, bias_pw = folded(modules[last.conv], last.norms, modules)
     parts = (weight, weight_pw, bias, bias_pw)
-    return FusedSeparableConv2d(*parts, *_geometry(first), *activations, channels_last)
-
-
-def _affine(norm: Norm, owner: nn.Module) -> Affine:
-    def tensor(name: str | None) -> Any:
-        if name is None:
-            return None
-        holder, _, last = name.rpartition(".")
-        return getattr(owner.get_submodule(holder), last)
-
-    mean, var = tensor(norm.mean), tensor(norm.var)
-    return batch_norm_affine(mean, var, tensor(norm.weight), tensor(norm.bias), norm.eps)
-
-
-def _folded(
-    weight: Tensor, bias: Tensor | None, norms: tuple[Norm, ...], owner: nn.Module
-) -> tuple[Tensor, Tensor | None]:
-    for norm in norms:
-        weight, bias = fold_after(weight, bias, _affine(norm, owner))
-    return weight, bias
+    return FusedSeparableConv2d(*parts, *_geometry(first), stage.activation, *tail)
 
 
 def _geometry(conv: nn.Conv2d | SeparableConv2d) -> tuple[Any, Any, Any]:

@@ -38,6 +38,7 @@ class SkipReason(StrEnum):
     SHARED_WEIGHT = "shared weight"  # with another module, call or computation
     COMPUTED_WEIGHT = "computed weight"  # of a functional call, so not a parameter
     FUNCTIONAL = "functional call"  # in a forward that cannot be rewritten safely
+    CODE = "code around it"  # computes something else with a separable layer
     EXCLUDED = "excluded"  # by the caller
 
 

@@ -81,8 +81,8 @@ class _Proxy(fx.Proxy):
 
     tracer: "ModuleTracer"
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]  # which a class may have
+    def __class__(self) -> type:
         """`isinstance` reads this, where `type()` is not what it asked for."""
         if _asks_type(sys._getframe(1)):
             self.tracer.refuse("asks for the type of a value")
@@ -134,8 +134,8 @@ def _record_in_place(name: str) -> None:
     setattr(_Proxy, f"__{name}__", method)
 
 
-for _name in "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor".split():
-    _record_in_place(_name)
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+    _record_in_place(f"i{_name}")
 
 
 class ModuleTracer(fx.Tracer):
@@ -314,7 +314,7 @@ def _failure(tracers: Iterable[ModuleTracer], model: nn.Module) -> tuple[str | N
         except Exception as error:
             tracer.refuse(_said(error), "")
             return tracer.failed, tracer.why
-    changed = _difference(*graphs, model)
+    changed = _difference(graphs[0], graphs[1], model)
     return changed, "does not do the same twice"
 
 
@@ -324,7 +324,7 @@ def _difference(one: fx.Graph, two: fx.Graph, model: nn.Module) -> str | None:
 
     def plain(node: fx.Node) -> tuple[Any, ...]:
         # Constants have names of their own in each trace.
-        read = attrgetter(node.target)(model) if node.op == "get_attr" else node.target
+        read = attrgetter(str(node.target))(model) if node.op == "get_attr" else node.target
         return node.op, read, fx.node.map_arg((node.args, node.kwargs), place.__getitem__)
 
     for ours, theirs in zip_longest(one.nodes, two.nodes):
@@ -371,7 +371,7 @@ def _random_state() -> tuple[Any, ...]:
     on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     _, key, position, *_ = np.random.get_state()
     drawn = [state.numpy().tobytes() for state in (torch.get_rng_state(), *on_gpu)]
-    return random.getstate(), key.tobytes(), position, *drawn
+    return random.getstate(), np.asarray(key).tobytes(), position, *drawn
 
 
 @contextmanager
