@@ -15,5 +15,7 @@ def ran(model: nn.Module, *args: Any) -> list[type[nn.Module]]:
     for hook in hooks:
         hook.remove()
     inner = {child for m in calls for child in m.modules() if child is not m}
-    outer = {m for m in calls if any(child in set(calls) for child in m.modules() if child is not m)}
+    outer = {
+        m for m in calls if any(child in set(calls) for child in m.modules() if child is not m)
+    }
     return [type(m) for m in calls if m in inner and m not in outer]

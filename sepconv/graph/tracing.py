@@ -18,7 +18,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import SUPPORTED_NODES, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from sepconv.graph.state import untouched
 from sepconv.nn import SeparableConv2d
@@ -45,7 +45,7 @@ _ASKING = {"isinstance", "__class__", "_abc_instancecheck"}
 _DECORATORS = f"{_TORCH}utils{os.sep}_contextlib.py"  # of `@torch.no_grad()` and the like
 _WITH = {"BEFORE_WITH", "BEFORE_ASYNC_WITH", "LOAD_SPECIAL"}  # the last from Python 3.14 on
 # Whose answers are of the moment.
-_MOMENTARY = {"is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"}
+_MOMENTARY = {torch.is_grad_enabled, torch.is_autocast_enabled, torch.is_inference_mode_enabled}
 
 
 class Trace(NamedTuple):
@@ -203,6 +203,9 @@ class ModuleTracer(fx.Tracer):
                 self.refuse(f"writes to self.{name}")
         if _random_state() != self._random:
             self.refuse("draws random numbers")
+        for part in tree_leaves(result):
+            if issubclass(type(part), dict | list):
+                self.refuse(f"makes a {type(part).__name__}")
         self._raise_if_refused()
         return result
 
@@ -234,9 +237,9 @@ class ModuleTracer(fx.Tracer):
         """A container of a class of its own is made anew, as pytree knows how to."""
         kind = type(a)
         if issubclass(kind, dict | list) and kind not in (dict, list):
-            if kind not in SUPPORTED_NODES:
-                raise RefusedError(f"makes a {kind.__name__}")
             values, spec = tree_flatten(a)
+            if spec.is_leaf():
+                raise RefusedError(f"makes a {kind.__name__}")
             name = self.get_fresh_qualname("_container")
             setattr(self.root, name, spec)
             args = (self.create_arg(values), self.create_node("get_attr", name, (), {}))
@@ -377,18 +380,17 @@ def _random_state() -> tuple[Any, ...]:
 @contextmanager
 def _watching(tracer: ModuleTracer) -> Iterator[None]:
     """Look at every function that is called, for what leaves no node in a graph."""
-    seen: set[CodeType] = set()
+    seen: set[int] = set()  # by `id`: a code object's hash takes longer than tracing it
 
     def look(frame: FrameType, event: str, called: Any) -> None:
-        code = frame.f_code
-        if event == "c_call" and not _is_library(code):
-            if getattr(called, "__name__", None) in _MOMENTARY:
+        if event == "c_call":
+            if called in _MOMENTARY and not _is_library(frame.f_code):
                 tracer.refuse(f"asks {called.__name__}()")
-        elif event == "call" and code not in seen:
-            if _is_library(code) or not any(i.opname in _WITH for i in dis.get_instructions(code)):
-                seen.add(code)
-            else:
+        elif event == "call" and id(frame.f_code) not in seen:
+            if _enters_context(frame.f_code):
                 tracer.refuse("enters a context manager")
+            else:
+                seen.add(id(frame.f_code))
 
     before = sys.getprofile()
     sys.setprofile(look)
@@ -396,6 +398,12 @@ def _watching(tracer: ModuleTracer) -> Iterator[None]:
         yield
     finally:
         sys.setprofile(before)
+
+
+@cache
+def _enters_context(code: CodeType) -> bool:
+    """Whether there is a `with` statement in a function of the model."""
+    return not _is_library(code) and any(i.opname in _WITH for i in dis.get_instructions(code))
 
 
 def _is_library(code: CodeType) -> bool:

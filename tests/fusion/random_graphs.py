@@ -1,6 +1,9 @@
 """Random networks for fx: what real models do to their tensors, in every order."""
 
 import operator
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,7 +47,107 @@ PAIRS = {
     "write": lambda a, b: operator.setitem(a, (slice(None), 0), b[:, 0]) or a,
 }
 
-KINDS = ["conv", "depthwise", "1x1", "bn", "activation", "again", "weight", "function", "pair"]
+
+def in_no_grad(block: "Block", x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return block.body(x)
+
+
+def remembering(block: "Block", x: Tensor) -> Tensor:
+    block.last = block.body(x)
+    return block.last
+
+
+def iterating(block: "Block", x: Tensor) -> Tensor:
+    for layer in block.body:
+        x = layer(x)
+    return x
+
+
+# What the code of a block does with its layers.
+STYLES: dict[str, Callable[["Block", Tensor], Tensor]] = {
+    "called": lambda block, x: block.body(x),
+    "iterated": iterating,
+    "indexed, without the BatchNorm": lambda block, x: block.body[-1](block.body[0](x)),
+    "no_grad": in_no_grad,
+    "isinstance": lambda block, x: block.body(x) if isinstance(x, Tensor) else x,
+    "truth": lambda block, x: block.body(x) if x.shape[1] > 0 else x,
+    "writes": remembering,
+    "asks for classes": lambda block, x: (
+        block.body(x) if isinstance(block.body[1], nn.BatchNorm2d) else block.body[0](x)
+    ),
+}
+# What the code around a block does with it.
+USES: dict[str, Callable[["Block", Tensor], Tensor]] = {
+    "called": lambda block, x: block(x),
+    "an argument": lambda block, x: block(x, 3.0),
+    "by name": lambda block, x: block(factor=None, x=x),
+    "an attribute": lambda block, x: block(x) * block.scale,
+    "a property": lambda block, x: block(x) / block.width,
+    "another entry": lambda block, x: block.features(x),
+    "its layers": lambda block, x: next(iter(block.children()))(x),
+    "its class": lambda block, x: block(x) if isinstance(block, Block) else x,
+}
+
+
+class Block(nn.Module):
+    """A convolution, a BatchNorm and an activation, in code of some style."""
+
+    scale = 2.0
+
+    def __init__(self, style: str, *layers: nn.Module) -> None:
+        super().__init__()
+        self.style, self.body = style, nn.Sequential(*layers)
+
+    @property
+    def width(self) -> int:
+        return 4
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.body[0](x)
+
+    def forward(self, x: Tensor, factor: float | None = None) -> Tensor:
+        y = STYLES[self.style](self, x)
+        return y if factor is None else y * factor
+
+
+@dataclass
+class Answer:
+    """An output object."""
+
+    first: Tensor
+    others: list[Tensor]
+
+
+# What a network may return its results in.
+CONTAINERS: dict[str, Callable[[list[Tensor]], Any]] = {
+    "list": list,
+    "tuple": tuple,
+    "dict": lambda values: dict(enumerate(values)),
+    "OrderedDict": lambda values: OrderedDict((str(i), v) for i, v in enumerate(values)),
+    "object": lambda values: Answer(values[0], values[1:]),
+}
+
+
+def unpacked(answer: Any) -> list[Tensor]:
+    """The results in any of the containers."""
+    if isinstance(answer, Answer):
+        return [answer.first, *answer.others]
+    return list(answer.values() if isinstance(answer, dict) else answer)
+
+
+KINDS = [
+    "block",
+    "conv",
+    "depthwise",
+    "1x1",
+    "bn",
+    "activation",
+    "again",
+    "weight",
+    "function",
+    "pair",
+]
 # Kinds of instructions that follow each other in real networks; None is any.
 PATTERNS: list[tuple[str | None, ...]] = [
     (None, None, None),
@@ -68,16 +171,20 @@ class Program(nn.Module):
         self.weights = nn.ParameterList()
         self.instructions: list[tuple[str, Any, tuple[int, ...]]] = []
         self.results: list[int] = []
+        self.container = "list"
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor) -> Any:
         values = [x]
         for kind, what, operands in self.instructions:
             values.append(self.execute(kind, what, [values[i] for i in operands]))
-        return [values[i] for i in self.results]
+        return CONTAINERS[self.container]([values[i] for i in self.results])
 
     def execute(self, kind: str, what: Any, inputs: list[Tensor]) -> Tensor:
         if kind == "layer":
             return self.layers[what](inputs[0])
+        if kind == "block":
+            index, use = what
+            return USES[use](self.layers[index], inputs[0])
         if kind == "weight":
             return F.conv2d(inputs[0], self.weights[what], padding="same")
         return (FUNCTIONS if kind == "function" else PAIRS)[what](*inputs)
@@ -105,6 +212,7 @@ def programs(draw: st.DrawFn) -> tuple[Program, Tensor]:
                     values.append(program.execute(instruction[0], what, inputs))
                     program.instructions.append(instruction)
     program.results = [len(values) - 1, *draw(st.sets(st.integers(0, len(values) - 1), max_size=2))]
+    program.container = draw(st.sampled_from(sorted(CONTAINERS)))
     return program, x
 
 
@@ -134,8 +242,17 @@ def _instructions(
         weight = torch.randn(shape, generator=generator, dtype=value.dtype) / 3
         program.weights.append(nn.Parameter(weight))
         return "weight", len(program.weights) - 1, (operand,)
+    if kind == "block":
+        channels = value.shape[1]
+        conv = nn.Conv2d(channels, channels, draw(st.sampled_from([1, 3])), padding="same")
+        layers = [_drawn(module, generator) for module in (conv, nn.BatchNorm2d(channels))]
+        block = Block(draw(st.sampled_from(sorted(STYLES))), *layers, nn.ReLU())
+        program.layers.append(block.to(value.dtype).eval())
+        use = draw(st.sampled_from(sorted(USES)))
+        return "block", (len(program.layers) - 1, use), (operand,)
     if kind == "again":  # a module called more than once
-        fits = [i for i, m in enumerate(program.layers) if _accepts(m, value)]
+        modules = enumerate(program.layers)
+        fits = [i for i, m in modules if not isinstance(m, Block) and _accepts(m, value)]
         return ("layer", draw(st.sampled_from(fits)), (operand,)) if fits else None
     program.layers.append(draw(_layers(kind, value, generator)).to(value.dtype).eval())
     return "layer", len(program.layers) - 1, (operand,)

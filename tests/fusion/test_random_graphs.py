@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from fusion.random_graphs import programs
+from fusion.random_graphs import programs, unpacked
 from fuzz.session import Tally
 from hypothesis import HealthCheck, given, seed, settings
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ def same(model: nn.Module, other: nn.Module, x: Tensor) -> float:
     ours, theirs = x.clone(), x.clone()
     with torch.no_grad():
         expected, got = model(ours), other(theirs)
+    assert type(got) is type(expected)
+    expected, got = unpacked(expected), unpacked(got)
     assert len(got) == len(expected)
     scale = max(float(e.abs().max()) for e in [*expected, x] if e.numel())
     worst = 0.0
