@@ -65,7 +65,7 @@ def _difference(model: nn.Module, example_inputs: ExampleInputs, plan: Plan) -> 
     args, kwargs = split_inputs(example_inputs)
     converted, _ = apply_plan(model, plan, inplace=False)
     with _dense(plan):
-        return Check(model, args, kwargs).difference(converted, len(plan))
+        return Check(model, args, kwargs).difference(converted)
 
 
 def _wrong(model: nn.Module, example_inputs: ExampleInputs, plan: Plan) -> set[str]:

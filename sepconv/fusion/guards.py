@@ -18,6 +18,9 @@ from torch import fx, nn
 
 from sepconv.graph.tracing import VARIADIC, Trace
 
+# In the module alone that a graph was made of: code may make others of its class, as slices do.
+_MARK = "_sepconv_lowered"
+
 
 class Lowered(NamedTuple):
     """What makes the subclass, as plain data: a class made at run time cannot be pickled.
@@ -54,7 +57,7 @@ def install(module: nn.Module, traced: Trace) -> None:
     }
     names |= {"_default": defaults, "_fixed": dict(traced.fixed), "_same": _same}
     module.__class__ = _subclass(type(module), Lowered(source, names, aliases))
-    vars(module).update(traced.constants)
+    vars(module).update(traced.constants, **{_MARK: True})
 
 
 def _spelled(graph: fx.Graph) -> dict[str, str]:
@@ -72,7 +75,7 @@ def _spelled(graph: fx.Graph) -> dict[str, str]:
 def _guard(module: nn.Module, traced: Trace, defaults: dict[str, Any]) -> str:
     """The source of a forward that takes the module's arguments; fills in their defaults."""
     parameters = inspect.signature(module.forward).parameters
-    conditions, passed, given = ["not self.training"], [], []
+    conditions, passed, given = ["not self.training", f"{_MARK!r} in self.__dict__"], [], []
     for name, parameter in parameters.items():
         if parameter.kind in VARIADIC:
             star = "*" if parameter.kind is Parameter.VAR_POSITIONAL else "**"

@@ -12,7 +12,8 @@ from sepconv._util import evaluating
 from sepconv.graph.capture import runnable
 from sepconv.graph.state import copied, untouched
 
-_UNITS = 16  # of rounding that one rewritten layer may add, in the mean over what it sums
+# Of rounding that one layer may add, for what it sums; the layers' add up like independent ones.
+_UNITS = 16
 _COARSEST = 0.05  # relative difference above which low precision is no excuse
 _WORSE = 4  # times the original's own rounding
 
@@ -31,10 +32,11 @@ class Check:
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
+        self._layers = sum(1 for m in model.modules() if m._parameters)
         self.expected = run(model, args, kwargs)
         self._truth: Any = None
 
-    def difference(self, other: nn.Module, layers: int) -> str | None:
+    def difference(self, other: nn.Module) -> str | None:
         """What `other` answers that the model does not, or None if only rounding differs.
 
         Costs one forward; where numbers differ by more than rounding may explain, the first time
@@ -42,17 +44,16 @@ class Check:
 
         Args:
             other: A rewritten copy of the model.
-            layers: How many of its layers compute in another way.
         """
         try:
             got = run(other, self.args, self.kwargs)
         except Exception as error:
             return f"raises {type(error).__name__}: {error}".split("\n")[0]
-        return self.between(got, self.expected, layers)
+        return self.between(got, self.expected)
 
-    def between(self, got: Any, expected: Any, layers: int) -> str | None:
-        """The same for an answer that is there, `expected` being the model's."""
-        bound = min(_UNITS * self._unit() * math.sqrt(layers + 1), _COARSEST)
+    def between(self, got: Any, expected: Any) -> str | None:
+        """The same for an answer that is there, and for one of a part of the model."""
+        bound = min(_UNITS * self._unit() * math.sqrt(self._layers + 1), _COARSEST)
         found = difference(got, expected, bound)
         if found is None or expected is not self.expected:
             return found
