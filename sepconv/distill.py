@@ -99,7 +99,6 @@ def distill(
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs: expected an int of at least 1, got {epochs!r}")
     trainable(student, itself=True)
-    teacher = trainable(teacher, itself=False)
     _check_trains(student)
     device = next(student.parameters()).device
     judged = list(_batches(held_out if held_out is not None else _first(loader), device))

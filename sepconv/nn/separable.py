@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]  # documented, not exported
 
 from sepconv import ops
 from sepconv.ops.arguments import pair
@@ -152,7 +153,7 @@ class SeparableConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x [N, C, H, W] or [C, H, W]."""
         images = x if x.dim() != 3 else x.unsqueeze(0)
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]  # documented, not exported
+        if is_scripting():
             # As the op is defined, in torch's own ops: the program runs where this package is not.
             middle = F.conv2d(
                 images, self.weight_dw, None, self.stride, self.padding, self.dilation, x.size(-3)
@@ -215,7 +216,7 @@ class SeparableConv1d(SeparableConv2d):
         padding = self.padding if isinstance(self.padding, str) else (0, self.padding[0])
         stride, dilation = (1, self.stride[0]), (1, self.dilation[0])
         images = sequences.unsqueeze(2)
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]  # documented, not exported
+        if is_scripting():
             middle = F.conv2d(images, self.weight_dw, None, stride, padding, dilation, x.size(-2))
             y = F.conv2d(middle, self.weight_pw, self.bias)
         else:

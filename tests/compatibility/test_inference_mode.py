@@ -89,7 +89,11 @@ def test_search_there_evaluates_there() -> None:
         found = sepconv.search(net(), images(), [images()] * 4, evaluate, steps=2)
         with pytest.warns(UserWarning, match="nothing was converted"):
             kept = sepconv.search(
-                net(), images(), [images()], lambda m: float(isinstance(m.conv1, nn.Conv2d)), steps=1
+                net(),
+                images(),
+                [images()],
+                lambda m: float(isinstance(m.conv1, nn.Conv2d)),
+                steps=1,
             )
     assert is_trained(found, images())
     assert is_trained(kept, images())
