@@ -185,8 +185,8 @@ def trainable(model: nn.Module, itself: bool) -> nn.Module:
     Raises:
         ValueError: Parameters were made in inference mode, and a copy will not do.
     """
-    parameters = [name for name, p in model.named_parameters() if p.is_inference()]
-    buffers = [b for b in model.buffers() if b.is_inference()]
+    parameters = [name for name, p in model.named_parameters() if _is_inference(p)]
+    buffers = [b for b in model.buffers() if _is_inference(b)]
     if not itself:
         return copied(model) if parameters or buffers else model
     if parameters:
@@ -199,3 +199,9 @@ def trainable(model: nn.Module, itself: bool) -> nn.Module:
         for name, buffer in module._buffers.items():
             module._buffers[name] = clones.get(id(buffer), buffer)
     return model
+
+
+def _is_inference(tensor: Tensor) -> bool:
+    # One without data yet (lazy modules) refuses the question.
+    lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+    return not lazy and tensor.is_inference()

@@ -15,12 +15,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:convert. the model did not get f
 
 
 def is_trained(model: nn.Module, x: Tensor) -> bool:
-    """A step of an optimizer changes every parameter, and buffers are what BatchNorm writes to."""
-    before = deepcopy(dict(model.named_parameters()))
+    """Every parameter gets a gradient, a step changes them, and BatchNorm writes to its buffers."""
+    before = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.train()(x.clone()).square().sum().backward()
     optimizer.step()
-    return all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    changed = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+    return all(p.grad is not None for p in model.parameters()) and any(changed)
 
 
 @pytest.mark.parametrize("built_inside", [False, True])
