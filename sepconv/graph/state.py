@@ -203,5 +203,5 @@ def trainable(model: nn.Module, itself: bool) -> nn.Module:
 
 def _is_inference(tensor: Tensor) -> bool:
     # One without data yet (lazy modules) refuses the question.
-    lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+    lazy = isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer)
     return not lazy and tensor.is_inference()
