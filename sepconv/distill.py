@@ -4,9 +4,9 @@ import csv
 import io
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+import warnings
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
-from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sepconv._util import evaluating, relative_error, track_batches, write_atomically
-from sepconv.graph.state import copied
+from sepconv.graph.state import trainable
 from sepconv.nn import SeparableConv2d
 
 _COLUMNS = ("epoch", "loss", "held_out", "learning_rate", "seconds")
@@ -29,6 +28,7 @@ class _Batch(NamedTuple):
     labels: Tensor | None
 
 
+@torch.inference_mode(False)  # as if called outside of it: nothing could be trained inside
 def distill(
     student: nn.Module,
     teacher: nn.Module,
@@ -56,6 +56,9 @@ def distill(
     al. 2017, section 3). What is kept is the moving average of the weights, at the epoch at
     whose end it does best on the held-out part.
 
+    Parameters that require no gradients stay as they are. A converted layer inherits that from the
+    convolution it was made of: what was converted frozen is to be unfrozen before.
+
     Args:
         student: The converted model, with logits [N, classes]; trained in place.
         teacher: The original, on the same device; not changed.
@@ -80,8 +83,12 @@ def distill(
         `student`, in the train/eval mode it came in, with the best weights.
 
     Raises:
-        ValueError: The loader is empty or lacks labels; the outputs are not logits of one shape;
-            the loss becomes NaN; the checkpoint belongs to another model.
+        ValueError: Nothing of the student, or none of its converted layers, can be trained; the
+            loader is empty or lacks labels; the outputs are not logits of one shape; the loss
+            becomes NaN; the checkpoint belongs to another model.
+
+    Warns:
+        UserWarning: Some of the converted layers are frozen.
 
     Example:
         >>> import sepconv
@@ -91,6 +98,8 @@ def distill(
     """
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs: expected an int of at least 1, got {epochs!r}")
+    trainable(student, itself=True)
+    _check_trains(student)
     device = next(student.parameters()).device
     judged = list(_batches(held_out if held_out is not None else _first(loader), device))
     if not judged:
@@ -99,7 +108,7 @@ def distill(
     layers = _paired_layers(student, teacher) if layer_weight else {}
 
     with evaluating(student, teacher):
-        run.note_if_best(student, _judge(student, teacher, judged, temperature))
+        run.note_if_best(_judge(student, teacher, judged, temperature))
         if checkpoint is not None and Path(checkpoint).exists():
             run.resume(Path(checkpoint))
         for epoch in range(run.epoch, epochs):
@@ -122,17 +131,16 @@ def distill(
             if steps == 0:
                 raise ValueError("loader: expected batches in every epoch; a generator gives one")
             run.finish_epoch()
-            mean = run.mean.module
-            with evaluating(mean):
-                judgement = _judge(mean, teacher, judged, temperature)
-            run.note_if_best(mean, judgement)
+            with evaluating(student), run.averaged():
+                judgement = _judge(student, teacher, judged, temperature)
+                run.note_if_best(judgement)
             if checkpoint is not None:
                 run.save(Path(checkpoint))
             if log is not None:
                 seconds = round(time.perf_counter() - start, 3)
                 rate = run.optimizer.param_groups[0]["lr"]
                 _append(Path(log), (epoch + 1, total / steps, judgement, rate, seconds))
-    student.load_state_dict(run.best)
+    _put(run.best, student)
     return student
 
 
@@ -152,19 +160,15 @@ class _Run:
         self._by_steps = steps_per_epoch is not None
         self.optimizer = torch.optim.AdamW(_parameter_groups(student, decay), lr=rate)
         self._schedule = CosineAnnealingLR(self.optimizer, max(epochs * (steps_per_epoch or 1), 1))
-        # Of a copy without history: a module may remember an activation.
-        self.mean = AveragedModel(
-            copied(student), multi_avg_fn=_moving_average(average), use_buffers=True
-        )
-        self.mean.n_averaged.fill_(1)  # the student as it is now counts
-        self.best, self.best_loss = _copied(student.state_dict()), math.inf
+        self.mean = _Average(student, average)
+        self.best, self.best_loss = _values(student), math.inf
 
     def step(self, loss: Tensor) -> None:
         """One step of the optimizer, of the average and maybe of the schedule."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        self.mean.update_parameters(self.student)
+        self.mean.update(self.student)
         if self._by_steps:
             self._lower_rate()
 
@@ -179,10 +183,23 @@ class _Run:
         if self._schedule.last_epoch < self._schedule.T_max:
             self._schedule.step()
 
-    def note_if_best(self, model: nn.Module, loss: float) -> None:
-        """Keep the weights of `model` if it does better than what was best before."""
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The student with the averaged weights while the block runs.
+
+        No copy of it: it may hold what cannot be copied, and make buffers as it runs.
+        """
+        own = _values(self.student)
+        _put(self.mean.values, self.student)
+        try:
+            yield
+        finally:
+            _put(own, self.student)
+
+    def note_if_best(self, loss: float) -> None:
+        """Keep the student's weights as they are if they do better than what was best before."""
         if loss < self.best_loss:
-            self.best, self.best_loss = _copied(model.state_dict()), loss
+            self.best, self.best_loss = _values(self.student), loss
 
     def save(self, path: Path) -> None:
         """Write everything to a file, whole or not at all."""
@@ -190,8 +207,9 @@ class _Run:
         torch.save(
             {
                 "epoch": self.epoch,
-                "student": self.student.state_dict(),
-                "mean": self.mean.state_dict(),
+                "student": _values(self.student),
+                "mean": self.mean.values,
+                "averaged": self.mean.count,
                 "best": self.best,
                 "best_loss": self.best_loss,
                 "optimizer": self.optimizer.state_dict(),
@@ -210,30 +228,97 @@ class _Run:
         """
         try:
             saved = torch.load(path, weights_only=True, map_location="cpu")
-            self.student.load_state_dict(saved["student"])
-            self.mean.load_state_dict(saved["mean"])
+            for key in ("student", "mean", "best"):
+                _check_fits(saved[key], self.student)
+            _put(saved["student"], self.student)
             self.optimizer.load_state_dict(saved["optimizer"])
             self._schedule.load_state_dict(saved["schedule"])
             torch.set_rng_state(saved["random"])
+            self.mean.count, self.epoch = saved["averaged"], saved["epoch"]
+            self.best_loss = saved["best_loss"]
         except Exception as error:
             raise ValueError(f"checkpoint: {path} does not fit this run: {error}") from error
-        device = next(self.student.parameters()).device
-        self.best = {k: v.to(device) for k, v in saved["best"].items()}
-        self.best_loss, self.epoch = saved["best_loss"], saved["epoch"]
+        devices = {name: tensor.device for name, tensor in _tensors(self.student).items()}
+        self.best, self.mean.values = (
+            {name: value.to(devices.get(name)) for name, value in saved[key].items()}
+            for key in ("best", "mean")
+        )
 
 
-def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """An exponential one, of which counts of batches are copied."""
+class _Average:
+    """An exponential moving average of all parameters and buffers, as they are from step to step.
 
-    def average(means: Any, values: Any, count: Tensor) -> None:
-        if not means[0].is_floating_point():
-            torch._foreach_copy_(means, values)
-            return
+    Of integers, such as counts of batches, and of what has just appeared, the last value is kept.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._decay = decay
+        self.values, self.count = _values(model), 1  # the model as it is now counts
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Let another step count."""
         # Young averages follow faster, or they would remember the start for too long.
-        now = min(decay, int(count) / (int(count) + 10))
-        get_ema_multi_avg_fn(now)(means, values, count)
+        decay = min(self._decay, self.count / (self.count + 10))
+        means, currents = [], []
+        for name, current in _tensors(model).items():
+            mean = self.values.get(name)
+            if mean is None or mean.shape != current.shape or not mean.is_floating_point():
+                self.values[name] = current.detach().clone()
+            else:
+                means.append(mean)
+                currents.append(current.detach())
+        torch._foreach_lerp_(means, currents, 1 - decay)
+        self.count += 1
 
-    return average
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers; not a `state_dict`, which may hold anything, and lacks caches."""
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
+def _values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
+
+
+@torch.no_grad()
+def _put(values: dict[str, Tensor], model: nn.Module) -> None:
+    """Write values into a model; a buffer that has appeared or changed its shape since stays."""
+    for name, tensor in _tensors(model).items():
+        if name in values and values[name].shape == tensor.shape:
+            tensor.copy_(values[name])
+
+
+def _check_fits(values: dict[str, Tensor], model: nn.Module) -> None:
+    """Raise `ValueError` unless they are of a model with these parameters."""
+    for name, parameter in model.named_parameters():
+        got = list(values[name].shape) if name in values else "none"
+        if got != list(parameter.shape):
+            raise ValueError(f"{name}: expected {list(parameter.shape)}, got {got}")
+
+
+def _check_trains(student: nn.Module) -> None:
+    """Raise or warn where training could not do what it is called for."""
+    if not any(p.requires_grad for p in student.parameters()):
+        raise ValueError(
+            "student: expected parameters to train, got none that requires gradients; "
+            "`student.requires_grad_()` unfreezes all"
+        )
+    layers = {n: m for n, m in student.named_modules() if isinstance(m, SeparableConv2d)}
+    frozen = [
+        name
+        for name, layer in layers.items()
+        if not (layer.weight_dw.requires_grad or layer.weight_pw.requires_grad)
+    ]
+    if not frozen:
+        return
+    told = f"got {', '.join(frozen[:5])}{', ...' if len(frozen) > 5 else ''} frozen, as converted"
+    way = "`student.get_submodule(name).requires_grad_()` unfreezes a layer"
+    if len(frozen) == len(layers):
+        raise ValueError(f"student: expected converted layers that can be trained, {told}; {way}")
+    warnings.warn(
+        f"student: expected all converted layers to be trained, {told}; {way}", stacklevel=4
+    )
 
 
 def _loss(
@@ -250,6 +335,10 @@ def _loss(
             wanted = teacher(batch.x)
         logits = student(batch.x)
     loss = _divergence(logits, wanted, temperature)
+    if not loss.requires_grad:
+        raise ValueError(
+            "student: expected outputs that depend on a parameter that requires gradients, got none"
+        )
     if label_weight:
         if batch.labels is None:
             raise ValueError("loader: expected pairs of inputs and labels for label_weight")
@@ -343,7 +432,8 @@ def _batches(loader: Iterable[Any], device: torch.device) -> Iterator[_Batch]:
             raise ValueError(
                 f"loader: expected tensors or pairs (x, labels), got {type(given).__name__}"
             )
-        x, *labels = (t.to(device) for t in pair)
+        x, *labels = (t.detach().to(device) for t in pair)
+        x = x.clone() if x.is_inference() else x
         yield _Batch(x, labels[0] if labels else None)
 
 
@@ -354,10 +444,6 @@ def _train(student: nn.Module, frozen_norms: bool) -> None:
         for module in student.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-
-
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return deepcopy({name: value.detach() for name, value in state.items()})
 
 
 def _append(path: Path, row: tuple[Any, ...]) -> None:

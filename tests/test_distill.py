@@ -2,6 +2,7 @@
 
 import csv
 import math
+import threading
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -240,3 +241,108 @@ def test_bad_input_is_named(
     junk.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"checkpoint: .*junk\.pt does not fit"):
         sepconv.distill(student, teacher, [x], 1, checkpoint=junk)
+
+
+def test_what_is_frozen_stays_and_what_cannot_train_is_refused(
+    student: nn.Module, teacher: nn.Module, x: Tensor
+) -> None:
+    student[3].requires_grad_(False)
+    student[0].weight.requires_grad_(False)
+    before = deepcopy(student.state_dict())
+    with pytest.raises(ValueError, match=r"converted layers that can be trained, got 3 frozen"):
+        sepconv.distill(student, teacher, [x], 1)
+    student.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"none that requires gradients; `student.requires_grad_"):
+        sepconv.distill(student, teacher, [x], 1)
+    student[3].requires_grad_()
+    sepconv.distill(student, teacher, [x], 3, held_out=[x], learning_rate=1e-2)
+    changed = {n for n, v in student.state_dict().items() if not torch.equal(v, before[n])}
+    assert {n for n in changed if not n.startswith("1.")} == {
+        "3.weight_dw",
+        "3.weight_pw",
+        "3.bias",
+    }
+
+
+def test_a_model_that_was_converted_frozen_is_unfrozen_as_the_message_says(x: Tensor) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 2), nn.Flatten(), nn.Linear(8, 4)
+    )
+    net[:3].requires_grad_(False)
+    small = sepconv.convert(net, rank=1)
+    with pytest.raises(ValueError, match=r"got 1, 2 frozen, as converted; .*get_submodule"):
+        sepconv.distill(small, net, [x], 1)
+    small.get_submodule("2").requires_grad_()
+    dense, frozen, free = small[0].weight.clone(), small[1].weight.clone(), small[2].weight.clone()
+    with pytest.warns(UserWarning, match=r"got 1 frozen") as warned:
+        sepconv.distill(small, net, [x], 3, held_out=[x], learning_rate=1e-2)
+    assert warned[0].filename == __file__
+    assert torch.equal(small[0].weight, dense)
+    assert torch.equal(small[1].weight, frozen)
+    assert not torch.equal(small[2].weight, free)
+
+
+def test_a_student_without_gradients_on_the_way_is_refused(teacher: nn.Module, x: Tensor) -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = sepconv.convert(teacher, rank=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x).detach()
+
+    with pytest.raises(ValueError, match="depend on a parameter that requires gradients"):
+        sepconv.distill(Detached(), teacher, [x], 1)
+
+
+class Caches(nn.Module):
+    """Makes buffers while it runs, one of which is never saved and one of which grows."""
+
+    def __init__(self, teacher: nn.Module) -> None:
+        super().__init__()
+        self.body = deepcopy(teacher)
+        self.lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.lock:
+            if not hasattr(self, "grid"):
+                self.register_buffer("grid", torch.linspace(1, 2, x.shape[-1]), persistent=False)
+                self.register_buffer("scale", torch.ones(()))
+            if self.training:
+                previous = getattr(self, "seen", x[:0, 0, 0, 0])
+                self.register_buffer("seen", torch.cat([previous, x[:1, 0, 0, 0]]))
+                self.scale.mul_(0.99)
+        return self.body(x * self.grid) * self.scale
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_buffers_made_in_forward_by_a_model_that_cannot_be_copied(
+    teacher: nn.Module, x: Tensor, tmp_path: Path, ran_before: bool
+) -> None:
+    original = Caches(teacher).eval()
+    if ran_before:
+        with torch.inference_mode():
+            original(x)
+
+    def student() -> nn.Module:
+        model = Caches(teacher).eval()
+        if ran_before:
+            with torch.inference_mode():
+                model(x)
+        return sepconv.convert(model, rank=1, inplace=True)
+
+    small = student()
+    before = disagreement(small, original, x)
+    parts = list(x.split(16))
+    state = tmp_path / "state.pt"
+    sepconv.distill(small, original, parts, 4, held_out=[x], learning_rate=1e-2, checkpoint=state)
+    assert disagreement(small, original, x) < 0.8 * before
+    assert len(small.seen) == 16  # four steps in each of four epochs, none of the judgements
+    assert 0.99**16 < float(small.scale) < 1  # averaged, as a BatchNorm's statistics are
+    # A run that is over is read back, to the same parameters and saved buffers.
+    again = sepconv.distill(student(), original, parts, 4, held_out=[x], checkpoint=state)
+    for name, parameter in small.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+    assert torch.equal(again.scale, small.scale)
+    with pytest.raises(ValueError, match=r"state\.pt does not fit this run: .*got none"):
+        sepconv.distill(student().body, teacher, parts, 4, checkpoint=state)

@@ -1,11 +1,13 @@
 """Calibration data as a caller has it, turned into arguments of the model's forward."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sepconv.graph import ExampleInputs, split_inputs
 
@@ -13,38 +15,76 @@ MAX_SAMPLES = 4096  # far beyond what helps; keeps an endless generator from han
 
 
 class Batch(NamedTuple):
-    """Positional and keyword arguments of one forward."""
+    """Positional and keyword arguments of one forward.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        number: Of the batch that the caller gave.
+        start: Of these samples in it.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    number: int = 0
+    start: int = 0
 
     def tensors(self) -> list[Tensor]:
         """Every tensor among them."""
-        return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
+        return [v for v in tree_leaves((self.args, self.kwargs)) if isinstance(v, Tensor)]
+
+    def _first(self) -> Any:
+        """What holds the samples: the first tensor that has a dimension, or list of tensors."""
+        for value in (*self.args, *self.kwargs.values()):
+            if _is_list_of_tensors(value):
+                return value
+            for tensor in tree_leaves(value):
+                if isinstance(tensor, Tensor) and tensor.dim():
+                    return tensor
+        return None
 
     @property
     def samples(self) -> int:
-        """How many: the first dimension of the first tensor that has one."""
-        return next((len(t) for t in self.tensors() if t.dim()), 1)
+        """How many there are: a tensor's first dimension, or a list's tensors."""
+        first = self._first()
+        return 1 if first is None else len(first)
+
+    @property
+    def listed(self) -> bool:
+        """Whether the samples come as a list of tensors, which may differ in size."""
+        return isinstance(self._first(), list)
 
     def part(self, start: int, n: int) -> "Batch":
         """At most n samples from `start` on."""
-        total = self.samples
+        total, listed = self.samples, self.listed
 
         def cut(value: Any) -> Any:
-            splits = isinstance(value, Tensor) and value.dim() and len(value) == total
+            if isinstance(value, Tensor):
+                return value[start : start + n] if value.dim() and len(value) == total else value
+            if not listed:
+                return tree_map_only(Tensor, cut, value)
+            splits = isinstance(value, list) and len(value) == total
             return value[start : start + n] if splits else value
 
-        return Batch(tuple(map(cut, self.args)), {k: cut(v) for k, v in self.kwargs.items()})
+        return self._changed(cut)._replace(start=self.start + start)
 
     def mirrored(self) -> "Batch":
-        """The same with images [N, C, H, W] flipped left to right."""
+        """The same with images [N, C, H, W], or a list of [C, H, W], flipped left to right."""
+        listed = self.listed
 
         def flip(value: Any) -> Any:
-            image = isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
-            return value.flip(3) if image else value
+            dims = 3 if listed and isinstance(value, list) else 4
+            return tree_map_only(
+                Tensor,
+                lambda t: t.flip(-1) if t.dim() == dims and t.is_floating_point() else t,
+                value,
+            )
 
-        return Batch(tuple(map(flip, self.args)), {k: flip(v) for k, v in self.kwargs.items()})
+        return self._changed(flip)
+
+    def _changed(self, change: Callable[[Any], Any]) -> "Batch":
+        kwargs = {key: change(value) for key, value in self.kwargs.items()}
+        return self._replace(args=tuple(map(change, self.args)), kwargs=kwargs)
 
     def parts(self, n: int) -> "list[Batch]":
         """All samples, n at a time."""
@@ -58,8 +98,16 @@ def read_batches(
 
     A batch is a tensor, a sequence or a dict. Of a sequence the first entries are taken, as many
     as `example_inputs` has (one, where that is a tensor or None): the images of `(x, y)`. Of a
-    dict the keys of `example_inputs` are taken where that is a dict, else all. The inputs are
-    kept, for they are run through the model once per layer; what the model makes of them is not.
+    dict the keys of `example_inputs` are taken where that is a dict, else all.
+
+    A list of tensors as an input is one sample for each, as detection models take images of
+    different sizes: the first entry of `(images, targets)`. Where `example_inputs` has a list for
+    this input, `([image, image],)`, the batch's may be a tuple too, as collation makes it; and
+    where that is the only input, a sequence of tensors is the list itself, without targets. In
+    any other case a sequence of tensors is `(x, y)`.
+
+    The inputs are kept, for they are run through the model once per layer; what the model makes
+    of them is not.
 
     Raises:
         ValueError: No batch came; a batch is of another kind, empty, or not finite.
@@ -74,16 +122,14 @@ def read_batches(
     for index, given in enumerate(calibration):
         batch = _arguments(given, example_inputs, f"calibration: batch {index}")
         _check(batch, f"calibration: batch {index}")
-        batches.append(
-            Batch(
-                tuple(_moved(v, device) for v in batch.args),
-                {k: _moved(v, device) for k, v in batch.kwargs.items()},
-            )
+        args, kwargs = tree_map_only(
+            Tensor, partial(_moved, device=device), (batch.args, batch.kwargs)
         )
+        batches.append(Batch(args, kwargs, index))
         samples += batch.samples
         if samples >= MAX_SAMPLES:
             warnings.warn(
-                f"calibration: {samples} samples are enough; the rest is not read", stacklevel=4
+                f"calibration: {samples} samples are enough; the rest is not read", stacklevel=5
             )
             break
     if not batches:
@@ -105,10 +151,13 @@ def _arguments(given: Any, example_inputs: ExampleInputs | None, where: str) -> 
         return Batch((), {str(key): given[key] for key in wanted})
     if isinstance(given, tuple | list):
         args, _ = split_inputs(example_inputs)
-        count = max(len(args), 1)
-        if len(given) < count:
-            raise ValueError(f"{where}: expected {count} inputs, got {len(given)}")
-        return Batch(tuple(given[:count]), {})
+        wants_list = [isinstance(example, list) for example in args] or [False]
+        if wants_list == [True] and all(isinstance(item, Tensor) for item in given):
+            given = (given,)
+        if len(given) < len(wants_list):
+            raise ValueError(f"{where}: expected {len(wants_list)} inputs, got {len(given)}")
+        pairs = zip(given, wants_list, strict=False)
+        return Batch(tuple(list(v) if w and isinstance(v, tuple) else v for v, w in pairs), {})
     raise ValueError(f"{where}: expected a tensor, tuple, list or dict, got {type(given).__name__}")
 
 
@@ -123,5 +172,12 @@ def _check(batch: Batch, where: str) -> None:
             raise ValueError(f"{where}: expected finite values, got NaN or Inf")
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+def _is_list_of_tensors(value: Any) -> bool:
+    full = isinstance(value, list) and len(value) > 0
+    return full and all(isinstance(item, Tensor) for item in value)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the model's device, without history, and fit to be differentiated through."""
+    moved = tensor.detach().to(device)
+    return moved.clone() if moved.is_inference() else moved

@@ -14,7 +14,7 @@ from sepconv.calibration.batches import Batch
 from sepconv.calibration.observe import Dense, Probe, Seen, Substitution, Surroundings, Survey
 from sepconv.factorize.moments import Moments, patches, pixels
 from sepconv.graph import Match
-from sepconv.graph.state import untouched
+from sepconv.graph.state import seed_generators, untouched
 
 # Patches per layer: more change nothing (docs/accuracy.md).
 MIN_ROWS, ROWS_PER_DIMENSION = 40_000, 40
@@ -33,11 +33,14 @@ class _Rows(NamedTuple):
 class Responses:
     """Runs a model on calibration batches and samples what its convolutions read and write.
 
+    A forward that draws random numbers draws the same ones in every pass over the same samples, or
+    the difference between two passes would be noise.
+
     Args:
         model: Never changed.
         matches: The convolutions of interest.
         batches: At least one.
-        seed: Of the choice of pixels.
+        seed: Of the choice of pixels, and of what the model draws.
 
     Raises:
         ValueError: The model fails on a batch, or its output is not finite.
@@ -168,12 +171,14 @@ class Responses:
         def see_sum(_: int, addend: Tensor) -> None:
             addends.append(sampler.values(conv, addend))
 
-        stop = 1 if summed else self._around[conv].calls
+        stop: int | None = 1 if summed else self._around[conv].calls
+        if batch.listed:
+            stop = None  # a model may run its layers once for each image of a list
         key = id(conv.weight)
         probe = Probe([key], substitutes, see, see_sum if summed else None, stop)
         self._run(probe, batch)
         x = torch.cat([r.x for r in rows if r.x is not None]) if want_x else None
-        return _Rows(x, torch.cat([r.y for r in rows]), addends[0] if addends else None)
+        return _Rows(x, torch.cat([r.y for r in rows]), torch.cat(addends) if addends else None)
 
     def rows_per_call(self, conv: Match) -> int:
         """Pixels to sample from each execution."""
@@ -182,7 +187,10 @@ class Responses:
 
     def seed_of(self, conv: Match, index: int) -> int:
         """One seed per layer and batch, whichever pass it is."""
-        return (self._seed * 65_537 + self.layers.index(conv)) * 65_537 + index
+        return self._seed_of(self.layers.index(conv), index)
+
+    def _seed_of(self, first: int, second: int) -> int:
+        return (self._seed * 65_537 + first) * 65_537 + second
 
     def _try(self, mode: TorchFunctionMode, batch: Batch, index: int) -> None:
         where = f"calibration: batch {index}"
@@ -198,6 +206,7 @@ class Responses:
             raise ValueError(f"{where}: expected finite outputs, the model gives NaN or Inf")
 
     def _run(self, mode: TorchFunctionMode, batch: Batch) -> list[Tensor]:
+        seed_generators(self._model, self._seed_of(batch.number, batch.start))
         try:
             with mode:
                 result = self._model(*batch.args, **batch.kwargs)

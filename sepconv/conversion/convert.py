@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -23,10 +24,12 @@ from sepconv.conversion.plan import check_within, ranks_asked, ranks_for
 from sepconv.conversion.trial import tried
 from sepconv.graph import ExampleInputs, Match, capture, match
 from sepconv.graph.checked import checked_model
+from sepconv.graph.state import check_copyable, trainable
 from sepconv.reports.conversion import attach, measure_layers, planned_layers, summarise
 from sepconv.reports.latency import LatencyTable
 
 
+@torch.inference_mode(False)  # the result is to be trained, wherever it was made
 def convert(
     model: nn.Module,
     example_inputs: ExampleInputs | None = None,
@@ -72,7 +75,9 @@ def convert(
         inplace: Change `model` itself instead of a copy.
         dryrun: Return the `sepconv.Report` of what would be done, and do nothing.
         calibration: Batches of inputs, labels not needed: an iterable of tensors, of tuples whose
-            first entries are the inputs (a `DataLoader`), or of dicts. The factors then keep what
+            first entries are the inputs (a `DataLoader`), or of dicts. Where a model takes a list
+            of images, `(images, targets)`; or `images` alone, if `example_inputs` is the tuple
+            `(images,)`. The factors then keep what
             the model computes on them instead of the weights, which is what makes low ranks
             usable (docs/accuracy.md). A layer without a bias gets one. Full rank stays exact.
         seed: Of the choice of samples in calibration; the same seed gives the same result.
@@ -97,6 +102,10 @@ def convert(
     model = checked_model(model)
     listed = check_optimizers(optimizers)
     check_options(rank, budget, example_inputs, only_if_faster, filter_fn)
+    if not (inplace or dryrun):
+        check_copyable(model)
+    # Optimizers know the parameters themselves, as the caller of `inplace` does.
+    model = trainable(model, itself=inplace or bool(listed))
 
     captured = capture(model, example_inputs)
     found = match(model, captured)
@@ -136,7 +145,7 @@ def convert(
     plan = factored(matches, layers, fitted, captured.channels_last)
     converting = any(rank is not None for rank in ranks.values())
     if not converting:
-        warnings.warn(f"convert: nothing was converted: {made.reasons()}", stacklevel=2)
+        warnings.warn(f"convert: nothing was converted: {made.reasons()}", stacklevel=3)
     times: dict[str, float] = {}
     if converting and example_inputs is not None and inplace:
         times = forward_seconds(example_inputs, before=model)
@@ -150,5 +159,5 @@ def convert(
         made.latency_before, made.latency_after = times["before"], times["after"]
         made.device = device_name(converted)
         if times["after"] >= times["before"]:
-            warnings.warn(f"convert: the model did not get faster: {made.speed()}", stacklevel=2)
+            warnings.warn(f"convert: the model did not get faster: {made.speed()}", stacklevel=3)
     return converted

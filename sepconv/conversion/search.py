@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from copy import deepcopy
 from itertools import islice
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from sepconv.calibration.batches import MAX_SAMPLES
 from sepconv.conversion.convert import convert
 from sepconv.conversion.options import Budget
 from sepconv.graph import ExampleInputs
+from sepconv.graph.state import copied
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -73,7 +73,7 @@ def search(
     needed = _score(evaluate, model) - max_drop
     batches = list(islice(calibration, MAX_SAMPLES))
 
-    best: nn.Module | None = None
+    best: Any = None
     low, high = 0.0, 1.0
     for _ in track(range(steps), "searching"):
         fraction = (low + high) / 2
@@ -95,7 +95,7 @@ def search(
         else:
             low = fraction
     if best is None:
-        best = deepcopy(model)
+        best = copied(model)
         warnings.warn(
             f"search: no budget tried keeps a score of {needed:g}; nothing was converted",
             stacklevel=2,

@@ -1,16 +1,16 @@
 """Look at somebody else's model without leaving a trace in it."""
 
-import random
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from sepconv.graph.generators import Generator, generators
 
 
 @contextmanager
@@ -28,14 +28,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for b in model.buffers()
         if not isinstance(b, nn.UninitializedBuffer)
     ]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = sorted({t.device.index for t in model.parameters() if t.device.type == "cuda"})
+    sources = [(source, source.state()) for source in _generators(model)]
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
+        for source, state in sources:
+            source.restore(state)
         for container, saved in containers:
             # The same object: references that others hold to it stay valid.
             container.clear()
@@ -43,9 +41,34 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 container.extend(saved)
             else:
                 container.update(saved)
-        with torch.no_grad():
-            for buffer, value in buffers:
+        for buffer, value in buffers:
+            # One that was made in inference mode can be written to only there.
+            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                 buffer.copy_(value)
+
+
+def seed_generators(model: nn.Module, seed: int) -> None:
+    """Start every generator that the model's forward may draw from afresh.
+
+    Two forwards of one input, each after this with one seed, draw the same numbers. Call it inside
+    `untouched`, which puts the generators back.
+
+    Args:
+        model: Its attributes may hold generators of its own.
+        seed: Any int.
+    """
+    for source in _generators(model):
+        source.seed(seed % 2**32)
+
+
+def _generators(model: nn.Module) -> list[Generator]:
+    devices = sorted({t.device.index for t in model.parameters() if t.device.type == "cuda"})
+    held = [
+        value
+        for container in _containers(model)
+        for value in (container.values() if isinstance(container, dict) else container)
+    ]
+    return generators(devices, held)
 
 
 def _containers(model: nn.Module) -> list[Any]:
@@ -79,13 +102,106 @@ def without_history(model: nn.Module) -> dict[int, Any]:
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     """A deep copy that also keeps train/eval flags, which torchvision's feature extractors lose.
 
+    In inference mode too its tensors are such as can be trained.
+
     Args:
         model: May remember tensors that have a history.
         memo: As `copy.deepcopy` takes it; then it holds what is not to be copied.
+
+    Raises:
+        ValueError: The model holds something that cannot be copied; see `check_copyable`.
     """
-    made = deepcopy(model, without_history(model) if memo is None else memo)
+    with torch.inference_mode(False):
+        try:
+            made = deepcopy(model, without_history(model) if memo is None else memo)
+        except Exception:
+            check_copyable(model)
+            raise
     flags = {name: module.training for name, module in model.named_modules()}
     for name, module in made.named_modules():
         # The flag alone: a model may override `train()`.
         module.training = flags.get(name, module.training)
     return made
+
+
+def check_copyable(model: nn.Module) -> None:
+    """Raise `ValueError` for an attribute that `copy.deepcopy` refuses: a lock, an open file.
+
+    Parameters and buffers are not copied for it.
+    """
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    memo = without_history(model) | tensors
+    error = _copy_error(model, memo)
+    if error is None:
+        return
+    # Down to what it is about: the innermost part that cannot be copied for itself.
+    path, value, seen = "", model, {id(model)}
+    while True:
+        for step, part in _parts(value):
+            if id(part) not in seen and _copy_error(part, memo) is not None:
+                seen.add(id(part))
+                path, value = path + step, part
+                break
+        else:
+            break
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    raise ValueError(
+        f"model: expected one that can be copied, got {path.lstrip('.') or 'a model'}: {kind} "
+        f"({type(error).__name__}: {error}); take it off the model meanwhile, or convert with "
+        "inplace=True, which needs no copy"
+    )
+
+
+def _copy_error(value: Any, memo: dict[int, Any]) -> Exception | None:
+    try:
+        deepcopy(value, dict(memo))
+    except Exception as error:  # it may be anybody's `__deepcopy__`
+        return error
+    return None
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """What an object holds, with the Python that leads there."""
+    if isinstance(value, dict):
+        yield from ((f"[{key!r}]", item) for key, item in value.items())
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield from ((f"[{index}]", item) for index, item in enumerate(value))
+    for name, item in getattr(value, "__dict__", {}).items():
+        registered = ("_modules", "_parameters", "_buffers")
+        if isinstance(value, nn.Module) and name in registered:
+            yield from ((f".{key}", part) for key, part in item.items())
+        else:
+            yield f".{name}", item
+
+
+def trainable(model: nn.Module, itself: bool) -> nn.Module:
+    """A model without tensors that were made in inference mode, which no training can use.
+
+    Args:
+        model: Of a caller. Call this outside of inference mode.
+        itself: Whether it is to be the model itself; such buffers are then replaced by equal
+            ones. Else it is a copy where there are any.
+
+    Raises:
+        ValueError: Parameters were made in inference mode, and a copy will not do.
+    """
+    parameters = [name for name, p in model.named_parameters() if _is_inference(p)]
+    buffers = [b for b in model.buffers() if _is_inference(b)]
+    if not itself:
+        return copied(model) if parameters or buffers else model
+    if parameters:
+        raise ValueError(
+            f"model: expected parameters made outside torch.inference_mode(), got {parameters[0]}; "
+            "`copy.deepcopy(model)` outside of it makes a model that can be trained"
+        )
+    clones = {id(b): b.clone() for b in buffers}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = clones.get(id(buffer), buffer)
+    return model
+
+
+def _is_inference(tensor: Tensor) -> bool:
+    # One without data yet (lazy modules) refuses the question.
+    lazy = isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer)
+    return not lazy and tensor.is_inference()

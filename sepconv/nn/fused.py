@@ -103,8 +103,7 @@ class FusedConv2d(_FusedConvolution):
         self._packed = PackedConv2d(stride[0], groups)
 
     def _run(self, x: Tensor, residual: Any) -> Tensor:
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
-        assert weight is not None
+        weight, bias = self.weight, self.bias
         top, bottom, left, right = sides = self._sides(x, weight)
         if self._packable and usable(x, weight, bias) and self._packed.takes(weight):
             if self._pointwise and residual is None and x.shape[2:] == (1, 1):
@@ -185,11 +184,11 @@ class FusedSeparableConv2d(_FusedConvolution):
         self._packed_pw = PackedConv2d(1, 1)
 
     def _run(self, x: Tensor, residual: Any) -> Tensor:
-        parameters: Any = self._parameters.values()  # attributes would be slow to look up
-        dw, pw, bias_dw, bias_pw = parameters
+        # Read as attributes: that is all that the replicas of nn.DataParallel have.
+        dw, pw, bias_dw, bias_pw = self.weight_dw, self.weight_pw, self.bias_dw, self.bias_pw
         top, bottom, left, right = sides = self._sides(x, dw)
         # Several filters per channel leave oneDNN's fast path; the op goes around that.
-        packable = self._packable and len(dw) == x.shape[1] and usable(x, *parameters)
+        packable = self._packable and len(dw) == x.shape[1] and usable(x, dw, pw, bias_dw, bias_pw)
         if packable and self._packed_dw.takes(dw) and self._packed_pw.takes(pw):
             z = self._packed_dw(x, dw, bias_dw, sides, self.activation_mid)
             return self._packed_pw(z, pw, bias_pw, _NO_PADDING, self.activation, residual)

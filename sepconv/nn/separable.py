@@ -4,7 +4,9 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]  # documented, not exported
 
 from sepconv import ops
 from sepconv.ops.arguments import pair
@@ -64,6 +66,8 @@ class SeparableConv2d(nn.Module):
     padding_mode = "zeros"
     transposed = False
     bias: nn.Parameter | None
+    # Not for torch.jit.script: code that computes them is not in its language.
+    __jit_unused_properties__ = ("weight", "keeps_channels_last", "_op_kernel_size")
 
     def __init__(
         self,
@@ -148,17 +152,24 @@ class SeparableConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x [N, C, H, W] or [C, H, W]."""
-        if x.dim() == 3:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        return ops.separable_conv2d(
-            x,
-            self.weight_dw,
-            self.weight_pw,
-            bias_pw=self.bias,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-        )
+        images = x if x.dim() != 3 else x.unsqueeze(0)
+        if is_scripting():
+            # As the op is defined, in torch's own ops: the program runs where this package is not.
+            middle = F.conv2d(
+                images, self.weight_dw, None, self.stride, self.padding, self.dilation, x.size(-3)
+            )
+            y = F.conv2d(middle, self.weight_pw, self.bias)
+        else:
+            y = ops.separable_conv2d(
+                images,
+                self.weight_dw,
+                self.weight_pw,
+                bias_pw=self.bias,
+                stride=self.stride,
+                padding=self.padding,
+                dilation=self.dilation,
+            )
+        return y if x.dim() != 3 else y.squeeze(0)
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""
@@ -201,16 +212,16 @@ class SeparableConv1d(SeparableConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x [N, C, L] or [C, L]."""
-        if x.dim() == 2:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
+        sequences = x if x.dim() != 2 else x.unsqueeze(0)
         padding = self.padding if isinstance(self.padding, str) else (0, self.padding[0])
-        y = ops.separable_conv2d(
-            x.unsqueeze(2),
-            self.weight_dw,
-            self.weight_pw,
-            bias_pw=self.bias,
-            stride=(1, self.stride[0]),
-            padding=padding,
-            dilation=(1, self.dilation[0]),
-        )
-        return y.squeeze(2)
+        stride, dilation = (1, self.stride[0]), (1, self.dilation[0])
+        images = sequences.unsqueeze(2)
+        if is_scripting():
+            middle = F.conv2d(images, self.weight_dw, None, stride, padding, dilation, x.size(-2))
+            y = F.conv2d(middle, self.weight_pw, self.bias)
+        else:
+            y = ops.separable_conv2d(
+                images, self.weight_dw, self.weight_pw, None, self.bias, stride, padding, dilation
+            )
+        y = y.squeeze(2)
+        return y if x.dim() != 2 else y.squeeze(0)

@@ -73,6 +73,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     write_atomically(Path(path), to_bytes(tensors, {"format": "pt", _RECIPE_KEY: recipe}))
 
 
+@torch.inference_mode(False)  # the result is to be trained, wherever it was made
 def load(path: str | PathLike[str], factory: Callable[[], nn.Module]) -> Any:
     """Read a model that `save` wrote.
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 from sepconv._util import closest, crc32, package_version
@@ -17,7 +18,7 @@ from sepconv.conversion.apply import NewLayer, apply_plan
 from sepconv.factorize import factorize, full_rank
 from sepconv.graph import Capture, Match, Skipped, capture, match
 from sepconv.graph.checked import checked_model
-from sepconv.graph.state import copied
+from sepconv.graph.state import copied, trainable
 from sepconv.nn import SeparableConv2d
 from sepconv.reports.conversion import attach, attached, planned_layers, summarise
 
@@ -138,6 +139,7 @@ def recipe_of(model: nn.Module) -> Recipe:
     return Recipe(tuple(layers), package_version())
 
 
+@torch.inference_mode(False)  # the result is to be trained, wherever it was made
 def apply_recipe(
     model: nn.Module,
     recipe: Recipe | Mapping[str, Any] | str,
@@ -186,7 +188,7 @@ def apply_structure(model: nn.Module, recipe: Recipe) -> nn.Module:
 def _apply(
     model: nn.Module, recipe: Recipe, inplace: bool, check_weights: bool, values: bool
 ) -> nn.Module:
-    model = checked_model(model)
+    model = trainable(checked_model(model), itself=inplace)
     parts: dict[str, list[RecipeLayer]] = {}
     for layer in recipe.layers:
         parts.setdefault(layer.part, []).append(layer)

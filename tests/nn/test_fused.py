@@ -223,3 +223,41 @@ def test_packing_steps_aside_where_somebody_watches():
         assert module(x).dtype is torch.bfloat16
     stacked = torch.func.vmap(module)(x[:, None])
     close(stacked[:, 0], module(x))
+
+
+def replica(module: nn.Module) -> nn.Module:
+    """As `nn.DataParallel` makes one for a GPU: parameters and buffers are plain attributes."""
+    made = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        made._modules[name] = None if child is None else replica(child)
+    for name, tensor in (module._parameters | module._buffers).items():
+        if tensor is None:
+            made.register_parameter(name, None)
+        else:
+            setattr(made, name, tensor.detach().clone())
+    return made
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_replicas_of_data_parallel(activation, bias):
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.Conv2d(8, 8, 3, groups=8, bias=bias),
+        nn.Conv2d(8, 6, 1, bias=bias),
+        nn.ReLU() if activation else nn.Identity(),
+        nn.Conv2d(6, 6, 1, bias=bias),
+        nn.Flatten(),
+        nn.Linear(6 * 42, 5, bias=bias),
+    ).eval()
+    fused = sepconv.fuse(net)
+    kinds = {type(module) for module in fused.modules()}
+    assert {FusedConv2d, FusedSeparableConv2d, FusedLinear} <= kinds
+    x = images()
+    copied = replica(fused)
+    assert not list(copied.parameters())
+    assert torch.equal(copied(x), fused(x))
+    close(copied(x), net(x))
+    converted = sepconv.convert(net, rank=2, first_conv=True)
+    assert torch.equal(replica(converted)(x), converted(x))

@@ -208,3 +208,18 @@ def test_it_shows_its_arguments() -> None:
     text = repr(SeparableConv2d(4, 6, 3, padding="same", channel_multiplier=2, bias=False))
     for part in ("4, 6", "kernel_size=(3, 3)", "'same'", "channel_multiplier=2", "bias=False"):
         assert part in text
+
+
+@pytest.mark.parametrize("options", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("kind", [SeparableConv2d, SeparableConv1d])
+@pytest.mark.filterwarnings("ignore:Using padding='same'", "ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_it_gives_the_same(kind: type[SeparableConv2d], options: dict[str, Any]) -> None:
+    """And without this package: the program holds operators of torch's alone."""
+    if kind is SeparableConv1d:
+        options = {k: v if not isinstance(v, tuple) else v[:1] for k, v in options.items()}
+    module = kind(4, 6, **options, channel_multiplier=2, dtype=torch.float64)
+    scripted = torch.jit.script(nn.Sequential(module))
+    x = torch.randn((2, 4, 11, 12)[: module.weight.dim()], dtype=torch.float64)
+    assert torch.allclose(scripted(x), module(x), atol=1e-12)
+    assert torch.allclose(scripted(x[0]), module(x[0]), atol=1e-12)
+    assert not any(name.startswith("sepconv") for name in torch.jit.export_opnames(scripted))
