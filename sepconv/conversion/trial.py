@@ -16,6 +16,7 @@ from torch import nn
 from sepconv.conversion.apply import NewLayer, apply_plan
 from sepconv.graph import Capture, ExampleInputs, Match, Skipped, SkipReason, split_inputs
 from sepconv.graph.compare import Check
+from sepconv.graph.state import check_copyable
 
 Found = list[Match | Skipped]
 Plan = list[tuple[Match, NewLayer]]
@@ -26,8 +27,13 @@ def tried(
 ) -> tuple[Capture, Found]:
     """What is known of a model, and its convolutions, those left out that its code needs.
 
-    Costs a copy of the model and two forwards; more only where something is wrong.
+    Costs a copy of the model and two forwards; more only where something is wrong. A model that
+    cannot be copied, which is converted in place, is not tried.
     """
+    try:
+        check_copyable(model)
+    except ValueError:
+        return captured, found
     matches = [conv for conv in found if isinstance(conv, Match) and conv.runs]
     layouts = (True, False) if captured.channels_last else (False,)
     why = None
@@ -40,7 +46,7 @@ def tried(
     warnings.warn(
         f"convert: the model computes something else where these layers are separable, which are "
         f"left: {', '.join(sorted(wrong))}; {why}",
-        stacklevel=3,
+        stacklevel=4,
     )
     return replace(captured, channels_last=False), [
         Skipped(conv.name, SkipReason.CODE, conv.dense_params, conv.dense_macs)

@@ -30,6 +30,7 @@ ROUNDS = 5  # turns that each form takes when measured
 MARGIN = 1.05  # slower by more than this is slower
 
 
+@torch.inference_mode(False)  # what is made there cannot be loaded into
 def fuse(
     model: nn.Module, example_inputs: ExampleInputs | None = None, *, measure: bool = True
 ) -> Any:
@@ -38,10 +39,14 @@ def fuse(
     BatchNorm is folded into the convolution before or after it, activations and sums with a
     residual become part of it, a depthwise and the pointwise convolution after it become one
     `sepconv.ops.separable_conv2d`, and everything runs in one memory format. What cannot be fused
-    stays as it is; `sepconv.report` of the result says what and why.
+    stays as it is, code that no graph can stand for keeps running around what is lowered inside;
+    `sepconv.report` of the result says what and why.
 
-    The result is for inference in the mode it was made in: a graph with frozen parameters, called
-    as the example inputs are. Parts that fx cannot trace keep their code, and are lowered inside.
+    The result is the same kind of object: class, attributes, methods, other entry points, hooks and
+    containers are the model's. For inference in the mode it was made in, its forward runs a graph
+    with frozen weights; other calls run the model's own code on its own modules. With example
+    inputs the answers are compared: what a part of the graph answers otherwise stays as it was.
+    Without them only what is sure to be right is lowered.
 
     Args:
         model: In eval mode; converted by `sepconv.convert` or not.
@@ -55,19 +60,20 @@ def fuse(
 
     Raises:
         ValueError: Not a module that can be lowered, or in training mode; or the model's forward
-            fails on the example inputs.
+            fails on the example inputs, or it holds something that cannot be copied.
 
     Example:
         >>> conv, bn = nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)
         >>> net = nn.Sequential(conv, bn, nn.ReLU(), nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16))
         >>> fast = fuse(net.eval())
-        >>> [type(m).__name__ for m in fast.children()]
-        ['FusedSeparableConv2d']
+        >>> from sepconv.reports.conversion import report
+        >>> [(layer.form, layer.takes) for layer in report(fast).fused]
+        [('separable', ('bn', 'relu')), ('separable', ('bn',))]
     """
     model = checked_model(model)
     if model.training:
         raise ValueError("model: expected a model in eval mode, got one in training mode")
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         args, kwargs = split_inputs(example_inputs)
         if example_inputs is None:
             lowering = _Lowering(model, None, {}, channels_last=None)

@@ -4,7 +4,6 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from sepconv._util import evaluating
 from sepconv.cost import register_flops
-from sepconv.graph.state import untouched, without_history
+from sepconv.graph.state import copied, untouched
 from sepconv.graph.tracing import TraceLevel, trace
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
@@ -232,7 +231,7 @@ def asks_for_layout(graph: fx.Graph | None, views: bool = False) -> bool:
 def runnable(model: nn.Module) -> nn.Module:
     """The model, or a copy where running it would give its lazy modules their final form."""
     lazy = any(isinstance(p, nn.UninitializedParameter) for p in model.parameters())
-    return deepcopy(model, without_history(model)) if lazy else model
+    return copied(model) if lazy else model
 
 
 def _translate(

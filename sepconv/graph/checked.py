@@ -22,7 +22,7 @@ def checked_model(model: Any) -> nn.Module:
     if type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
         warnings.warn(
             "model: was compiled; the module inside is converted, compile the result again",
-            stacklevel=3,
+            stacklevel=4,
         )
         model = model._orig_mod
     for name, module in model.named_modules():
