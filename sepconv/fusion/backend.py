@@ -16,7 +16,7 @@ What is done where, and why:
 - **On a GPU**: depthwise and pointwise convolutions become our ops, in training too, where autograd
   takes their gradients. Without gradients the BatchNorm between them is folded in each call, which
   is what lets one kernel do the whole block. This has not been measured on a GPU.
-- **Sizes known only at run time**: nothing is frozen.
+- **Sizes known only at run time, results in float64**: nothing is frozen.
 """
 
 import sys
@@ -58,14 +58,15 @@ def compile_graph(
         >>> fast = torch.compile(net, backend=compile_graph)  # installed: backend="sepconv"
     """
     config = _config(mode, options)
-    if _freezes(graph, config):
-        return Frozen(
-            graph,
-            example_inputs,
-            frozen=partial(_compile, config=config, frozen=True),
-            general=partial(_compile_copy, config={**config, "freezing": False}),
-        )
-    return _compile(graph, example_inputs, config)
+    live = {**config, "freezing": False}
+    if not _freezes(graph, config):
+        return _compile(graph, example_inputs, live)
+    return Frozen(
+        graph,
+        example_inputs,
+        frozen=partial(_compile, config={**config, "freezing": True}, frozen=True),
+        general=partial(_compile_copy, config=live),
+    )
 
 
 def _reset() -> None:
@@ -114,7 +115,7 @@ def _config(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _freezes(graph: fx.GraphModule, config: dict[str, Any]) -> bool:
-    """Whether parameters are to be constants: asked for, no gradient, every size known."""
+    """Whether parameters are to be constants: asked for, and nothing stands against it."""
     from torch._inductor import config as inductor
 
     if not config.get("freezing", inductor.freezing):
@@ -123,8 +124,9 @@ def _freezes(graph: fx.GraphModule, config: dict[str, Any]) -> bool:
         value = node.meta.get("example_value")
         if node.op == "placeholder" and not _is_static(value):
             return False
-        computed = node.op in ("call_function", "call_method", "call_module")
-        if computed and isinstance(value, Tensor) and value.requires_grad:
+        computed = node.op in ("call_function", "call_method") and isinstance(value, Tensor)
+        # Inductor packs weights of float64 too, and oneDNN then refuses them.
+        if computed and (value.requires_grad or value.dtype == torch.float64):
             return False
     return True
 
