@@ -87,7 +87,8 @@ def _compile(
     lower(graph, frozen=frozen, kernels=_on_gpu(graph))
     # Inductor freezes nothing while gradients are on, whether or not something needs them.
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-        return compile_fx(graph, list(inputs), config_patches=config)
+        compiled: Any = compile_fx(graph, list(inputs), config_patches=config)
+    return compiled
 
 
 def _compile_copy(graph: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) -> Compiled:
@@ -107,7 +108,7 @@ def _config(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
         name = key.replace("-", "_")
         if name not in known:
             raise ValueError(f"options: {key!r} is not one of Inductor's{closest(name, known)}")
-        expected = config.get_type(name)
+        expected = config.get_type(name)  # type: ignore[attr-defined]
         if isinstance(expected, type) and not isinstance(value, expected):
             raise ValueError(f"options: {key!r}: expected {expected.__name__}, got {value!r}")
         chosen[name] = value

@@ -1,9 +1,9 @@
 """The pass on a graph that Dynamo captured: calls of torch's functions, parameters as inputs.
 
 Two things are done. A BatchNorm with fixed statistics is folded into the convolution before it,
-where its parameters may be taken as given (`frozen`) or where a kernel of ours runs the convolution.
-And where our kernels run, depthwise and pointwise convolutions become our ops, with the activation
-and the sum behind them; a depthwise and the pointwise convolution after it become one.
+where its parameters are constants (`frozen`) or a kernel of ours runs the convolution. And where
+our kernels run, depthwise and pointwise convolutions become our ops, with the activation and the
+sum behind them; a depthwise and the pointwise convolution after it become one.
 
 A fold is written into the graph as arithmetic on the weights: frozen weights are constants, for
 which Inductor computes it once, and for others it is done in each call. Nothing is folded that a
@@ -193,7 +193,7 @@ def _called(node: fx.Node, kind: str) -> _Chain | None:
 
 
 def _kind(x: Tensor, weight: Tensor, geometry: Geometry, groups: Any) -> str:
-    filters, per_group, *taps = weight.shape
+    _, per_group, *taps = weight.shape
     pointwise = taps == [1, 1] and geometry == Geometry()
     if pointwise and groups == 1:
         return "pointwise"
@@ -213,12 +213,22 @@ def _take_norms(chain: _Chain, fold: bool) -> None:
     part = chain.parts[-1]
     while fold and (node := _next(chain)) is not None:
         norm = _fixed_norm(node, chain.nodes[-1])
-        weight = _value(part.weight)
-        # Scaled weights may leave the range of float16.
-        if norm is None or weight is None or weight.dtype == torch.float16:
+        if norm is None or not _holds_folded(chain.kind, part.weight, node):
             return
         chain.norms.append((part, norm))
         chain.nodes.append(node)
+
+
+def _holds_folded(kind: str, weight: fx.Node, norm: fx.Node) -> bool:
+    """Whether scaled weights and a shift are as good as the BatchNorm, in the types they have.
+
+    Scaled weights may leave the range of float16. A shift in bfloat16 is rounded once more than the
+    BatchNorm's, which is worth it only where the op then takes what follows.
+    """
+    values = _value(weight), _value(norm)
+    if any(v is None or v.dtype == torch.float16 for v in values):
+        return False
+    return kind != "conv2d" or all(v is not None and v.dtype != torch.bfloat16 for v in values)
 
 
 def _fixed_norm(node: fx.Node, source: fx.Node) -> tuple[Any, ...] | None:

@@ -10,7 +10,6 @@ not seen.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 Compiled = Callable[..., Any]
@@ -106,17 +105,19 @@ def _attributes(owner: nn.Module) -> list[tuple[str, Tensor]]:
 def _with_constants(owner: fx.GraphModule, constants: dict[int, Tensor]) -> fx.GraphModule:
     """A copy of the graph with these inputs as attributes; the tensors are the same."""
     graph = fx.Graph()
-    graph.output(graph.graph_copy(owner.graph, values := {}))
+    values: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(owner.graph, values))
     result = fx.GraphModule(owner, graph)
     for i, node in enumerate(owner.graph.find_nodes(op="placeholder")):
         if i not in constants:
             continue
         copied = values[node]
         name = f"frozen_{i}"
-        if isinstance(constants[i], nn.Parameter):
-            result.register_parameter(name, constants[i])
+        constant = constants[i]
+        if isinstance(constant, nn.Parameter):
+            result.register_parameter(name, constant)
         else:
-            result.register_buffer(name, constants[i])
+            result.register_buffer(name, constant)
         with graph.inserting_before(copied):
             attribute = graph.get_attr(name)
         attribute.meta = dict(copied.meta)

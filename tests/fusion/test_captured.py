@@ -177,7 +177,9 @@ class TestTaken:
         assert backend.calls() == ["pointwise_conv2d", "separable_conv2d"]
 
     def test_in_float64(self):
-        check(settled(Block()).double(), ["pointwise_conv2d", "separable_conv2d"], images().double())
+        check(
+            settled(Block()).double(), ["pointwise_conv2d", "separable_conv2d"], images().double()
+        )
 
     def test_in_the_body_of_a_higher_order_call(self):
         block = settled(Block())
