@@ -21,7 +21,6 @@ What is done where, and why:
 
 import sys
 from collections.abc import Sequence
-from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -65,7 +64,7 @@ def compile_graph(
         graph,
         example_inputs,
         frozen=partial(_compile, config={**config, "freezing": True}, frozen=True),
-        general=partial(_compile_copy, config=live),
+        general=partial(_compile, config=live),
     )
 
 
@@ -89,10 +88,6 @@ def _compile(
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         compiled: Any = compile_fx(graph, list(inputs), config_patches=config)
     return compiled
-
-
-def _compile_copy(graph: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) -> Compiled:
-    return _compile(deepcopy(graph), inputs, config)
 
 
 def _config(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Frozen:
             for i, (node, value) in enumerate(zip(placeholders, inputs, strict=True))
             if _is_state(node, value)
         ]
+        self._others = [i for i in range(len(placeholders)) if i not in self._places]
         state = {id(t): t for _, t in _attributes(owner) if not t.is_inference()}
         self._fixed = list(state.values())
         self._variants: list[_Variant] = []
@@ -49,7 +50,7 @@ class Frozen:
     def __call__(self, *args: Any) -> Any:
         """Run the code for these parameters, compiled first if there is none."""
         constants = [args[i] for i in self._places]
-        others = [arg for i, arg in enumerate(args) if i not in set(self._places)]
+        others = [args[i] for i in self._others]
         watched = [*self._fixed, *constants]
         self._variants = [v for v in self._variants if not v.outdated()]
         for variant in self._variants:
@@ -57,7 +58,7 @@ class Frozen:
                 return variant.compiled(*others)
         if self._compilations == LIMIT:
             if self._fallback is None:
-                self._fallback = self._general(self._owner, args)
+                self._fallback = self._general(_with_constants(self._owner, {}), args)
             return self._fallback(*args)
         self._compilations += 1
         graph = _with_constants(self._owner, dict(zip(self._places, constants, strict=True)))

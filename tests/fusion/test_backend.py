@@ -269,6 +269,14 @@ class TestWrites:
             model.load_state_dict(other.state_dict())
             close(fast(images()), model(images()))
 
+    def test_are_seen_where_the_process_freezes(self):
+        model = net()
+        fast = compiled(model)
+        with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+            close(fast(images()), model(images()))
+            model.conv.weight.mul_(2)
+            close(fast(images()), model(images()))
+
     def test_nothing_is_compiled_again_without_one(self, monkeypatch):
         compilations = counted(monkeypatch)
         model = net()
