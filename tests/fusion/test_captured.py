@@ -11,6 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
+from fusion.random_graphs import programs
+from fusion.test_random_graphs import same
+from hypothesis import HealthCheck, given, settings
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
@@ -309,3 +312,27 @@ class TestTraining:
         for a, b in zip(got, trained(net, net, images().double()), strict=True):
             torch.testing.assert_close(a, b)
         assert backend.calls() == ["separable_conv2d"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", [True, False])
+def test_random_graphs(kernels):
+    taken: set[str] = set()
+
+    @settings(
+        max_examples=30,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(programs())
+    def check(case):
+        model, x = case
+        torch.compiler.reset()
+        backend = Pass(frozen=True, kernels=kernels)
+        same(model, torch.compile(model, backend=backend), x)
+        taken.update(backend.calls())
+
+    check()
+    assert "pointwise_conv2d" in taken if kernels else "conv2d" in taken
