@@ -1,5 +1,6 @@
 """Which convolutions of a model can be made separable, and why the others cannot."""
 
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,12 +14,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from sepconv.graph.capture import Capture, ConvRun
-from sepconv.graph.functional import forward_graph
+from sepconv.graph.functional import ARGUMENTS, SPATIAL_DIMS, can_rewrite, spread
 from sepconv.kernels.geometry import Geometry, Pair, padding_sides
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_SPATIAL_DIMS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _STANDARD = {nn.Conv1d: 1, nn.Conv2d: 2}
 
 
@@ -34,6 +34,8 @@ class SkipReason(StrEnum):
     SUBCLASS = "own forward"  # a subclass, or an instance whose forward was replaced
     PARAMETRIZED = "parametrized"  # weight_norm, spectral_norm, pruning, any extra state
     PRE_HOOK = "forward pre-hook"  # it may change the weight or the input
+    WEIGHT_HOOK = "hook on a parameter"  # it is called for that tensor, not for factors of it
+    ADAPTER = "wrapped by an adapter"  # which merges its own weights into it
     DTYPE = "dtype"  # not float16, bfloat16, float32 or float64
     SHARED_WEIGHT = "shared weight"  # with another module, call or computation
     COMPUTED_WEIGHT = "computed weight"  # of a functional call, so not a parameter
@@ -174,6 +176,9 @@ class _Finder:
         self.captured = captured
         self.by_name = dict(model.named_modules(remove_duplicate=False))
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.adapted = {
+            id(m) for parent in model.modules() if _adapts(parent) for m in parent.modules()
+        }
         # The graph of a convolution is the call of itself, which is found as a module.
         opened = captured.graph is not None and not isinstance(model, _ConvNd)
         self.nodes = list(captured.graph.nodes) if opened and captured.graph else []
@@ -197,6 +202,8 @@ class _Finder:
             reason = _obstacle(module)
             if reason is None and self.uses[key] > 1:
                 reason = SkipReason.SHARED_WEIGHT
+            if reason is None and id(module) in self.adapted:
+                reason = SkipReason.ADAPTER
             if reason is not None:
                 yield key, _skip(name, reason, module, runs)
                 continue
@@ -252,7 +259,7 @@ class _Finder:
         runs: tuple[ConvRun, ...],
     ) -> Match | SkipReason:
         arguments = _arguments(nodes[0])
-        spatial = _SPATIAL_DIMS[nodes[0].target]  # type: ignore[index]
+        spatial = SPATIAL_DIMS[nodes[0].target]  # type: ignore[index]
         if weight is None:
             return SkipReason.COMPUTED_WEIGHT
         if spatial == 3:
@@ -262,20 +269,21 @@ class _Finder:
         if self.uses[id(weight)] != 2 or readers != set(nodes) or isinstance(holder, _ConvNd):
             return SkipReason.SHARED_WEIGHT
         bias = self._parameter(arguments["bias"])
-        given = [arguments[k] for k in ("stride", "padding", "dilation", "groups")]
-        fixed = not any(isinstance(v, fx.Node) for s in given for v in _flat(s))
+        given = [spread(arguments[k], spatial) for k in ("stride", "padding", "dilation")]
+        fixed = not any(isinstance(v, fx.Node) for s in (*given, [arguments["groups"]]) for v in s)
         if not fixed or (bias is None and arguments["bias"] is not None):
             return SkipReason.FUNCTIONAL
-        reason = _weight_obstacle(weight, arguments["groups"])
+        reason = _weight_obstacle(weight, bias, arguments["groups"])
         if reason is not None:
             return reason
-        stride, padding, dilation = (_spread(s, spatial) for s in given[:3])
         # The innermost module whose forward was being traced; none is noted for the root.
         owner = next(reversed(nodes[0].meta.get("nn_module_stack") or [""]))
-        if forward_graph(self.by_name[owner]) is None:
+        names = [name] if bias is None else [name, str(arguments["bias"].target)]
+        prefix = f"{owner}." if owner else ""
+        own = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
+        if len(own) < len(names) or not can_rewrite(self.by_name[owner], *own):
             return SkipReason.FUNCTIONAL
-        same_or_valid = isinstance(arguments["padding"], str)
-        settings = Settings(stride, arguments["padding"] if same_or_valid else padding, dilation)
+        settings = Settings(*given)
         first = weight.shape[1] <= 4 and self._reads_input(nodes[0])
         return Match(name, None, weight, bias, settings, runs, tuple(nodes), owner, first)
 
@@ -329,7 +337,7 @@ class _Finder:
 
 def _is_functional(node: fx.Node) -> bool:
     """Whether a node is a functional call of a convolution."""
-    return node.op == "call_function" and node.target in _SPATIAL_DIMS
+    return node.op == "call_function" and node.target in SPATIAL_DIMS
 
 
 def _own_weight(module: _ConvNd) -> nn.Parameter | None:
@@ -352,17 +360,41 @@ def _obstacle(module: _ConvNd) -> SkipReason | None:
         return SkipReason.PRE_HOOK
     if module.padding_mode != "zeros":
         return SkipReason.PADDING_MODE
-    return _weight_obstacle(module.weight, module.groups)
+    return _weight_obstacle(module.weight, module.bias, module.groups)
 
 
-def _weight_obstacle(weight: Tensor, groups: int) -> SkipReason | None:
+def _weight_obstacle(weight: Tensor, bias: Tensor | None, groups: int) -> SkipReason | None:
     if groups != 1:
         return SkipReason.GROUPED
     if weight.shape[2:].numel() == 1:
         return SkipReason.POINTWISE
     if weight.dtype not in DTYPES:
         return SkipReason.DTYPE
+    if any(
+        p._backward_hooks or p._post_accumulate_grad_hooks for p in (weight, bias) if p is not None
+    ):
+        return SkipReason.WEIGHT_HOOK
     return None
+
+
+def _adapts(parent: nn.Module) -> bool:
+    """Whether a module wraps a convolution and answers for its weight.
+
+    It has a convolution as its child, and either gives out that one's weight as its own, or has a
+    method `merge`: adapters write to the weight there. What only calls its convolution may be
+    around it in any number.
+    """
+    convolutions = [child for child in parent.children() if isinstance(child, _ConvNd)]
+    if not convolutions or type(parent).__module__.startswith("torch."):
+        return False
+    if inspect.isroutine(getattr(type(parent), "merge", None)):
+        return True
+    try:
+        weight = getattr(parent, "weight", None)
+    # A property may be anybody's code.
+    except Exception:
+        return False
+    return any(weight is not None and weight is _own_weight(conv) for conv in convolutions)
 
 
 def _skip(name: str, reason: SkipReason, module: _ConvNd, runs: tuple[ConvRun, ...]) -> Skipped:
@@ -380,16 +412,5 @@ def _pixels(runs: tuple[ConvRun, ...]) -> int:
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a functional convolution by name, with torch's defaults."""
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
-def _flat(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
-
-
-def _spread(value: Any, dims: int) -> tuple[int, ...]:
-    """An int, or a sequence of one or `dims` ints, as one entry per spatial axis."""
-    values = _flat(value)
-    return values * dims if len(values) == 1 else values
+    return {**defaults, **dict(zip(ARGUMENTS, node.args, strict=False)), **node.kwargs}

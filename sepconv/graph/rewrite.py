@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sepconv.graph.functional import forward_graph, replace_forward
+from sepconv.graph.functional import rewrite_forward
 from sepconv.graph.match import Form, Match
 from sepconv.graph.state import copied, without_history
 from sepconv.nn import SeparableConv1d, SeparableConv2d
@@ -66,6 +66,7 @@ def rewrite(
         for conv, module in replacements.items():
             _carry(conv, module, memo)
         made = copied(model, memo)
+        _carry_parameter_hooks(model, memo)
     else:
         made = model
 
@@ -114,6 +115,18 @@ def _carry(conv: Match, module: SeparableConv2d, memo: dict[int, Any] | None = N
             vars(module)[key] = own(value)
 
 
+def _carry_parameter_hooks(model: nn.Module, memo: Mapping[int, Any]) -> None:
+    """Hooks on parameters, which deep copies leave behind."""
+    for old in model.parameters():
+        new = memo.get(id(old))
+        if new is None or not new.requires_grad:
+            continue
+        for hook in (old._backward_hooks or {}).values():
+            new.register_hook(hook)
+        for hook in (old._post_accumulate_grad_hooks or {}).values():
+            new.register_post_accumulate_grad_hook(hook)
+
+
 def _become(module: nn.Module, replacement: nn.Module) -> None:
     """Turn `module` into `replacement`, so that every reference to it follows.
 
@@ -125,24 +138,40 @@ def _become(module: nn.Module, replacement: nn.Module) -> None:
 
 def _rewrite_forward(owner: nn.Module, by_weight: Mapping[int, SeparableConv2d]) -> None:
     """Replace functional convolutions in the forward of `owner`, by `id` of their weight."""
-    graph = forward_graph(owner)
-    assert graph is not None, "match() offers only forwards that can be rewritten"
+    children: dict[str, str] = {}
     parameters = dict(owner.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        if id(parameter) in by_weight:
+            module = by_weight[id(parameter)]
+            children[name] = f"{name.replace('.', '_')}_separable"
+            module.training = owner.training
+            owner.add_module(children[name], module)
+    if isinstance(owner, fx.GraphModule):
+        _rewrite_graph(owner, children, parameters)
+    else:
+        rewrite_forward(owner, children)
+
+
+def _rewrite_graph(
+    owner: fx.GraphModule, children: Mapping[str, str], parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """The same where the forward is a graph; a bias that it still reads stays."""
+    graph = owner.graph
+    biases = {id(owner.get_submodule(child).bias) for child in children.values()}
     for node in list(graph.nodes):
-        if node.op != "get_attr" or id(parameters.get(node.target)) not in by_weight:
-            continue
-        module = by_weight[id(parameters[node.target])]
-        name = f"{node.target.replace('.', '_')}_separable"
-        module.training = owner.training
-        owner.add_module(name, module)
-        for call in list(node.users):
-            _call_module_instead(call, name)
-        for attribute in (node.target, _unused(graph, owner, module.bias)):
-            if attribute is not None:
-                holder, _, last = attribute.rpartition(".")
-                del owner.get_submodule(holder)._parameters[last]
-    _drop_unread_attributes(graph)
-    replace_forward(owner, graph)
+        if node.op == "get_attr" and node.target in children:
+            for call in list(node.users):
+                _call_module_instead(call, children[node.target])
+    for node in list(graph.nodes):
+        moved = node.target in children or id(parameters.get(node.target)) in biases
+        if node.op == "get_attr" and not node.users and moved:
+            graph.erase_node(node)
+    read = {node.target for node in graph.nodes if node.op == "get_attr"}
+    for name, parameter in parameters.items():
+        if name in children or (id(parameter) in biases and name not in read):
+            holder, _, last = name.rpartition(".")
+            del owner.get_submodule(holder)._parameters[last]
+    owner.recompile()
 
 
 def _call_module_instead(call: fx.Node, name: str) -> None:
@@ -150,19 +179,3 @@ def _call_module_instead(call: fx.Node, name: str) -> None:
     with call.graph.inserting_before(call):
         call.replace_all_uses_with(call.graph.call_module(name, (x,)))
     call.graph.erase_node(call)
-
-
-def _unused(graph: fx.Graph, owner: nn.Module, bias: nn.Parameter | None) -> str | None:
-    """The name of the bias in `owner`, if nothing in the graph reads it any more."""
-    for node in graph.nodes:
-        if node.op == "get_attr" and not node.users and bias is not None:
-            holder, _, last = node.target.rpartition(".")
-            if owner.get_submodule(holder)._parameters.get(last) is bias:
-                return str(node.target)
-    return None
-
-
-def _drop_unread_attributes(graph: fx.Graph) -> None:
-    for node in list(graph.nodes):
-        if node.op == "get_attr" and not node.users:
-            graph.erase_node(node)

@@ -1,6 +1,7 @@
 """Modules: parameters and one call of an op."""
 
 from sepconv.nn.convolution import DepthwiseConv2d, PaddedConv2d, PointwiseConv2d
+from sepconv.nn.folding import fold_batch_norm
 from sepconv.nn.fused import FusedConv2d, FusedLinear, FusedSeparableConv2d
 from sepconv.nn.separable import SeparableConv1d, SeparableConv2d
 
@@ -13,4 +14,5 @@ __all__ = [
     "PointwiseConv2d",
     "SeparableConv1d",
     "SeparableConv2d",
+    "fold_batch_norm",
 ]

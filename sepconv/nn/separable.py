@@ -1,7 +1,8 @@
 """Depthwise separable convolution as a module that can stand where a convolution stood."""
 
 import math
-from typing import Literal
+import warnings
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]  # documented, not exported
 
 from sepconv import ops
+from sepconv.factorize import factorize
+from sepconv.nn.weight import DenseWeight, SettableProperties
 from sepconv.ops.arguments import pair
 from sepconv.ops.layout import is_channels_last
 
@@ -25,7 +28,7 @@ def _word(padding: str, stride: tuple[int, ...]) -> str:
     return padding
 
 
-class SeparableConv2d(nn.Module):
+class SeparableConv2d(SettableProperties):
     """A depthwise convolution with `channel_multiplier` filters a channel, then a pointwise one.
 
     The two run as one op, and nothing stands between them:
@@ -34,7 +37,8 @@ class SeparableConv2d(nn.Module):
     rank T is this module with `channel_multiplier` T.
 
     The attributes are those of `torch.nn.Conv2d`, so code that reads `stride` or `out_channels`
-    of a convolution reads the same here; `weight` is the dense weight the two factors stand for.
+    of a convolution reads the same here; `weight` is the dense weight the two factors stand for,
+    and assigning to it factorises anew.
 
     Args:
         in_channels: C.
@@ -60,6 +64,9 @@ class SeparableConv2d(nn.Module):
         >>> conv.weight.shape
         torch.Size([16, 8, 3, 3])
     """
+
+    # Written in Python that TorchScript cannot read, and no part of the forward.
+    __jit_unused_properties__: ClassVar = ["weight", "keeps_channels_last", "_op_kernel_size"]
 
     # What a caller may read off any convolution.
     groups = 1
@@ -138,12 +145,59 @@ class SeparableConv2d(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight [K, C, R, S] that the factors stand for, computed on each read."""
+        """The dense weight [K, C, R, S] that the factors stand for, computed on each read.
+
+        It is to be read: writing to it in place would be lost, and raises `NotImplementedError`.
+
+        Assigned to, a tensor or parameter of that shape is factorised at this module's own
+        `channel_multiplier`: exactly where its rank allows that, as after scaling output
+        channels, and else as near as it gets, with a warning. The factors stay the parameters
+        they were, and take `requires_grad` from a parameter.
+
+        Raises:
+            ValueError: What was assigned has another shape or dtype, or is not finite.
+        """
         m = self.channel_multiplier
         pointwise = self.weight_pw.reshape(self.out_channels, self.in_channels, m)
         depthwise = self.weight_dw.reshape(self.in_channels, m, -1)
-        dense = torch.einsum("kcm,cmt->kct", pointwise, depthwise)
-        return dense.reshape(self.out_channels, self.in_channels, *self.kernel_size)
+        dense = torch.einsum("kcm,cmt->kct", pointwise, depthwise).contiguous()
+        dense = dense.view(self.out_channels, self.in_channels, *self.kernel_size)
+        # Compilers and tracers see plain arithmetic.
+        plain = type(dense) is not Tensor or torch.compiler.is_compiling()
+        return dense if plain else dense.as_subclass(DenseWeight)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        shape = (self.out_channels, self.in_channels, *self.kernel_size)
+        dtype = self.weight_pw.dtype
+        if not isinstance(value, Tensor) or value.shape != shape or value.dtype != dtype:
+            got = (
+                f"{list(value.shape)} {value.dtype}"
+                if isinstance(value, Tensor)
+                else type(value).__name__
+            )
+            raise ValueError(f"weight: expected {list(shape)} {dtype}, got {got}")
+        m = self.channel_multiplier
+        dense = value.detach().reshape(*shape[:2], *self._op_kernel_size)
+        weight_dw, weight_pw, error = factorize(dense.as_subclass(Tensor), m)
+        # A read rounds m products and their sum. `factorize` finds errors as roots of squares, in
+        # float64: what is below float32 rounding does not show there.
+        if error > (m + 2) * max(torch.finfo(d).eps for d in (dtype, torch.float32)):
+            warnings.warn(
+                f"weight: a separable convolution with channel_multiplier {m} cannot hold what "
+                f"was assigned; it differs by {error:.2g} of its norm",
+                stacklevel=3,
+            )
+        with torch.no_grad():
+            # A rank above the full one has filters to spare.
+            used = len(weight_dw) // self.in_channels
+            filters = self.weight_dw.unflatten(0, (self.in_channels, m))
+            filters[:, :used].copy_(weight_dw.unflatten(0, (self.in_channels, used)))
+            mixing = self.weight_pw.zero_().unflatten(1, (self.in_channels, m))
+            mixing[:, :, :used].copy_(weight_pw.unflatten(1, (self.in_channels, used)))
+        if isinstance(value, nn.Parameter):
+            self.weight_dw.requires_grad_(value.requires_grad)
+            self.weight_pw.requires_grad_(value.requires_grad)
 
     @property
     def keeps_channels_last(self) -> bool:

@@ -139,6 +139,87 @@ def test_state_dicts_go_from_one_converted_model_into_another() -> None:
     assert_same_function(other, converted, torch.randn(IMAGE))
 
 
+# What the forward and others read later
+
+
+class Adjustable(nn.Module):
+    """Reads all that it can when it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+        self.bias = nn.Parameter(torch.randn(8))
+        self.call, self.stride, self.scale = F.conv2d, 1, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A docstring
+
+        of several lines.
+        """
+        y = self.call(x, self.weight, self.bias, self.stride, padding=(1, 1))
+        return y * self.scale
+
+
+def doubled(image: Tensor, filters: Tensor, *rest: Any, padding: Any) -> Tensor:
+    return 2 * F.conv2d(image, filters, *rest, padding=padding)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"scale": 3.0},
+        {"stride": 2},
+        {"stride": (1, 1)},
+        {"call": doubled},
+        {"bias": nn.Parameter(torch.ones(8))},
+        {"bias": None},
+        {"weight": nn.Parameter(torch.ones(8, 8, 3, 3))},
+    ],
+    ids=str,
+)
+def test_attributes_that_are_set_later_have_their_effect(attributes: dict[str, Any]) -> None:
+    model = nn.Sequential(Adjustable()).eval()
+    converted = sepconv.convert(model, torch.randn(IMAGE), rank="full")
+    assert separable_in(converted) == ["0.weight_separable"]
+    for copied in (converted, pickle.loads(pickle.dumps(converted)), copy.deepcopy(converted)):
+        changed = copy.deepcopy(model)
+        for name, value in attributes.items():
+            setattr(copied[0], name, value)
+            setattr(changed[0], name, value)
+        assert_same_function(copied, changed, torch.randn(IMAGE))
+
+
+def test_the_parameters_can_still_be_asked_for() -> None:
+    model = nn.Sequential(Adjustable()).eval()
+    converted = sepconv.convert(model, rank="full")
+    for name in ("weight", "bias"):
+        assert torch.equal(getattr(converted[0], name), getattr(model[0], name))
+    converted[0].weight.square().sum().backward()
+    assert converted[0].weight_separable.weight_pw.grad is not None
+    with pytest.raises(NotImplementedError, match="weight_dw"):
+        nn.init.zeros_(converted[0].weight)
+    nn.init.zeros_(converted[0].bias)
+    assert not converted[0].weight_separable.bias.any()
+
+
+def test_a_rewritten_forward_is_fused_and_compiled() -> None:
+    model = nn.Sequential(Adjustable(), nn.ReLU()).eval()
+    x = torch.randn(IMAGE)
+    converted = sepconv.convert(model, rank="full")
+    assert_same_function(sepconv.fuse(converted, x, measure=False), model, x)
+    assert_same_function(torch.compile(converted, backend="aot_eager", fullgraph=True), model, x)
+
+
+def test_the_second_weight_of_a_forward_is_converted_later() -> None:
+    model = Siblings().eval()
+    first = sepconv.convert(model, rank={"second": "full"})
+    both = sepconv.convert(first, rank="full")
+    assert separable_in(both) == ["second_separable", "first_separable"]
+    assert_same_function(both, model, torch.randn(IMAGE))
+    assert_same_function(pickle.loads(pickle.dumps(both)), model, torch.randn(IMAGE))
+
+
 def test_a_second_conversion_changes_nothing() -> None:
     converted = sepconv.convert(Block().eval(), rank="full")
     with pytest.warns(UserWarning, match="nothing was converted"):
@@ -203,6 +284,86 @@ class Untraceable(Block):
         return F.conv2d(x, self.weight, self.bias) if x.mean() < 1e9 else x
 
 
+class Region(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return F.conv2d(x, self.weight, self.bias)
+
+
+class Decorated(Block):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias)
+
+
+class InAMethod(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolved(x)
+
+    @torch.no_grad()
+    def convolved(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias)
+
+
+class Branch(Block):
+    double = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.weight, self.bias)
+        return y * 2 if self.double else y
+
+
+class Shown(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return str(tuple(self.weight.shape))
+
+
+class Penalised(Shown):
+    extra_repr = nn.Module.extra_repr
+
+    @property
+    def penalty(self) -> Tensor:
+        return getattr(self, "weight").square().sum()  # noqa: B009
+
+
+class BiasDrawnAgain(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.bias)
+
+
+class SharedBias(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias) + self.bias.mean()
+
+
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(12, 8, 3, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weights[0])
+
+
+def patched() -> nn.Module:
+    block = Block()
+    block.forward = lambda x: F.conv2d(x, block.weight, block.bias) * 2
+    return block
+
+
+def without_source() -> nn.Module:
+    code = "def forward(self, x): return torch.conv2d(x, self.weight, self.bias)"
+    namespace: dict[str, Any] = {"torch": torch}
+    exec(code, namespace)
+    return type("Made", (Block,), {"forward": namespace["forward"]})()
+
+
 class Grouped(Block):
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x.repeat(1, 2, 1, 1), self.weight, self.bias, groups=2)
@@ -245,6 +406,17 @@ class OnAChildsPlainWeight(OnAChildsWeight):
         (OptionalArgument, {"functional call"}),
         (OtherCodeInTraining, {"functional call"}),
         (Untraceable, {"functional call"}),
+        (Region, {"functional call"}),
+        (Decorated, {"functional call"}),
+        (InAMethod, {"functional call"}),
+        (Branch, {"functional call"}),
+        (Shown, {"functional call"}),
+        (Penalised, {"functional call"}),
+        (BiasDrawnAgain, {"functional call"}),
+        (SharedBias, {"functional call"}),
+        (Listed, {"functional call"}),
+        (patched, {"functional call"}),
+        (without_source, {"functional call"}),
         (Grouped, {"groups > 1"}),
         (ThreeD, {"3-D"}),
         (OnAChildsWeight, {"computed weight", "shared weight"}),
@@ -253,7 +425,7 @@ class OnAChildsPlainWeight(OnAChildsWeight):
 )
 @pytest.mark.parametrize("inplace", [False, True])
 def test_calls_that_cannot_be_rewritten_are_left_with_a_reason(
-    block: type[nn.Module], reasons: set[str], inplace: bool
+    block: Callable[[], nn.Module], reasons: set[str], inplace: bool
 ) -> None:
     model = Net(block()).eval()
     original = copy.deepcopy(model)
@@ -269,20 +441,21 @@ def test_calls_that_cannot_be_rewritten_are_left_with_a_reason(
 
 
 class Siblings(nn.Module):
-    """Two calls, one weight each, and one of the biases is used twice."""
+    """Two calls, one weight each."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights = nn.ParameterList([torch.randn(8, 8, 3, 3), torch.randn(8, 8, 5, 5)])
+        self.first = nn.Parameter(torch.randn(8, 8, 3, 3))
+        self.second = nn.Parameter(torch.randn(8, 8, 5, 5))
         self.bias = nn.Parameter(torch.randn(8))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.conv2d(x, weight=self.weights[0], bias=self.bias, padding="same")
-        return F.conv2d(input=y, weight=self.weights[1], bias=self.bias, padding=(2, 1)) + x.mean()
+        y = F.conv2d(x, weight=self.first, padding="same")
+        return F.conv2d(input=y, weight=self.second, bias=self.bias, padding=(2, 1)) + x.mean()
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_several_calls_in_one_forward_and_a_shared_bias(inplace: bool) -> None:
+def test_several_calls_in_one_forward(inplace: bool) -> None:
     torch.manual_seed(0)
     model = Siblings()
     original = copy.deepcopy(model)

@@ -36,6 +36,63 @@ def hooked() -> nn.Module:
     return conv
 
 
+def hooked_weight() -> nn.Module:
+    conv = nn.Conv2d(8, 8, 3)
+    conv.weight.register_hook(lambda gradient: gradient * 0)
+    return conv
+
+
+class Adapter(nn.Module):
+    """A scale beside a convolution, to be merged into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Conv2d(8, 8, 3)
+        self.scale = nn.Parameter(torch.full((8, 1, 1), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) * self.scale
+
+    def merge(self) -> None:
+        self.base_layer.weight.data *= self.scale.detach().unsqueeze(1)
+        self.base_layer.bias.data *= self.scale.detach().flatten()
+        self.scale.data.fill_(1)
+
+
+class Imitator(Adapter):
+    """Gives out the convolution's weight as its own, and merges from elsewhere."""
+
+    merge = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+
+class Bystander(nn.Module):
+    """Calls its convolution, has a weight of its own, and something that is called `merge`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3)
+        self.weight = nn.Parameter(torch.ones(8, 1, 1))
+        self.merge = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(self.conv(x)) * self.weight
+
+
+class Secretive(nn.Sequential):
+    """Its weight cannot be asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(8, 8, 3))
+
+    @property
+    def weight(self) -> Tensor:
+        raise RuntimeError("not now")
+
+
 def tied() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
     model[1].weight = model[0].weight
@@ -56,6 +113,8 @@ BY_MATCH = {
     SkipReason.SUBCLASS: lambda: OwnForward(8, 8, 3),
     SkipReason.PARAMETRIZED: lambda: parametrizations.weight_norm(nn.Conv2d(8, 8, 3)),
     SkipReason.PRE_HOOK: hooked,
+    SkipReason.WEIGHT_HOOK: hooked_weight,
+    SkipReason.ADAPTER: Adapter,
     SkipReason.DTYPE: lambda: nn.Conv2d(8, 8, 3, dtype=torch.complex64),
     SkipReason.SHARED_WEIGHT: tied,
     SkipReason.COMPUTED_WEIGHT: lambda: Functional(lambda x, w: F.conv2d(x, w * 2)),
@@ -81,6 +140,34 @@ def test_every_reason_is_reached(reason: SkipReason) -> None:
     assert [x.status for x in report.layers].count("converted") == 1
 
 
+def test_adapters_are_modules_that_answer_for_the_weight() -> None:
+    assert skipped(nn.Sequential(Adapter(), Imitator())) == {
+        "0.base_layer": SkipReason.ADAPTER,
+        "1.base_layer": SkipReason.ADAPTER,
+    }
+    assert len(matched(nn.Sequential(Bystander(), Secretive()))) == 2
+
+
+def test_a_wrapped_convolution_merges_after_the_conversion() -> None:
+    model, x = nn.Sequential(nn.Conv2d(8, 8, 3), Adapter()).eval(), torch.randn(1, 8, 9, 9)
+    made = sepconv.convert(model, rank="full")
+    assert [x.status for x in sepconv.report(made).layers] == ["converted", "skipped"]
+    made[1].merge()
+    assert torch.allclose(made(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("way", ["register_hook", "register_post_accumulate_grad_hook"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_hooks_on_parameters_go_on_being_called(name: str, way: str, inplace: bool) -> None:
+    model, called = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)), list[Tensor]()
+    getattr(getattr(model[0], name), way)(lambda tensor: called.append(tensor))
+    made = sepconv.convert(model, rank=1, inplace=inplace)
+    assert [x.reason for x in sepconv.report(made).layers] == ["hook on a parameter", ""]
+    made(torch.randn(1, 8, 9, 9)).sum().backward()
+    assert len(called) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "stride", "padding", "dilation"),
     [
@@ -96,7 +183,7 @@ def test_the_geometry_of_modules_and_calls(
 ) -> None:
     for model in (
         nn.Sequential(nn.Conv2d(8, 8, 3, **options)),
-        Functional(lambda x, w: F.conv2d(x, w, **options)),
+        torch.fx.symbolic_trace(Functional(lambda x, w: F.conv2d(x, w, **options))),
     ):
         (conv,) = matched(model)
         assert tuple(conv.settings) == (stride, padding, dilation)
