@@ -250,7 +250,7 @@ def _differing(lowering: _Lowering, check: Check) -> dict[str, str]:
 def _beside(part: nn.Module, note: Callable[[str], Any], check: Check) -> Iterator[None]:
     """Have a lowered part run its own code, then the lowered one, and note what differs."""
     lowered = type(part)
-    own = lowered._sepconv_original  # type: ignore[attr-defined]
+    own = lowered._sepconv_own  # type: ignore[attr-defined]
     given = []
 
     def keep(module: nn.Module, args: Any, kwargs: Any) -> None:

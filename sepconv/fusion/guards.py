@@ -9,6 +9,7 @@ argument or training mode, runs the original code on the original modules.
 import inspect
 import keyword
 import types
+from collections.abc import Callable
 from importlib import import_module
 from inspect import Parameter
 from operator import attrgetter
@@ -116,21 +117,23 @@ def _same(value: Any, fixed: Any) -> bool:
 
 
 def _subclass(kind: type[nn.Module], lowered: Lowered) -> type[nn.Module]:
-    original = getattr(kind, "_sepconv_original", kind)
+    original = getattr(kind, "_sepconv_own", kind)
     namespace: dict[str, Any] = {"_original": original}
     for name, value in lowered.names.items():
         namespace[name] = import_module(value.name) if isinstance(value, _Imported) else value
     exec(compile(lowered.source, f"<lowered forward of {original.__name__}>", "exec"), namespace)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        return _new, (original, lowered), *original.__reduce_ex__(self, protocol)[2:]
+        make, args, *state = original.__reduce_ex__(self, protocol)
+        args = tuple(original if arg is type(self) else arg for arg in args)
+        return _made_again, (make, args, lowered), *state
 
     members = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__reduce_ex__": reduce,
-        "_sepconv_original": original,
+        "_sepconv_own": original,
         "_lowered": namespace["lowered"],
         "forward": namespace["forward"],
     }
@@ -138,7 +141,8 @@ def _subclass(kind: type[nn.Module], lowered: Lowered) -> type[nn.Module]:
     return types.new_class(original.__name__, (original,), {}, lambda body: body.update(members))
 
 
-def _new(original: type[nn.Module], lowered: Lowered) -> nn.Module:
+def _made_again(make: Callable[..., nn.Module], args: tuple[Any, ...], lowered: Lowered) -> Any:
     """An object without state, as unpickling needs it."""
-    made = _subclass(original, lowered)
-    return made.__new__(made)
+    made = make(*args)
+    made.__class__ = _subclass(type(made), lowered)
+    return made

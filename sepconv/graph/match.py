@@ -380,14 +380,14 @@ def _weight_obstacle(weight: Tensor, bias: Tensor | None, groups: int) -> SkipRe
 def _adapts(parent: nn.Module) -> bool:
     """Whether a module wraps a convolution and answers for its weight.
 
-    It has a convolution as its child, and either gives out that one's weight as its own, or has a
-    method `merge`: adapters write to the weight there. What only calls its convolution may be
-    around it in any number.
+    It has a convolution as its child, and either gives out that one's weight as its own, or has
+    methods `merge` and `unmerge`: adapters write to the weight there. What only calls its
+    convolution may be around it in any number.
     """
     convolutions = [child for child in parent.children() if isinstance(child, _ConvNd)]
     if not convolutions or type(parent).__module__.startswith("torch."):
         return False
-    if inspect.isroutine(getattr(type(parent), "merge", None)):
+    if all(inspect.isroutine(getattr(type(parent), name, None)) for name in ("merge", "unmerge")):
         return True
     try:
         weight = getattr(parent, "weight", None)

@@ -73,8 +73,6 @@ class SeparableConv2d(SettableProperties):
     padding_mode = "zeros"
     transposed = False
     bias: nn.Parameter | None
-    # Not for torch.jit.script: code that computes them is not in its language.
-    __jit_unused_properties__ = ("weight", "keeps_channels_last", "_op_kernel_size")
 
     def __init__(
         self,

@@ -176,7 +176,7 @@ def doubled(image: Tensor, filters: Tensor, *rest: Any, padding: Any) -> Tensor:
         {"bias": None},
         {"weight": nn.Parameter(torch.ones(8, 8, 3, 3))},
     ],
-    ids=str,
+    ids=["scale", "stride", "same stride", "call", "bias", "no bias", "weight"],
 )
 def test_attributes_that_are_set_later_have_their_effect(attributes: dict[str, Any]) -> None:
     model = nn.Sequential(Adjustable()).eval()

@@ -270,6 +270,35 @@ def test_copies_pickles_averages():
             assert isinstance(made, Encoder)
 
 
+class Functional(nn.Module):
+    """A convolution without a module; the parameter can be asked for after a conversion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(C, C, 3, 3))
+        self.bn = nn.BatchNorm2d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(torch.conv2d(x, self.kernel, padding=1))
+
+
+def test_converted_functional_calls():
+    net = settled(nn.Sequential(Functional(), conv()))
+    converted = sepconv.convert(net, images(), rank="full")
+    assert len(sepconv.report(converted).converted) == 2
+    fused = sepconv.fuse(converted, images(), measure=False)
+    assert set(ran(fused, images())) == {FusedSeparableConv2d}
+    part = sepconv.fuse(converted[0], images(), measure=False)
+    with torch.no_grad():
+        for made in (fused, copy.deepcopy(fused), pickle_of(fused)):
+            close(made(images()), net(images()))
+            close(made[0].kernel, net[0].kernel)
+            close(made[0](images()), net[0](images()))
+        for made in (part, pickle_of(part)):
+            close(made(images()), net[0](images()))
+            close(made.train().eval().kernel, net[0].kernel)
+
+
 class Draws(nn.Module):
     def __init__(self, draw: Callable[[], Any]) -> None:
         super().__init__()

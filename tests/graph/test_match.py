@@ -58,6 +58,9 @@ class Adapter(nn.Module):
         self.base_layer.bias.data *= self.scale.detach().flatten()
         self.scale.data.fill_(1)
 
+    def unmerge(self) -> None:
+        raise NotImplementedError
+
 
 class Imitator(Adapter):
     """Gives out the convolution's weight as its own, and merges from elsewhere."""
