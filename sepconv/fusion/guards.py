@@ -124,7 +124,8 @@ def _subclass(kind: type[nn.Module], lowered: Lowered) -> type[nn.Module]:
     exec(compile(lowered.source, f"<lowered forward of {original.__name__}>", "exec"), namespace)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        make, args, *state = original.__reduce_ex__(self, protocol)
+        reduced: Any = original.__reduce_ex__(self, protocol)
+        make, args, *state = reduced
         args = tuple(original if arg is type(self) else arg for arg in args)
         return _made_again, (make, args, lowered), *state
 
