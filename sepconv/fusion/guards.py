@@ -41,12 +41,17 @@ class _Imported(NamedTuple):
     name: str
 
 
-def install(module: nn.Module, traced: Trace) -> None:
-    """Make `module` run the graph for the calls that it was traced for.
+def not_extended(module: nn.Module) -> str | None:
+    """Why a module's class cannot have subclasses, or None."""
+    try:
+        types.new_class(type(module).__name__, (type(module),))
+    except Exception as error:  # whatever a metaclass or `__init_subclass__` says
+        return f"its class cannot be extended: {error}"
+    return None
 
-    Raises:
-        TypeError: The module's class cannot be extended.
-    """
+
+def install(module: nn.Module, traced: Trace) -> None:
+    """Make `module` run the graph for the calls that it was traced for."""
     assert traced.graph is not None
     aliases = _spelled(traced.graph)
     code = traced.graph.python_code("self")

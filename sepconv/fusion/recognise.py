@@ -49,7 +49,7 @@ _BATCH_NORM_ARGUMENTS = (
 class Left(StrEnum):
     """Why a convolution is left as it is by `sepconv.fuse`."""
 
-    UNTRACED = "in code that fx cannot trace"
+    UNTRACED = "in code that no graph stands for"
     HOOKS = "hooks"
     SUBCLASS = "own forward"
     PARAMETRIZED = "parametrized"

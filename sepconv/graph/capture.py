@@ -77,9 +77,10 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
     args, kwargs = split_inputs(example_inputs)
     given = None if example_inputs is None else arguments_given(model, args, kwargs)
     traced = trace(model, given)
+    known = (traced.level, traced.why, traced.graph, tuple(sorted(traced.leaves)))
     if example_inputs is None:
         safe = traced.level == "graph" and not asks_for_layout(traced.graph, views=True)
-        return Capture(traced.level, traced.why, traced.graph, traced.leaves, channels_last=safe)
+        return Capture(*known, channels_last=safe)
 
     runner = runnable(model)
     with untouched(runner), evaluating(runner), torch.no_grad():
@@ -91,7 +92,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
                 f"{type(error).__name__}: {error}"
             ) from error
     runs = recorder.runs if runner is model else _translate(recorder.runs, runner, model)
-    return Capture(traced.level, traced.why, traced.graph, traced.leaves, runs, recorder.macs, safe)
+    return Capture(*known, runs, recorder.macs, safe)
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

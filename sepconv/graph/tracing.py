@@ -22,7 +22,7 @@ from functools import cache, partial
 from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -54,7 +54,7 @@ class Trace(NamedTuple):
     Attributes:
         level: See the module's description.
         graph: Of the model, or None at level `modules`.
-        leaves: Names of the submodules that could not be traced into.
+        leaves: Names of the submodules that could not be traced into, and why.
         why: What kept the trace from more, empty at level `graph`.
         fixed: Arguments of the forward that the graph holds for these values alone, by name. Its
             placeholders are the others, in the signature's order.
@@ -63,7 +63,7 @@ class Trace(NamedTuple):
 
     level: TraceLevel
     graph: fx.Graph | None
-    leaves: tuple[str, ...]
+    leaves: Mapping[str, str]
     why: str
     fixed: Mapping[str, Any]
     constants: Mapping[str, Any]
@@ -271,7 +271,9 @@ class ModuleTracer(fx.Tracer):
 
 
 def trace(
-    model: nn.Module, given: Mapping[str, Any] | None = None, opaque: Collection[str] = ()
+    model: nn.Module,
+    given: Mapping[str, Any] | None = None,
+    opaque: Mapping[str, str] = MappingProxyType({}),
 ) -> Trace:
     """Trace `model` at the best level it allows; never raises because tracing failed.
 
@@ -282,15 +284,14 @@ def trace(
         given: The forward arguments that the caller passes, by name; flags and numbers among
             them are fixed. The others are fixed to their defaults. None: those without a
             default are passed.
-        opaque: Names of submodules to take as leaves from the start.
+        opaque: Names of submodules to take as leaves from the start, and why.
     """
     try:
         fixed = _fixed(model, given)
     except RefusedError as error:
-        return Trace("modules", None, (), str(error), {}, {})
+        return Trace("modules", None, {}, str(error), {}, {})
     names = {name: m for name, m in model.named_modules() if name}
-    closed = set(opaque)
-    why = ""
+    closed = dict(opaque)
     while True:
         with untouched(model):
             tracers = [ModuleTracer(closed, fixed) for _ in range(2)]
@@ -298,13 +299,14 @@ def trace(
             constants = {name: vars(model)[name] for name in tracers[0].constants}
         if failed is None:
             level: TraceLevel = "leaves" if closed else "graph"
-            return Trace(level, tracers[0].graph, tuple(sorted(closed)), why, fixed, constants)
-        why = why or reason
+            first = next(iter(closed.values()), "")
+            return Trace(level, tracers[0].graph, closed, first, fixed, constants)
         if failed in closed or failed not in names:
-            return Trace("modules", None, (), why, {}, {})
+            first = next(iter(closed.values()), reason)
+            return Trace("modules", None, {}, first, {}, {})
         # Its siblings of the same class would fail the same way, one attempt each.
-        failed_class = type(names[failed])
-        closed.update(name for name, m in names.items() if type(m) is failed_class)
+        same = [name for name, m in names.items() if type(m) is type(names[failed])]
+        closed |= {name: reason for name in same if name not in closed}
 
 
 def _failure(tracers: Iterable[ModuleTracer], model: nn.Module) -> tuple[str | None, str]:

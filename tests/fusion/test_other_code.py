@@ -3,6 +3,7 @@
 import copy
 import pickle
 import random
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -363,6 +364,39 @@ def test_what_differs_is_left_and_named():
     assert "relative difference" in report.left["body"]
     assert report.checked
     assert "as it was" in report._totals()
+
+
+class Sealed(Layers):
+    """A class that takes no subclasses."""
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("sealed")
+
+
+def test_a_class_that_cannot_be_extended():
+    net = settled(nn.Sequential(Sealed(), conv()))
+    assert set(ran(sepconv.fuse(net, images(), measure=False), images())) == {FusedConv2d}
+    fused = sepconv.fuse(net[0], images(), measure=False)
+    assert sepconv.report(fused).trace_note == "its class cannot be extended: sealed"
+    assert not [name for name in fused.state_dict() if "fused" in name]
+    with torch.no_grad():
+        close(fused(images()), net[0](images()))
+
+
+class Clock(nn.Module):
+    """Answers otherwise each time; what is in it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Layers()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + time.perf_counter()
+
+
+def test_a_model_that_answers_otherwise_each_time():
+    fused = sepconv.fuse(settled(Clock()), images(), measure=False)
+    assert set(ran(fused, images())) == {FusedConv2d}
 
 
 class Looks(torch.autograd.Function):
