@@ -29,9 +29,13 @@ class _Fused(nn.Module):
         layout = torch.contiguous_format
         if value.dim() == 4 and channels_last:
             layout = torch.channels_last
-        # A tensor made in inference mode could not tell when it is written to.
         with torch.inference_mode(False):
-            value = torch.empty_like(value, memory_format=layout).copy_(value.detach())
+            # A tensor made in inference mode could not tell when it is written to.
+            if value.is_contiguous(memory_format=layout) and not value.is_inference():
+                strides = torch.empty_like(value, memory_format=layout, device="meta").stride()
+                value = value.detach().as_strided(value.shape, strides)  # the same memory
+            else:
+                value = torch.empty_like(value, memory_format=layout).copy_(value.detach())
             if name == "weight_dw" and value.is_cuda:
                 value = side_by_side(value)
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
