@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from sepconv.graph.tracing import VARIADIC, Trace
+from sepconv.graph.tracer import VARIADIC
+from sepconv.graph.tracing import Trace
 
 # In the module alone that a graph was made of: code may make others of its class, as slices do.
 _MARK = "_sepconv_lowered"
