@@ -1,0 +1,88 @@
+"""As much of a lowering as answers example inputs as the model does."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from sepconv.fusion.parts import Lowering
+from sepconv.graph.capture import arguments_given
+from sepconv.graph.compare import Check, run
+
+
+def checked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowering:
+    """The lowering of as much as answers as the original does; two forwards if all of it does."""
+    given = arguments_given(model, args, kwargs)
+    try:
+        check = Check(model, args, kwargs)
+    except Exception as error:
+        raise ValueError(
+            f"example_inputs: the model's forward fails on them: {type(error).__name__}: {error}"
+        ) from error
+    wrong: dict[str, str] = {}
+    while True:
+        # Code that no graph shows may ask for contiguous tensors.
+        for channels_last in (True, False):
+            lowering = Lowering(model, given, wrong, channels_last)
+            found = check.difference(lowering.model)
+            if found is None:
+                return lowering
+        # Each by itself; what is right there and not in its place goes too.
+        assert found is not None
+        differing = _differing(lowering, check)
+        # Where the model answers otherwise each time, only the parts' answers can be compared.
+        if not lowering.parts or (not differing and check.difference(model) is not None):
+            return lowering
+        wrong |= differing or dict.fromkeys(lowering.parts, found)
+
+
+def _differing(lowering: Lowering, check: Check) -> dict[str, str]:
+    """The lowered parts that answer otherwise than their own code does, and how.
+
+    Runs the model's own code once, and beside each part of it the lowered part.
+    """
+    differing: dict[str, str] = {}
+    with ExitStack() as stack:
+        for name, part in lowering.parts.items():
+            stack.enter_context(_beside(part, partial(differing.setdefault, name), check))
+        run(lowering.model, check.args, check.kwargs)
+    return differing
+
+
+@contextmanager
+def _beside(part: nn.Module, note: Callable[[str], Any], check: Check) -> Iterator[None]:
+    """Have a lowered part run its own code, then the lowered one, and note what differs."""
+    lowered = type(part)
+    own = lowered._sepconv_own  # type: ignore[attr-defined]
+    given = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given.append(tree_map_only(Tensor, torch.clone, (args, kwargs)))
+
+    def compare(module: nn.Module, args: Any, kwargs: Any, expected: Any) -> None:
+        args, kwargs = given.pop()
+        module.__class__ = lowered
+        try:
+            why = check.between(module.forward(*args, **kwargs), expected)
+        except Exception as error:
+            why = f"raises {type(error).__name__}: {error}".split("\n")[0]
+        finally:
+            module.__class__ = own
+        if why is not None:
+            note(why)
+
+    hooks = (
+        part.register_forward_pre_hook(keep, with_kwargs=True),
+        part.register_forward_hook(compare, with_kwargs=True),
+    )
+    part.__class__ = own
+    try:
+        yield
+    finally:
+        part.__class__ = lowered
+        for hook in hooks:
+            hook.remove()
