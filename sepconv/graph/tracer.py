@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import SUPPORTED_NODES, tree_leaves
 
 from sepconv.nn import SeparableConv2d
 
@@ -72,7 +72,7 @@ class _Attribute(_Proxy, fx.proxy.Attribute):
         super().__init__(root, attr)
         # Every value that a graph holds is taken to have what tensors have.
         if not hasattr(Tensor, attr):
-            self.tracer.unused[id(self)] = (attr, self.tracer.path())
+            self.tracer.unused[id(self)] = (self, self.tracer.path())
 
     @property
     def node(self) -> fx.Node:  # type: ignore[override]
@@ -128,7 +128,7 @@ class ModuleTracer(fx.Tracer):
         self.opaque, self.fixed = opaque, fixed or {}
         self.failed: str | None = None
         self.why = ""
-        self.unused: dict[int, tuple[str, str]] = {}
+        self.unused: dict[int, tuple[_Attribute, str]] = {}
         self.constants: set[str] = set()
         self._random = _random_state()
 
@@ -145,8 +145,8 @@ class ModuleTracer(fx.Tracer):
         """Trace; raises whatever the model's code raises, and `RefusedError`."""
         with _watching(self):
             graph = super().trace(root, concrete_args)
-        for name, path in self.unused.values():
-            self.refuse(f"asks whether a value has .{name}", path)
+        for attribute, path in self.unused.values():
+            self.refuse(f"asks whether a value has .{attribute.attr}", path)
         self._raise_if_refused()
         return graph
 
@@ -206,13 +206,13 @@ class ModuleTracer(fx.Tracer):
         """A container of a class of its own is made anew, as pytree knows how to."""
         kind = type(a)
         if issubclass(kind, dict | list) and kind not in (dict, list):
-            values, spec = tree_flatten(a)
-            if spec.is_leaf():
+            if kind not in SUPPORTED_NODES:
                 raise RefusedError(f"makes a {kind.__name__}")
+            values, context = SUPPORTED_NODES[kind].flatten_fn(a)
             name = self.get_fresh_qualname("_container")
-            setattr(self.root, name, spec)
+            setattr(self.root, name, (kind, context))
             args = (self.create_arg(values), self.create_node("get_attr", name, (), {}))
-            return self.create_node("call_function", tree_unflatten, args, {})
+            return self.create_node("call_function", made_anew, args, {})
         return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -237,6 +237,12 @@ class ModuleTracer(fx.Tracer):
         except Exception as error:
             self.refuse(said(error), self.path_of_module(m))
             raise
+
+
+def made_anew(values: list[Any], how: tuple[type, Any]) -> Any:
+    """A container of a class that pytree knows, in a graph."""
+    kind, context = how
+    return SUPPORTED_NODES[kind].unflatten_fn(values, context)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

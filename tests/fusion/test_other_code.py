@@ -185,6 +185,20 @@ def test_answers_keep_their_class(make, given):
             close(ours, theirs)
 
 
+def ordered(y: Tensor) -> Any:
+    return OrderedDict(out=y, two=(y, 1.0))
+
+
+@pytest.mark.filterwarnings("error")
+def test_containers_in_pickles():
+    net = settled(Answers(ordered))
+    fused = sepconv.fuse(net, images(), measure=False)
+    with torch.no_grad():
+        for made in (pickle_of(fused), copy.deepcopy(fused)):
+            assert made(images()).keys() == {"out", "two"}
+            close(made(images())["out"], net(images())["out"])
+
+
 def leaves(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [leaf for v in value.values() for leaf in leaves(v)]
