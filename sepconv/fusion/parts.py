@@ -22,7 +22,8 @@ class Lowering:
 
     Args:
         model: In eval mode.
-        given: The arguments of its forward by name, None if they are not known.
+        given: What it and each module in it is called with, by the module's name: arguments by
+            name. None if that is not known; a module that is missing is not called.
         wrong: Parts, by name, that must stay as they are, and why.
         channels_last: Whether the fused modules return channels_last tensors; None where that is
             sure not to matter.
@@ -36,37 +37,38 @@ class Lowering:
     def __init__(
         self,
         model: nn.Module,
-        given: Mapping[str, Any] | None,
+        given: Mapping[str, Mapping[str, Any]] | None,
         wrong: Mapping[str, str],
         channels_last: bool | None,
     ) -> None:
-        self._original, self._wrong = model, wrong
+        self._original, self._given, self._wrong = model, given, wrong
         self.model: nn.Module = copied(model)
         self.parts: dict[str, nn.Module] = {}
         self.fused: dict[str, FusedLayer] = {}
         self.left: dict[str, str] = {}
         self._seen: set[nn.Module] = set()
         self.channels_last = bool(channels_last)
-        traced = self._traced(self.model, "", given)
+        traced = self._traced(self.model, "")
         self.level: TraceLevel = "modules" if traced is None else traced.level
         if traced is not None:
             if channels_last is None:
                 self.channels_last = traced.level == "graph" and not asks_for_layout(traced.graph)
             self._lower(self.model, "", traced)
 
-    def _traced(
-        self, module: nn.Module, name: str, given: Mapping[str, Any] | None
-    ) -> Trace | None:
+    def _traced(self, module: nn.Module, name: str) -> Trace | None:
         """The trace of a module that is to be lowered; the parts of any other are lowered."""
-        why = self._wrong.get(name) or not_extended(module)
-        if has_hooks(module):
-            why = str(Left.HOOKS)
+        if self._given is not None and name not in self._given:
+            why: str | None = "is not called"
+        elif has_hooks(module):
+            why = Left.HOOKS
+        else:
+            why = self._wrong.get(name) or not_extended(module)
         if why is None:
             # Tracing through a module with hooks would run them now and never again.
             hooked = {
                 path: Left.HOOKS for path, m in module.named_modules() if path and has_hooks(m)
             }
-            traced = trace(module, given, hooked)
+            traced = trace(module, self._given and self._given[name], hooked)
             if traced.graph is not None:
                 return traced
             why = traced.why
@@ -80,9 +82,14 @@ class Lowering:
             if child in self._seen:
                 continue
             self._seen.add(child)
-            alone = _is_convolution(child) or not any(True for _ in child.children())
-            if not alone and not child.training:
-                traced = self._traced(child, path, None)
+            if type(child).forward is nn.Module.forward:  # a list or a dict of modules
+                self._lower_children(child, path)
+            elif (
+                not _is_convolution(child)
+                and next(child.children(), None) is not None
+                and not child.training
+            ):
+                traced = self._traced(child, path)
                 if traced is not None:
                     self._lower(child, path, traced)
 

@@ -1,6 +1,6 @@
 """As much of a lowering as answers example inputs as the model does."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -16,9 +16,9 @@ from sepconv.graph.compare import Check, run
 
 def checked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowering:
     """The lowering of as much as answers as the original does; two forwards if all of it does."""
-    given = arguments_given(model, args, kwargs)
     try:
-        check = Check(model, args, kwargs)
+        with _noting_arguments(model) as given:
+            check = Check(model, args, kwargs)
     except Exception as error:
         raise ValueError(
             f"example_inputs: the model's forward fails on them: {type(error).__name__}: {error}"
@@ -38,6 +38,29 @@ def checked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if not lowering.parts or (not differing and check.difference(model) is not None):
             return lowering
         wrong |= differing or dict.fromkeys(lowering.parts, found)
+
+
+@contextmanager
+def _noting_arguments(model: nn.Module) -> Iterator[dict[str, Mapping[str, Any]]]:
+    """By its names, what each module is called with the first time: arguments by name."""
+    given: dict[str, Mapping[str, Any]] = {}
+
+    def note(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        plain = bool | int | float | str | None
+        found = arguments_given(module, args, kwargs)
+        # Not the tensors, which would stay in memory.
+        given.setdefault(name, {k: v if isinstance(v, plain) else ... for k, v in found.items()})
+
+    hooks = [
+        module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if module is model or next(module.children(), None) is not None
+    ]
+    try:
+        yield given
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _differing(lowering: Lowering, check: Check) -> dict[str, str]:

@@ -242,6 +242,23 @@ def test_any_call_whatever_it_was_made_for(made_for):
             fused(images(), steps=1)
 
 
+def test_parts_are_lowered_for_the_calls_they_get():
+    net = settled(Around(Arguments(), lambda part, x: part(scale=x, sample=x, timestep=2)["y"]))
+    fused = sepconv.fuse(net, images(), measure=False)
+    assert set(ran(fused, images())) == {FusedConv2d}
+    with torch.no_grad():
+        close(fused(images()), net(images()))
+        close(fused.part(images())["y"], net.part(images())["y"])
+    assert not any(hooks for m in net.modules() for hooks in (m._forward_pre_hooks,))
+
+
+def test_lists_of_modules_have_no_reason_of_their_own():
+    net = settled(nn.ModuleDict({"a": nn.ModuleList([conv(), Layers()])}))
+    net.forward = lambda x: net["a"][1](net["a"][0](x)) if x.sum() != 1e9 else x
+    report = sepconv.report(sepconv.fuse(net, images(), measure=False))
+    assert {x.reason for x in report.layers} <= {"", "in code that no graph stands for: hooks"}
+
+
 def test_training_mode_runs_the_models_own_code():
     net = settled(nn.Sequential(conv(), nn.BatchNorm2d(C), nn.Dropout(0.5)))
     fused = sepconv.fuse(net, images(), measure=False).train()
