@@ -5,8 +5,7 @@ from copy import deepcopy
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sepconv.factorize import is_finite
-from sepconv.factorize.fold import batch_norm_affine, fold_after
+from sepconv.factorize.fold import batch_norm_affine, fits, fold_after
 from sepconv.nn.separable import SeparableConv2d
 
 
@@ -22,9 +21,10 @@ def fold_batch_norm(conv: SeparableConv2d, bn: _BatchNorm) -> SeparableConv2d:
 
     Raises:
         ValueError: Something else was given, in training mode, without statistics, or such that
-            the folded weight overflows its dtype.
+            the folded weight leaves the range of its dtype.
 
     Example:
+        >>> import torch
         >>> conv, bn = SeparableConv2d(4, 6, 3).eval(), nn.BatchNorm2d(6).eval()
         >>> folded, x = fold_batch_norm(conv, bn), torch.randn(2, 4, 8, 8)
         >>> torch.allclose(folded(x), bn(conv(x)), atol=1e-5)
@@ -45,7 +45,7 @@ def fold_batch_norm(conv: SeparableConv2d, bn: _BatchNorm) -> SeparableConv2d:
         raise ValueError("bn: expected running statistics, got track_running_stats=False")
     affine = batch_norm_affine(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
     weight_pw, bias = fold_after(conv.weight_pw, conv.bias, affine)
-    if not (is_finite(weight_pw) and is_finite(bias)):
+    if not fits(weight_pw, bias):
         raise ValueError(f"bn: its scale and shift do not fit {weight_pw.dtype} weights")
     folded = deepcopy(conv)
     _set(folded, "weight_pw", weight_pw)
