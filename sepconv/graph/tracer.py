@@ -11,8 +11,7 @@ import os
 import random
 import sys
 import sysconfig
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from functools import cache, partial
 from pathlib import Path
 from types import CodeType, FrameType
@@ -35,7 +34,7 @@ _ASKING = {"isinstance", "__class__", "_abc_instancecheck"}
 _DECORATORS = f"{_TORCH}utils{os.sep}_contextlib.py"  # of `@torch.no_grad()` and the like
 _WITH = {"BEFORE_WITH", "BEFORE_ASYNC_WITH", "LOAD_SPECIAL"}  # the last from Python 3.14 on
 # Whose answers are of the moment.
-_MOMENTARY = {torch.is_grad_enabled, torch.is_autocast_enabled, torch.is_inference_mode_enabled}
+_MOMENTARY = {"is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"}
 
 
 class RefusedError(Exception):
@@ -131,6 +130,8 @@ class ModuleTracer(fx.Tracer):
         self.unused: dict[int, tuple[_Attribute, str]] = {}
         self.constants: set[str] = set()
         self._random = _random_state()
+        self._paths: dict[nn.Module, str] = {}
+        self._seen: set[int] = set()  # code without such; by `id`, as its hash takes long
 
     def path(self) -> str:
         """The name of the module whose forward is running."""
@@ -143,8 +144,8 @@ class ModuleTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Trace; raises whatever the model's code raises, and `RefusedError`."""
-        with _watching(self):
-            graph = super().trace(root, concrete_args)
+        self._paths = {module: name for name, module in root.named_modules()}
+        graph = super().trace(root, concrete_args)
         for attribute, path in self.unused.values():
             self.refuse(f"asks whether a value has .{attribute.attr}", path)
         self._raise_if_refused()
@@ -177,6 +178,21 @@ class ModuleTracer(fx.Tracer):
                 self.refuse(f"makes a {type(part).__name__}")
         self._raise_if_refused()
         return result
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Look at the code that asks for it, up to the root's forward."""
+        frame, why = sys._getframe(1), None
+        while frame.f_code is not ModuleTracer.trace.__code__:
+            if frame.f_code is ModuleTracer._forward.__code__ and why is not None:
+                self.refuse(why, self._paths[frame.f_locals["module"]])
+                break
+            if id(frame.f_code) not in self._seen:
+                why = why or _asks_for_more(frame.f_code)
+                if why is None:
+                    self._seen.add(id(frame.f_code))
+            assert frame.f_back is not None, "trace() is running"
+            frame = frame.f_back
+        return super().create_node(*args, **kwargs)
 
     def _raise_if_refused(self) -> None:
         if self.failed is not None:
@@ -257,33 +273,15 @@ def _random_state() -> tuple[Any, ...]:
     return random.getstate(), np.asarray(key).tobytes(), position, *drawn
 
 
-@contextmanager
-def _watching(tracer: ModuleTracer) -> Iterator[None]:
-    """Look at every function that is called, for what leaves no node in a graph."""
-    seen: set[int] = set()  # by `id`: a code object's hash takes longer than tracing it
-
-    def look(frame: FrameType, event: str, called: Any) -> None:
-        if event == "c_call":
-            if called in _MOMENTARY and not _is_library(frame.f_code):
-                tracer.refuse(f"asks {called.__name__}()")
-        elif event == "call" and id(frame.f_code) not in seen:
-            if _enters_context(frame.f_code):
-                tracer.refuse("enters a context manager")
-            else:
-                seen.add(id(frame.f_code))
-
-    before = sys.getprofile()
-    sys.setprofile(look)
-    try:
-        yield
-    finally:
-        sys.setprofile(before)
-
-
 @cache
-def _enters_context(code: CodeType) -> bool:
-    """Whether there is a `with` statement in a function of the model."""
-    return not _is_library(code) and any(i.opname in _WITH for i in dis.get_instructions(code))
+def _asks_for_more(code: CodeType) -> str | None:
+    """What a function around an operation does that leaves no node in a graph, or None."""
+    if _is_library(code):
+        return None
+    if any(instruction.opname in _WITH for instruction in dis.get_instructions(code)):
+        return "enters a context manager"
+    asked = sorted(_MOMENTARY.intersection(code.co_names))
+    return f"asks {asked[0]}()" if asked else None
 
 
 def _is_library(code: CodeType) -> bool:
