@@ -169,9 +169,15 @@ def _check_tensors(file: Any, state: Mapping[str, Any], path: str | PathLike[str
 
 
 def _take_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Give parameters and buffers the saved dtypes, in place, so that loading rounds nothing."""
-    named = [*model.named_parameters(remove_duplicate=False)]
-    for name, tensor in [*named, *model.named_buffers(remove_duplicate=False)]:
-        dtype = dtypes.get(name, tensor.dtype)
+    """Give parameters and buffers the saved dtypes, in place, so that loading rounds nothing.
+
+    Buffers that are not saved follow where all that is saved goes from one dtype to one other.
+    """
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(remove_duplicate=False)]
+    named += model.named_buffers(remove_duplicate=False)
+    changes = {(t.dtype, dtypes[n]) for n, t in named if n in dtypes and t.is_floating_point()}
+    change = dict(changes) if len(changes) == 1 else {}
+    for name, tensor in named:
+        dtype = dtypes.get(name, change.get(tensor.dtype, tensor.dtype))
         if tensor.dtype != dtype:
             tensor.data = tensor.data.to(dtype)

@@ -48,6 +48,28 @@ def test_strides_of_the_weights_return(tmp_path):
     assert [p.stride() for p in loaded.parameters()] == strides
 
 
+class Positions(nn.Module):
+    """A buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3)
+        self.register_buffer("grid", torch.arange(4.0), persistent=False)
+        self.register_buffer("index", torch.arange(4), persistent=False)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3)) @ self.grid.repeat(2)[:, None]
+
+
+def test_buffers_that_are_not_saved_take_the_dtype_of_the_others(tmp_path):
+    model = sepconv.convert(Positions().double(), rank=2)
+    sepconv.save(model, tmp_path / "a")
+    loaded = sepconv.load(tmp_path / "a", Positions)
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    assert torch.equal(loaded(x), model(x))
+    assert loaded.index.dtype == torch.int64
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_loads_the_saved_dtype(tmp_path, dtype):
     model = converted(2).to(dtype)
