@@ -102,7 +102,7 @@ def cost(model: nn.Module, x: Inputs) -> Cost:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    recorder = _Recorder()
+    recorder = OperationRecorder()
     with _quietly(model), recorder.watching(model), recorder:
         _call(model, x)
     _add_params(model, recorder)
@@ -130,8 +130,12 @@ def register_flops() -> None:
             counter.register_flop_formula(op)(formula)
 
 
-class _Recorder(TorchDispatchMode):
-    """Counts each operation for the innermost module that is running."""
+class OperationRecorder(TorchDispatchMode):
+    """Counts each operation; by the innermost module that is running, while that is followed.
+
+    By torch's own formulas, without `FlopCounterMode`, whose hooks on gradients fail where a module
+    returns a view of its parameter.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,6 +145,11 @@ class _Recorder(TorchDispatchMode):
         # The flop counter imports Triton, which importing sepconv must not.
         register_flops()
         self._formulas = import_module("torch.utils.flop_counter").flop_registry
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds so far."""
+        return sum(layer.macs for layer in self.layers.values())
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -210,7 +219,7 @@ def _kind(func: Any, args: Sequence[Any]) -> str:
     return named.get(name, "matmul" if "attention" in name else "other")
 
 
-def _add_params(model: nn.Module, recorder: _Recorder) -> None:
+def _add_params(model: nn.Module, recorder: OperationRecorder) -> None:
     """Book each parameter where its own module used it, else as a layer of its own."""
     counted: set[int] = set()
     for name, module in model.named_modules():
@@ -225,7 +234,7 @@ def _add_params(model: nn.Module, recorder: _Recorder) -> None:
 
 
 def _kind_of_param(
-    param: Tensor, module: nn.Module, name: str, kinds: Sequence[str], recorder: _Recorder
+    param: Tensor, module: nn.Module, name: str, kinds: Sequence[str], recorder: OperationRecorder
 ) -> str:
     if not kinds:
         return "norm" if "Norm" in type(module).__name__ else "other"

@@ -2,8 +2,7 @@
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from sepconv._util import evaluating
-from sepconv.cost import register_flops
+from sepconv.cost import OperationRecorder
 from sepconv.graph.state import copied, untouched
 from sepconv.graph.tracing import TraceLevel, trace
 
@@ -185,22 +184,10 @@ def _run(
 ) -> _ConvRecorder:
     recorder = _ConvRecorder(force_channels_last)
     args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))  # a forward may write to them
-    with _counting_macs(recorder), recorder:
+    with OperationRecorder() as operations, recorder:
         model(*args, **kwargs)
+    recorder.macs = operations.macs
     return recorder
-
-
-@contextmanager
-def _counting_macs(recorder: _ConvRecorder) -> Iterator[None]:
-    """Torch's own flop counter; a multiply-add is two of its operations."""
-    # It imports Triton, which takes half a second and is not needed for anything else here.
-    from torch.utils.flop_counter import FlopCounterMode
-
-    register_flops()
-
-    with FlopCounterMode(display=False) as counter:
-        yield
-    recorder.macs = counter.get_total_flops() // 2
 
 
 def arguments_given(

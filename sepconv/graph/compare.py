@@ -10,16 +10,19 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from sepconv._util import evaluating
 from sepconv.graph.capture import runnable
-from sepconv.graph.state import copied, untouched
+from sepconv.graph.state import untouched
 
 # Of rounding that one layer may add, for what it sums; the layers' add up like independent ones.
 _UNITS = 16
 _COARSEST = 0.05  # relative difference above which low precision is no excuse
-_WORSE = 4  # times the original's own rounding
+_WORSE = 4  # times what the original's own answer moves
 
 
 class Check:
     """A model's answer to example inputs, to compare others' with. Costs one forward.
+
+    Rounding is allowed for by layers and units; where that is not enough, by how far the model's
+    own answer moves with its inputs.
 
     Args:
         model: Run in eval mode without gradients, in the caller's autocast state; left as it was.
@@ -34,13 +37,14 @@ class Check:
         self.model, self.args, self.kwargs = model, args, kwargs
         self._layers = sum(1 for m in model.modules() if m._parameters)
         self.expected = run(model, args, kwargs)
-        self._truth: Any = None
+        self._moved: Any = None
 
     def difference(self, other: nn.Module) -> str | None:
         """What `other` answers that the model does not, or None if only rounding differs.
 
         Costs one forward; where numbers differ by more than rounding may explain, the first time
-        one in float64 too: then the other may be `_WORSE` times as far from that as the model is.
+        one of the model too, with its inputs moved by as much as its layers may round: the others
+        may then differ by `_WORSE` times as much as that does.
 
         Args:
             other: A rewritten copy of the model.
@@ -58,10 +62,7 @@ class Check:
         found = difference(got, expected, bound)
         if found is None or expected is not self.expected:
             return found
-        truth = self._in_double()
-        if truth is None:
-            return found
-        return difference(got, expected, bound, truth)
+        return difference(got, expected, bound, self._answer_moved())
 
     def _unit(self) -> float:
         """The coarsest rounding of anything that the model computes in."""
@@ -74,16 +75,20 @@ class Check:
         tf32 = device == "cuda" and torch.backends.cudnn.allow_tf32
         return max(unit, 2.0**-10) if tf32 else unit
 
-    def _in_double(self) -> Any:
-        if self._truth is None:
-            device = next((p.device.type for p in self.model.parameters()), "cpu")
-            args, kwargs = tree_map(_double, (self.args, self.kwargs))
-            try:
-                with torch.autocast(device, enabled=False):
-                    self._truth = run(copied(self.model).double(), args, kwargs)
-            except Exception:  # code that insists on a dtype
-                return None
-        return self._truth
+    def _answer_moved(self) -> Any:
+        if self._moved is None:
+            signs = torch.Generator().manual_seed(0)
+            apart = self._unit() * math.sqrt(self._layers + 1)
+
+            def move(value: Any) -> Any:
+                if not isinstance(value, Tensor) or not value.is_floating_point():
+                    return value
+                up = torch.rand(value.shape, generator=signs) < 0.5
+                return torch.where(up.to(value.device), value * (1 + apart), value * (1 - apart))
+
+            args, kwargs = tree_map(move, (self.args, self.kwargs))
+            self._moved = run(self.model, args, kwargs)
+        return self._moved
 
 
 def run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,30 +99,30 @@ def run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return model(*args, **kwargs)
 
 
-def difference(got: Any, expected: Any, bound: float, truth: Any = None) -> str | None:
+def difference(got: Any, expected: Any, bound: float, own: Any = None) -> str | None:
     """The first thing that differs in two answers, in words, or None.
 
     Args:
         got: Tensors, numbers and other objects, in containers of any class.
         expected: The same.
         bound: Of the difference of floating point numbers, relative to a tensor's largest.
-        truth: What `expected` would be without rounding: where it is given, what is further from
-            it than the bound may be `_WORSE` times as far as `expected` is.
+        own: Another answer of who gave `expected`, from which it differs by rounding: where it is
+            given, `got` may differ by `_WORSE` times as much.
     """
     if type(got) is not type(expected):
         return f"{type(got).__name__} in place of {type(expected).__name__}"
     if isinstance(expected, Tensor):
-        return _tensors(got, expected, bound, truth if isinstance(truth, Tensor) else None)
+        return _tensors(got, expected, bound, own if isinstance(own, Tensor) else None)
     if isinstance(expected, float):
         near = math.isclose(got, expected, rel_tol=bound, abs_tol=bound)
         return None if near or got != got else f"{got} in place of {expected}"
     if isinstance(expected, bool | int | str | bytes | type(None)):
         return None if got == expected else f"{got!r} in place of {expected!r}"
-    ours, theirs, exact = _parts(got), _parts(expected), _parts(truth)
+    ours, theirs, owns = _parts(got), _parts(expected), _parts(own)
     if ours.keys() != theirs.keys():
         return f"entries {list(ours)} in place of {list(theirs)}"
     for key in theirs:
-        found = difference(ours[key], theirs[key], bound, exact.get(key))
+        found = difference(ours[key], theirs[key], bound, owns.get(key))
         if found is not None:
             return f"{key}: {found}"
     return None
@@ -134,7 +139,7 @@ def _parts(value: Any) -> dict[Any, Any]:
     return dict(vars(value))
 
 
-def _tensors(got: Tensor, expected: Tensor, bound: float, truth: Tensor | None) -> str | None:
+def _tensors(got: Tensor, expected: Tensor, bound: float, own: Tensor | None) -> str | None:
     ours, theirs = ((t.dtype, tuple(t.shape)) for t in (got, expected))
     if ours != theirs:
         return f"{ours[0]} {list(ours[1])} in place of {theirs[0]} {list(theirs[1])}"
@@ -149,15 +154,10 @@ def _tensors(got: Tensor, expected: Tensor, bound: float, truth: Tensor | None) 
         return None
     scale = float(expected[finite].abs().max())
     allowed, apart = bound * scale, _apart(got, expected, finite)
-    if truth is not None and truth.shape == expected.shape:
-        allowed = max(allowed, _WORSE * _apart(expected, truth, finite))
-        apart = _apart(got, truth, finite)
+    if own is not None and own.shape == expected.shape:
+        allowed = max(allowed, _WORSE * _apart(own, expected, finite))
     return None if apart <= allowed else f"relative difference {apart / max(scale, 1e-300):.2g}"
 
 
 def _apart(a: Tensor, b: Tensor, where: Tensor) -> float:
     return float((a - b)[where].abs().max())
-
-
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -295,6 +295,9 @@ class _Finder:
             if key in self.captured.runs and key not in of_modules and name not in traced:
                 macs = _pixels(tuple(self.captured.runs[key])) * parameter.numel()
                 yield key, Skipped(name, SkipReason.FUNCTIONAL, parameter.numel(), macs)
+        known = of_modules | {id(p) for p in self.parameters.values()}
+        if self.captured.level != "graph" and not self.captured.runs.keys() <= known:
+            yield 0, Skipped("computed weights", SkipReason.COMPUTED_WEIGHT, 0, None)
 
     def _parameter(self, node: Any) -> nn.Parameter | None:
         """The parameter that a graph node reads, if it is one."""

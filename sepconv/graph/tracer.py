@@ -11,7 +11,8 @@ import os
 import random
 import sys
 import sysconfig
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from types import CodeType, FrameType
@@ -57,7 +58,23 @@ class _Proxy(fx.Proxy):
         return type(self)
 
     def __getattr__(self, name: str) -> "_Attribute":
+        if not hasattr(Tensor, name):
+            self._take_apart()
         return _Attribute(self, name)
+
+    def __getitem__(self, index: Any) -> Any:
+        if type(index) in (int, str):
+            self._take_apart()
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+
+    def __iter__(self) -> Any:
+        self._take_apart()
+        return super().__iter__()
+
+    def _take_apart(self) -> None:
+        """Parts of what is not known may be None, and code may ask; a proxy never is."""
+        if self.node in self.tracer.unknown:
+            self.tracer.refuse("takes apart what code that was not traced returns")
 
     def __len__(self) -> int:
         self.tracer.refuse("asks for the length of a value")
@@ -117,6 +134,7 @@ class ModuleTracer(fx.Tracer):
         failed: Name of that module, the root's being empty; None if there is none.
         why: What its forward does.
         unused: Attributes of values that were asked for and not used so far, and where.
+        unknown: Results of leaves that are other people's code.
         constants: Names in the root under which constants of its code were put.
     """
 
@@ -128,6 +146,7 @@ class ModuleTracer(fx.Tracer):
         self.failed: str | None = None
         self.why = ""
         self.unused: dict[int, tuple[_Attribute, str]] = {}
+        self.unknown: set[fx.Node] = set()
         self.constants: set[str] = set()
         self._random = _random_state()
         self._paths: dict[nn.Module, str] = {}
@@ -145,7 +164,8 @@ class ModuleTracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Trace; raises whatever the model's code raises, and `RefusedError`."""
         self._paths = {module: name for name, module in root.named_modules()}
-        graph = super().trace(root, concrete_args)
+        with _noting_questions(self):
+            graph = super().trace(root, concrete_args)
         for attribute, path in self.unused.values():
             self.refuse(f"asks whether a value has .{attribute.attr}", path)
         self._raise_if_refused()
@@ -249,7 +269,11 @@ class ModuleTracer(fx.Tracer):
         """Run a module's code without its hooks, and note the innermost whose code fails."""
         try:
             own = partial(self._forward, m)
-            return super().call_module(m, lambda *a, **k: own(a, k), args, kwargs)
+            result = super().call_module(m, lambda *a, **k: own(a, k), args, kwargs)
+            if not type(m).__module__.startswith(("torch.nn.", "sepconv.nn.")):
+                leaf = self.is_leaf_module(m, self.path_of_module(m))
+                self.unknown.update([result.node] if leaf else [])
+            return result
         except Exception as error:
             self.refuse(said(error), self.path_of_module(m))
             raise
@@ -278,10 +302,30 @@ def _asks_for_more(code: CodeType) -> str | None:
     """What a function around an operation does that leaves no node in a graph, or None."""
     if _is_library(code):
         return None
-    if any(instruction.opname in _WITH for instruction in dis.get_instructions(code)):
-        return "enters a context manager"
-    asked = sorted(_MOMENTARY.intersection(code.co_names))
-    return f"asks {asked[0]}()" if asked else None
+    enters = any(instruction.opname in _WITH for instruction in dis.get_instructions(code))
+    return "enters a context manager" if enters else None
+
+
+@contextmanager
+def _noting_questions(tracer: ModuleTracer) -> Iterator[None]:
+    """Have the model's code refused that asks in which mode it runs."""
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def answer(*args: Any) -> Any:
+            if not _is_library(sys._getframe(1).f_code):
+                tracer.refuse(f"asks {name}()")
+            return function(*args)
+
+        return answer
+
+    functions = {name: getattr(torch, name) for name in _MOMENTARY}
+    for name, function in functions.items():
+        setattr(torch, name, noting(name, function))
+    try:
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(torch, name, function)
 
 
 def _is_library(code: CodeType) -> bool:
