@@ -1,0 +1,324 @@
+"""What is asked of each model: functions of a `Subject` that raise, or return what they saw."""
+
+import copy
+import io
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from rich.console import Console
+from thirdparty.models import Model
+from thirdparty.weights import strengthen
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map_only
+
+import sepconv
+from sepconv.graph import split_inputs
+from sepconv.graph.compare import difference
+
+# Relative to a tensor's largest value. In float64 everything that is not rounding is far above.
+EXACT = 1e-9
+SINGLE = 1e-5  # float32, or four times what the model's own rounding does
+BLIND = 1e-3  # float32 of a model whose code insists on it, so that its rounding is unknown
+
+Facts = dict[str, Any]
+
+
+class Subject:
+    """A model with strong weights, in float32 and, where its code allows, in float64."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        net, self.x = model.build()
+        self.net = strengthen(net.eval())
+        self.expected = answer(self.net, self.x)
+        assert all(t.isfinite().all() for t in tensors(self.expected)), "not finite"
+
+    @cached_property
+    def wide(self) -> tuple[nn.Module, Any, Any] | None:
+        """The model, its inputs and its answer in float64, None if its code insists on float32."""
+        net = copy.deepcopy(self.net).double()
+        x = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, self.x)
+        try:
+            expected = answer(net, x)
+        except Exception:  # whatever other people's code raises
+            return None
+        if any(t.dtype == torch.float32 for t in tensors(expected)):
+            return None
+        return net, x, expected
+
+    def each(self) -> Iterator[tuple[nn.Module, Any, Callable[[nn.Module], float]]]:
+        """The model and its inputs in each precision, and a comparison with it.
+
+        That raises an AssertionError, and returns the relative difference.
+        """
+        if self.wide is not None:
+            net, x, expected = self.wide
+            yield net, x, _comparison(x, expected, EXACT, None)
+        truth = None if self.wide is None else self.wide[2]
+        bound = BLIND if truth is None else SINGLE
+        yield self.net, self.x, _comparison(self.x, self.expected, bound, truth)
+
+    @cached_property
+    def at_rank_2(self) -> nn.Module:
+        """The model in float32, converted."""
+        return _convert(self.net, self.x, 2)
+
+    def fresh(self) -> nn.Module:
+        """The same model with weights of its own making."""
+        return self.model.build()[0].eval()
+
+
+def _comparison(
+    x: Any, expected: Any, bound: float, truth: Any
+) -> Callable[[nn.Module], float]:
+    def compare(net: nn.Module) -> float:
+        got = answer(net, x)
+        found = difference(got, expected, bound, truth)
+        assert found is None, found
+        return apart(got, expected)
+
+    return compare
+
+
+def answer(net: nn.Module, x: Any) -> Any:
+    """One forward; some write to what they are given, some draw random numbers."""
+    args, kwargs = split_inputs(copy.deepcopy(x))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return net(*args, **kwargs)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All floating point tensors of an answer, in containers and objects of any class."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        return [t for each in value.values() for t in tensors(each)]
+    if isinstance(value, tuple | list):
+        return [t for each in value for t in tensors(each)]
+    return tensors(vars(value)) if hasattr(value, "__dict__") else []
+
+
+def apart(got: Any, expected: Any) -> float:
+    """The largest difference, relative to the largest value of each tensor."""
+    pairs = zip(tensors(got), tensors(expected), strict=True)
+    return max(
+        (float((a - b).abs().max() / b.abs().max().clamp(min=1e-300)) for a, b in pairs if b.numel()),
+        default=0.0,
+    )
+
+
+@contextmanager
+def _same_afterwards(net: nn.Module, x: Any) -> Iterator[None]:
+    """The original is as it was."""
+    kind, state = type(net), {k: v.clone() for k, v in net.state_dict().items()}
+    before = answer(net, x)
+    yield
+    assert type(net) is kind
+    now = net.state_dict()
+    assert now.keys() == state.keys()
+    assert all(torch.equal(now[k], v) for k, v in state.items()), "the original's state changed"
+    assert difference(answer(net, x), before, 0.0) is None, "the original answers otherwise"
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _convert(net: nn.Module, given: Any, rank: Any, on: Any = None) -> nn.Module:
+    with _quietly(), _same_afterwards(net, given if on is None else on):
+        made = sepconv.convert(net, given, rank=rank, first_conv=True)
+    assert isinstance(made, type(net)), f"{type(made)} in place of {type(net)}"
+    return made
+
+
+def strong(subject: Subject) -> Facts:
+    """Every convolution shows: another value of any of them changes the outputs."""
+    net, x, expected = subject.wide or (subject.net, subject.x, subject.expected)
+    silent, count = [], 0
+    drawn = torch.Generator().manual_seed(2)
+    for name, module in net.named_modules():
+        weight = module._parameters.get("weight") if isinstance(module, _ConvNd) else None
+        if weight is None:
+            continue
+        count += 1
+        held = weight.data
+        # Not a mere multiple: behind a convolution some norms take that out again.
+        weight.data = held * torch.empty(held.shape).uniform_(0.5, 1.5, generator=drawn).to(held)
+        try:
+            if not apart_or_other(answer(net, x), expected) > 1e-6:
+                silent.append(name)
+        finally:
+            weight.data = held
+    return {"modules": count, "silent": silent}
+
+
+def apart_or_other(got: Any, expected: Any) -> float:
+    """As `apart`; infinite where the shapes depend on the values and differ."""
+    if [t.shape for t in tensors(got)] != [t.shape for t in tensors(expected)]:
+        return float("inf")
+    return apart(got, expected)
+
+
+def convert_full(subject: Subject) -> Facts:
+    """Converted at full rank, a model computes the same, and fused after that too."""
+    errors, fused, made = [], [], None
+    for net, x, compare in subject.each():
+        made = _convert(net, x, "full")
+        errors.append(compare(made))
+        with _quietly():
+            fused.append(compare(sepconv.fuse(made, x, measure=False)))
+    found = sepconv.report(made)
+    reasons = Counter(layer.reason for layer in found.layers if layer.status != "converted")
+    return {
+        "errors": errors,
+        "fused": fused,
+        "layers": len(found.layers),
+        "converted": len(found.converted),
+        "reasons": dict(reasons),
+        "level": found.trace_level,
+        "note": found.trace_note,
+    }
+
+
+def convert_blind(subject: Subject) -> Facts:
+    """At full rank without example inputs, it computes the same too."""
+    net, x, compare = next(subject.each())
+    return {"errors": [compare(_convert(net, None, "full", on=x))]}
+
+
+def convert_rank_2(subject: Subject) -> Facts:
+    """At rank 2 it computes what it does with the dense weights that the factors stand for."""
+    net, x, expected = subject.wide or (subject.net, subject.x, subject.expected)
+    made = _convert(net, x, 2)
+    dense = copy.deepcopy(net)
+    functional = 0
+    for layer in sepconv.report(made).converted:
+        new = made.get_submodule(layer.name) if _has(made, layer.name) else None
+        if new is None or not isinstance(new, sepconv.nn.SeparableConv2d):
+            functional += 1
+            continue
+        weight = dense.get_submodule(layer.name).weight
+        weight.data = new.weight.detach().reshape(weight.shape).to(weight)
+    if functional:
+        got, bound = answer(made, x), float("inf")
+    else:
+        got, expected = answer(made, x), answer(dense, x)
+        bound = EXACT if subject.wide else BLIND
+    found = difference(got, expected, bound)
+    assert found is None, found
+    return {"functional": functional, "error": apart_or_other(got, expected)}
+
+
+def _has(net: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(net.get_submodule(name), nn.Module)
+    except AttributeError:
+        return False
+
+
+def fuse(subject: Subject) -> Facts:
+    """Fused for its inputs, a model computes the same, and every layer is accounted for."""
+    return _fuse(subject, given=True)
+
+
+def fuse_blind(subject: Subject) -> Facts:
+    """The same without example inputs."""
+    return _fuse(subject, given=False)
+
+
+def _fuse(subject: Subject, given: bool) -> Facts:
+    errors, fused = [], None
+    for net, x, compare in subject.each():
+        with _quietly(), _same_afterwards(net, x):
+            fused = sepconv.fuse(net, x if given else None, measure=False)
+        assert isinstance(fused, type(net)), f"{type(fused)} in place of {type(net)}"
+        errors.append(compare(fused))
+        compare(copy.deepcopy(fused))
+    found = sepconv.report(fused)
+    for layer in found.layers:
+        assert (layer.status == "fused") != bool(layer.reason), layer
+    assert found.checked == given
+    reasons = Counter(layer.reason for layer in found.layers if layer.reason)
+    return {
+        "errors": errors,
+        "layers": len(found.layers),
+        "fused": len(found.fused),
+        "reasons": dict(reasons),
+        "left": found.left,
+        "level": found.trace_level,
+        "note": found.trace_note,
+    }
+
+
+def save_and_load(subject: Subject) -> Facts:
+    """A file of `save` gives the same model, from a fresh one with other weights."""
+    made = subject.at_rank_2
+    with tempfile.TemporaryDirectory() as folder, _quietly():
+        sepconv.save(made, f"{folder}/net.safetensors")
+        loaded = sepconv.load(f"{folder}/net.safetensors", subject.fresh)
+    found = difference(answer(loaded, subject.x), answer(made, subject.x), SINGLE)
+    assert found is None, found
+    return {}
+
+
+def report(subject: Subject) -> Facts:
+    """The report adds up, agrees with the model, and says why for everything it left."""
+    made = subject.at_rank_2
+    found = sepconv.report(made)
+    for layer in found.layers:
+        assert (layer.status == "converted") != bool(layer.reason), layer
+        assert layer.status != "converted" or layer.error is not None
+    macs = [(x.macs_before or 0, x.macs_after or 0) for x in found.layers]
+    params = [(x.params_before, x.params_after) for x in found.layers]
+    saved = [sum(a - b for a, b in pairs) for pairs in (macs, params)]
+    assert found.macs_before - found.macs_after == saved[0]
+    assert found.params_before - found.params_after == saved[1]
+    assert found.params_before == sum(p.numel() for p in subject.net.parameters())
+    assert found.params_after == sum(p.numel() for p in made.parameters())
+    assert found.macs_before >= sum(before for before, _ in macs)
+    assert found.macs_after >= sum(after for _, after in macs)
+    assert found.macs_after <= found.macs_before, (found.macs_before, found.macs_after)
+    names = [layer.name for layer in found.layers]
+    assert len(set(names)) == len(names), "a name stands twice"
+    convolutions = {n for n, m in subject.net.named_modules() if isinstance(m, _ConvNd)}
+    assert convolutions <= set(names), convolutions - set(names)
+    for each in (found, sepconv.report(sepconv.fuse(subject.net, measure=False))):
+        each.print(Console(file=io.StringIO()))
+        each.to_json()
+    return {"macs": (found.macs_before, found.macs_after)}
+
+
+def compiled(subject: Subject) -> Facts:
+    """`torch.compile(model, backend="sepconv")` computes the same."""
+    from sepconv.fusion.backend import compile_graph
+
+    truth = None if subject.wide is None else subject.wide[2]
+    torch._dynamo.reset()
+    # By the function: the name is known only where the package is installed.
+    made = torch.compile(copy.deepcopy(subject.net), backend=compile_graph)
+    with _quietly():
+        found = difference(answer(made, subject.x), subject.expected, BLIND, truth)
+    assert found is None, found
+    return {}
+
+
+CHECKS: dict[str, Callable[[Subject], Facts]] = {
+    "convert": convert_full,
+    "convert, no inputs": convert_blind,
+    "rank 2": convert_rank_2,
+    "fuse": fuse,
+    "fuse, no inputs": fuse_blind,
+    "save": save_and_load,
+    "report": report,
+}
