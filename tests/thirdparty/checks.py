@@ -143,24 +143,49 @@ def _convert(net: nn.Module, given: Any, rank: Any, on: Any = None) -> nn.Module
 
 
 def strong(subject: Subject) -> Facts:
-    """Every convolution shows: another value of any of them changes the outputs."""
+    """Every convolution shows: other values of any of them change the outputs."""
     net, x, expected = subject.wide or (subject.net, subject.x, subject.expected)
-    silent, count = [], 0
+    modules = {name: m for name, m in net.named_modules() if isinstance(m, _ConvNd)}
+    weights = {n: m._parameters["weight"] for n, m in modules.items() if "weight" in m._parameters}
+    # One backward clears most of them; what it does not reach is tried one by one.
+    shown = _reached(net, x, weights)
     drawn = torch.Generator().manual_seed(2)
-    for name, module in net.named_modules():
-        weight = module._parameters.get("weight") if isinstance(module, _ConvNd) else None
-        if weight is None:
-            continue
-        count += 1
-        held = weight.data
+    silent = []
+    for name in weights.keys() - shown:
+        held = weights[name].data
         # Not a mere multiple: behind a convolution some norms take that out again.
-        weight.data = held * torch.empty(held.shape).uniform_(0.5, 1.5, generator=drawn).to(held)
+        other = held * torch.empty(held.shape).uniform_(0.5, 1.5, generator=drawn).to(held)
+        weights[name].data = other
         try:
             if not apart_or_other(answer(net, x), expected) > 1e-6:
                 silent.append(name)
         finally:
-            weight.data = held
-    return {"modules": count, "silent": silent}
+            weights[name].data = held
+    assert not silent, f"weights that do not show: {sorted(silent)}"
+    return {
+        "convolutions": len(modules),
+        "answer": type(subject.expected).__name__,
+        "float64": subject.wide is not None,
+    }
+
+
+def _reached(net: nn.Module, x: Any, weights: Mapping[str, nn.Parameter]) -> set[str]:
+    """Names of the weights that the outputs depend on, as autograd sees it."""
+    args, kwargs = split_inputs(copy.deepcopy(x))
+    held = {p: p.requires_grad for p in net.parameters()}
+    net.requires_grad_(True)
+    torch.manual_seed(0)
+    try:
+        outputs = [t for t in tensors(net(*args, **kwargs)) if t.requires_grad]
+        total = sum((t / t.detach().abs().max().clamp(min=1e-30)).square().sum() for t in outputs)
+        grads = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+    except Exception:  # code for inference alone
+        return set()
+    finally:
+        for parameter, flag in held.items():
+            parameter.requires_grad_(flag)
+    pairs = zip(weights.items(), grads, strict=True)
+    return {n for (n, w), g in pairs if g is not None and g.norm() * w.norm() > 1e-4}
 
 
 def apart_or_other(got: Any, expected: Any) -> float:
@@ -261,6 +286,33 @@ def _fuse(subject: Subject, given: bool) -> Facts:
     }
 
 
+def other_inputs(subject: Subject) -> Facts:
+    """Made for one size of images, a model answers to another one as the original does."""
+    net, x, _ = subject.wide or (subject.net, subject.x, None)
+    other = tree_map_only(Tensor, _resized, x)
+    try:
+        expected = answer(net, other)
+    except Exception:  # made for one size
+        return {"sizes": "one"}
+    with _quietly():
+        forms = {
+            "converted": sepconv.convert(net, x, rank="full"),
+            "fused": sepconv.fuse(net, x, measure=False),
+            "fused blind": sepconv.fuse(net, measure=False),
+        }
+    for name, made in forms.items():
+        found = difference(answer(made, other), expected, EXACT if subject.wide else BLIND)
+        assert found is None, f"{name}: {found}"
+    return {"sizes": "any"}
+
+
+def _resized(x: Tensor) -> Tensor:
+    """One image, half as wide again."""
+    if x.dim() != 4 or not x.is_floating_point():
+        return x[:1] if x.dim() else x
+    return torch.cat([x[:1], x[:1, ..., : x.shape[-1] // 2]], dim=-1)
+
+
 def save_and_load(subject: Subject) -> Facts:
     """A file of `save` gives the same model, from a fresh one with other weights."""
     made = subject.at_rank_2
@@ -314,11 +366,14 @@ def compiled(subject: Subject) -> Facts:
 
 
 CHECKS: dict[str, Callable[[Subject], Facts]] = {
+    "built": strong,
     "convert": convert_full,
     "convert, no inputs": convert_blind,
     "rank 2": convert_rank_2,
     "fuse": fuse,
     "fuse, no inputs": fuse_blind,
+    "other inputs": other_inputs,
     "save": save_and_load,
     "report": report,
 }
+ALL = CHECKS | {"compile": compiled}

@@ -107,16 +107,16 @@ def _smp(kind: str, encoder: str, default: bool = False, **kwargs: Any) -> None:
     )
 
 
-_smp("Unet", "resnet18", default=True)
-_smp("Unet", "vgg11_bn")
-_smp("UnetPlusPlus", "timm-mobilenetv3_small_100")
-_smp("MAnet", "resnet18", decoder_channels=(64, 32, 32, 16, 16))
+_smp("Unet", "mobilenet_v2", default=True, decoder_channels=(32, 16, 16, 8, 8))
+_smp("Unet", "resnet18", decoder_channels=(32, 16, 16, 8, 8))
+_smp("UnetPlusPlus", "timm-mobilenetv3_small_100", decoder_channels=(32, 16, 16, 8, 8))
+_smp("MAnet", "timm-mobilenetv3_small_100", decoder_channels=(32, 16, 16, 16, 16))
 _smp("Linknet", "mobilenet_v2")
-_smp("FPN", "efficientnet-b0")
-_smp("PSPNet", "resnet18")
-_smp("DeepLabV3", "resnet18", decoder_channels=32)
+_smp("FPN", "efficientnet-b0", decoder_pyramid_channels=32)
+_smp("PSPNet", "mobilenet_v2")
+_smp("DeepLabV3", "mobilenet_v2", decoder_channels=32)
 _smp("DeepLabV3Plus", "mobilenet_v2", decoder_channels=32, aux_params={"classes": CLASSES})
-_smp("UPerNet", "resnet18", decoder_channels=32)
+_smp("UPerNet", "timm-mobilenetv3_small_100", decoder_channels=32)
 _smp("Segformer", "mit_b0", decoder_segmentation_channels=32)
 
 # MONAI: dimension as an argument, skip connections built by recursion, deep supervision.

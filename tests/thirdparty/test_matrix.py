@@ -34,7 +34,6 @@ def model(request):
 @pytest.mark.parametrize("model", models(), indirect=True)
 def test_a_model(model):
     """One test for all checks: most of the time goes into building and running the model."""
-    assert not checks.strong(model)["silent"]
     for name, check in checks.CHECKS.items():
         try:
             check(model)
