@@ -53,38 +53,57 @@ class Subject:
             return None
         return net, x, expected
 
-    def each(self) -> Iterator[tuple[nn.Module, Any, Callable[[nn.Module], float]]]:
-        """The model and its inputs in each precision, and a comparison with it.
+    @property
+    def bound(self) -> float:
+        """Of differences from the widest form."""
+        return BLIND if self.wide is None else EXACT
 
-        That raises an AssertionError, and returns the relative difference.
-        """
-        if self.wide is not None:
-            net, x, expected = self.wide
-            yield net, x, _comparison(x, expected, EXACT, None)
-        truth = None if self.wide is None else self.wide[2]
-        bound = BLIND if truth is None else SINGLE
-        yield self.net, self.x, _comparison(self.x, self.expected, bound, truth)
+    def compared(self, made: nn.Module) -> float:
+        """The relative difference of what was made of the widest form; raises if it is one."""
+        return compared(answer(made, self.widest[1]), self.widest[2], self.bound)
+
+    def compared_in_float32(self, make: Callable[[nn.Module, Any], nn.Module]) -> list[float]:
+        """The same of what is made of the model in float32, unless that is the widest form."""
+        if self.wide is None:
+            return []
+        got = answer(make(self.net, self.x), self.x)
+        return [compared(got, self.expected, SINGLE, self.wide[2])]
+
+    @cached_property
+    def widest(self) -> tuple[nn.Module, Any, Any]:
+        """The model, its inputs and its answer, in float64 where that is possible."""
+        return self.wide or (self.net, self.x, self.expected)
+
+    @cached_property
+    def full(self) -> nn.Module:
+        """It converted at full rank."""
+        return convert(*self.widest[:2], "full")
 
     @cached_property
     def at_rank_2(self) -> nn.Module:
-        """The model in float32, converted."""
-        return _convert(self.net, self.x, 2)
+        """It converted at rank 2."""
+        return convert(*self.widest[:2], 2)
+
+    @cached_property
+    def fused(self) -> nn.Module:
+        """It fused for its inputs."""
+        return fused(*self.widest[:2])
+
+    @cached_property
+    def fused_blind(self) -> nn.Module:
+        """It fused without example inputs."""
+        return fused(self.widest[0], None, on=self.widest[1])
 
     def fresh(self) -> nn.Module:
         """The same model with weights of its own making."""
         return self.model.build()[0].eval()
 
 
-def _comparison(
-    x: Any, expected: Any, bound: float, truth: Any
-) -> Callable[[nn.Module], float]:
-    def compare(net: nn.Module) -> float:
-        got = answer(net, x)
-        found = difference(got, expected, bound, truth)
-        assert found is None, found
-        return apart(got, expected)
-
-    return compare
+def compared(got: Any, expected: Any, bound: float, truth: Any = None) -> float:
+    """The relative difference of two answers; an AssertionError that says what differs."""
+    found = difference(got, expected, bound, truth)
+    assert found is None, found
+    return apart_or_other(got, expected)
 
 
 def answer(net: nn.Module, x: Any) -> Any:
@@ -110,7 +129,11 @@ def apart(got: Any, expected: Any) -> float:
     """The largest difference, relative to the largest value of each tensor."""
     pairs = zip(tensors(got), tensors(expected), strict=True)
     return max(
-        (float((a - b).abs().max() / b.abs().max().clamp(min=1e-300)) for a, b in pairs if b.numel()),
+        (
+            float((a - b).abs().max() / b.abs().max().clamp(min=1e-300))
+            for a, b in pairs
+            if b.numel()
+        ),
         default=0.0,
     )
 
@@ -135,17 +158,26 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def _convert(net: nn.Module, given: Any, rank: Any, on: Any = None) -> nn.Module:
+def convert(net: nn.Module, given: Any, rank: Any, on: Any = None) -> nn.Module:
+    """What `sepconv.convert` makes of a model, which keeps its class and leaves the original be."""
     with _quietly(), _same_afterwards(net, given if on is None else on):
         made = sepconv.convert(net, given, rank=rank, first_conv=True)
     assert isinstance(made, type(net)), f"{type(made)} in place of {type(net)}"
     return made
 
 
+def fused(net: nn.Module, given: Any, on: Any = None) -> nn.Module:
+    """The same of `sepconv.fuse`."""
+    with _quietly(), _same_afterwards(net, given if on is None else on):
+        made = sepconv.fuse(net, given, measure=False)
+    assert isinstance(made, type(net)), f"{type(made)} in place of {type(net)}"
+    return made
+
+
 def strong(subject: Subject) -> Facts:
-    """Every convolution shows: other values of any of them change the outputs."""
-    net, x, expected = subject.wide or (subject.net, subject.x, subject.expected)
-    modules = {name: m for name, m in net.named_modules() if isinstance(m, _ConvNd)}
+    """Every convolution that runs shows: other values of any of them change the outputs."""
+    net, x, expected = subject.widest
+    modules = _running(net, x)
     weights = {n: m._parameters["weight"] for n, m in modules.items() if "weight" in m._parameters}
     # One backward clears most of them; what it does not reach is tried one by one.
     shown = _reached(net, x, weights)
@@ -167,6 +199,17 @@ def strong(subject: Subject) -> Facts:
         "answer": type(subject.expected).__name__,
         "float64": subject.wide is not None,
     }
+
+
+def _running(net: nn.Module, x: Any) -> dict[str, nn.Module]:
+    """The convolutions that a forward calls, by name."""
+    called: set[nn.Module] = set()
+    modules = {name: m for name, m in net.named_modules() if isinstance(m, _ConvNd)}
+    hooks = [m.register_forward_pre_hook(lambda m, _: called.add(m)) for m in modules.values()]
+    answer(net, x)
+    for hook in hooks:
+        hook.remove()
+    return {name: m for name, m in modules.items() if m in called}
 
 
 def _reached(net: nn.Module, x: Any, weights: Mapping[str, nn.Parameter]) -> set[str]:
@@ -197,17 +240,14 @@ def apart_or_other(got: Any, expected: Any) -> float:
 
 def convert_full(subject: Subject) -> Facts:
     """Converted at full rank, a model computes the same, and fused after that too."""
-    errors, fused, made = [], [], None
-    for net, x, compare in subject.each():
-        made = _convert(net, x, "full")
-        errors.append(compare(made))
-        with _quietly():
-            fused.append(compare(sepconv.fuse(made, x, measure=False)))
-    found = sepconv.report(made)
+    errors = [subject.compared(subject.full)]
+    errors += subject.compared_in_float32(lambda net, x: convert(net, x, "full"))
+    after = fused(subject.full, subject.widest[1])
+    found = sepconv.report(subject.full)
     reasons = Counter(layer.reason for layer in found.layers if layer.status != "converted")
     return {
         "errors": errors,
-        "fused": fused,
+        "fused": subject.compared(after),
         "layers": len(found.layers),
         "converted": len(found.converted),
         "reasons": dict(reasons),
@@ -218,14 +258,14 @@ def convert_full(subject: Subject) -> Facts:
 
 def convert_blind(subject: Subject) -> Facts:
     """At full rank without example inputs, it computes the same too."""
-    net, x, compare = next(subject.each())
-    return {"errors": [compare(_convert(net, None, "full", on=x))]}
+    net, x, _ = subject.widest
+    return {"errors": [subject.compared(convert(net, None, "full", on=x))]}
 
 
 def convert_rank_2(subject: Subject) -> Facts:
     """At rank 2 it computes what it does with the dense weights that the factors stand for."""
-    net, x, expected = subject.wide or (subject.net, subject.x, subject.expected)
-    made = _convert(net, x, 2)
+    net, x, expected = subject.widest
+    made = subject.at_rank_2
     dense = copy.deepcopy(net)
     functional = 0
     for layer in sepconv.report(made).converted:
@@ -235,14 +275,13 @@ def convert_rank_2(subject: Subject) -> Facts:
             continue
         weight = dense.get_submodule(layer.name).weight
         weight.data = new.weight.detach().reshape(weight.shape).to(weight)
-    if functional:
-        got, bound = answer(made, x), float("inf")
-    else:
-        got, expected = answer(made, x), answer(dense, x)
-        bound = EXACT if subject.wide else BLIND
-    found = difference(got, expected, bound)
-    assert found is None, found
-    return {"functional": functional, "error": apart_or_other(got, expected)}
+    if functional:  # their factors have no name of their own: only what kind of answer it is
+        return {
+            "functional": functional,
+            "error": compared(answer(made, x), expected, float("inf")),
+        }
+    error = compared(answer(made, x), answer(dense, x), subject.bound)
+    return {"functional": 0, "error": error}
 
 
 def _has(net: nn.Module, name: str) -> bool:
@@ -254,29 +293,23 @@ def _has(net: nn.Module, name: str) -> bool:
 
 def fuse(subject: Subject) -> Facts:
     """Fused for its inputs, a model computes the same, and every layer is accounted for."""
-    return _fuse(subject, given=True)
+    errors = [subject.compared(subject.fused), *subject.compared_in_float32(fused)]
+    return {"errors": errors} | _accounted(subject.fused, checked=True)
 
 
 def fuse_blind(subject: Subject) -> Facts:
-    """The same without example inputs."""
-    return _fuse(subject, given=False)
+    """The same without example inputs, and of a copy."""
+    errors = [subject.compared(copy.deepcopy(subject.fused_blind))]
+    return {"errors": errors} | _accounted(subject.fused_blind, checked=False)
 
 
-def _fuse(subject: Subject, given: bool) -> Facts:
-    errors, fused = [], None
-    for net, x, compare in subject.each():
-        with _quietly(), _same_afterwards(net, x):
-            fused = sepconv.fuse(net, x if given else None, measure=False)
-        assert isinstance(fused, type(net)), f"{type(fused)} in place of {type(net)}"
-        errors.append(compare(fused))
-        compare(copy.deepcopy(fused))
-    found = sepconv.report(fused)
+def _accounted(made: nn.Module, checked: bool) -> Facts:
+    found = sepconv.report(made)
     for layer in found.layers:
         assert (layer.status == "fused") != bool(layer.reason), layer
-    assert found.checked == given
+    assert found.checked == checked
     reasons = Counter(layer.reason for layer in found.layers if layer.reason)
     return {
-        "errors": errors,
         "layers": len(found.layers),
         "fused": len(found.fused),
         "reasons": dict(reasons),
@@ -288,20 +321,14 @@ def _fuse(subject: Subject, given: bool) -> Facts:
 
 def other_inputs(subject: Subject) -> Facts:
     """Made for one size of images, a model answers to another one as the original does."""
-    net, x, _ = subject.wide or (subject.net, subject.x, None)
+    net, x, _ = subject.widest
     other = tree_map_only(Tensor, _resized, x)
     try:
         expected = answer(net, other)
     except Exception:  # made for one size
         return {"sizes": "one"}
-    with _quietly():
-        forms = {
-            "converted": sepconv.convert(net, x, rank="full"),
-            "fused": sepconv.fuse(net, x, measure=False),
-            "fused blind": sepconv.fuse(net, measure=False),
-        }
-    for name, made in forms.items():
-        found = difference(answer(made, other), expected, EXACT if subject.wide else BLIND)
+    for name in ("full", "fused", "fused_blind"):
+        found = difference(answer(getattr(subject, name), other), expected, subject.bound)
         assert found is None, f"{name}: {found}"
     return {"sizes": "any"}
 
@@ -319,9 +346,8 @@ def save_and_load(subject: Subject) -> Facts:
     with tempfile.TemporaryDirectory() as folder, _quietly():
         sepconv.save(made, f"{folder}/net.safetensors")
         loaded = sepconv.load(f"{folder}/net.safetensors", subject.fresh)
-    found = difference(answer(loaded, subject.x), answer(made, subject.x), SINGLE)
-    assert found is None, found
-    return {}
+    x = subject.widest[1]
+    return {"error": compared(answer(loaded, x), answer(made, x), subject.bound)}
 
 
 def report(subject: Subject) -> Facts:
@@ -345,7 +371,7 @@ def report(subject: Subject) -> Facts:
     assert len(set(names)) == len(names), "a name stands twice"
     convolutions = {n for n, m in subject.net.named_modules() if isinstance(m, _ConvNd)}
     assert convolutions <= set(names), convolutions - set(names)
-    for each in (found, sepconv.report(sepconv.fuse(subject.net, measure=False))):
+    for each in (found, sepconv.report(subject.fused)):
         each.print(Console(file=io.StringIO()))
         each.to_json()
     return {"macs": (found.macs_before, found.macs_after)}
@@ -355,14 +381,13 @@ def compiled(subject: Subject) -> Facts:
     """`torch.compile(model, backend="sepconv")` computes the same."""
     from sepconv.fusion.backend import compile_graph
 
-    truth = None if subject.wide is None else subject.wide[2]
     torch._dynamo.reset()
     # By the function: the name is known only where the package is installed.
     made = torch.compile(copy.deepcopy(subject.net), backend=compile_graph)
+    truth = None if subject.wide is None else subject.wide[2]
     with _quietly():
-        found = difference(answer(made, subject.x), subject.expected, BLIND, truth)
-    assert found is None, found
-    return {}
+        got = answer(made, subject.x)
+    return {"error": compared(got, subject.expected, BLIND, truth)}
 
 
 CHECKS: dict[str, Callable[[Subject], Facts]] = {

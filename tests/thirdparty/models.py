@@ -61,17 +61,18 @@ def _named(path: str) -> Any:
 
 def _model(name: str, path: str, x: Any, *args: Any, default: bool = False, **kwargs: Any) -> None:
     """A model that is one call; `x` may be a function, for inputs that need the package."""
-    _add(
-        name, lambda: (_named(path)(*args, **kwargs), x() if callable(x) else x), default=default
-    )
+    _add(name, lambda: (_named(path)(*args, **kwargs), x() if callable(x) else x), default=default)
 
 
 # ultralytics: parts listed in YAML, tensors collected by index, heads with state made in forward.
-def _yolo(cfg: str, task: str = "DetectionModel", default: bool = False, width: float = 0.125) -> None:
+def _yolo(
+    cfg: str, task: str = "DetectionModel", default: bool = False, width: float = 0.125
+) -> None:
     def build() -> Built:
         described = _named("ultralytics.nn.tasks:yaml_model_load")(f"{cfg}.yaml")
         described["scales"] = {"n": [0.33, width, 512]}  # depth, width (theirs: 0.25), channels
-        return _named(f"ultralytics.nn.tasks:{task}")(described, nc=CLASSES, verbose=False), images()
+        make = _named(f"ultralytics.nn.tasks:{task}")
+        return make(described, nc=CLASSES, verbose=False), images()
 
     _add(f"ultralytics/{cfg}", build, default=default)
 
@@ -110,7 +111,7 @@ def _smp(kind: str, encoder: str, default: bool = False, **kwargs: Any) -> None:
 _smp("Unet", "mobilenet_v2", default=True, decoder_channels=(32, 16, 16, 8, 8))
 _smp("Unet", "resnet18", decoder_channels=(32, 16, 16, 8, 8))
 _smp("UnetPlusPlus", "timm-mobilenetv3_small_100", decoder_channels=(32, 16, 16, 8, 8))
-_smp("MAnet", "timm-mobilenetv3_small_100", decoder_channels=(32, 16, 16, 16, 16))
+_smp("MAnet", "timm-mobilenetv3_small_100", decoder_channels=(64, 64, 32, 32, 32))
 _smp("Linknet", "mobilenet_v2")
 _smp("FPN", "efficientnet-b0", decoder_pyramid_channels=32)
 _smp("PSPNet", "mobilenet_v2")
@@ -145,9 +146,13 @@ _monai(
 )
 _monai("SegResNet", **_PLANE, init_filters=8)
 _monai("DenseNet121", **_PLANE)
-_monai("EfficientNetBN", model_name="efficientnet-b0", pretrained=False, **{
-    k: v for k, v in _PLANE.items() if k != "out_channels"
-}, num_classes=2)
+_monai(
+    "EfficientNetBN",
+    model_name="efficientnet-b0",
+    pretrained=False,
+    **{k: v for k, v in _PLANE.items() if k != "out_channels"},
+    num_classes=2,
+)
 _monai("HighResNet", **_PLANE)
 _monai("RegUNet", **_PLANE, num_channel_initial=8, depth=2)
 _monai("UNETR", **_PLANE, img_size=64, feature_size=8, hidden_size=48, mlp_dim=96, num_heads=4)
@@ -157,14 +162,38 @@ _monai("VNet", **_PLANE)
 _monai("AHNet", **_PLANE, psp_block_num=0)
 _monai("MedNeXt", **_PLANE, init_filters=8)
 _monai("SegResNetDS", **_PLANE, init_filters=8, dsdepth=2)
-_monai("AutoencoderKL", **_PLANE, num_res_blocks=(1, 1), channels=(8, 16),
-       attention_levels=(False, True), latent_channels=3, norm_num_groups=4)
-_monai("VQVAE", **_PLANE, channels=(8, 16), num_res_channels=(8, 16), num_res_layers=1,
-       downsample_parameters=((2, 4, 1, 1),) * 2, upsample_parameters=((2, 4, 1, 1, 0),) * 2,
-       num_embeddings=16, embedding_dim=8)
-_monai("DiffusionModelUNet", {"x": GREY, "timesteps": torch.tensor([3, 7])}, spatial_dims=2,
-       in_channels=1, out_channels=1, num_res_blocks=1, channels=(8, 16),
-       attention_levels=(False, True), norm_num_groups=4, num_head_channels=8)
+_monai(
+    "AutoencoderKL",
+    **_PLANE,
+    num_res_blocks=(1, 1),
+    channels=(8, 16),
+    attention_levels=(False, True),
+    latent_channels=3,
+    norm_num_groups=4,
+)
+_monai(
+    "VQVAE",
+    **_PLANE,
+    channels=(8, 16),
+    num_res_channels=(8, 16),
+    num_res_layers=1,
+    downsample_parameters=((2, 4, 1, 1),) * 2,
+    upsample_parameters=((2, 4, 1, 1, 0),) * 2,
+    num_embeddings=16,
+    embedding_dim=8,
+)
+_monai(
+    "DiffusionModelUNet",
+    {"x": GREY, "timesteps": torch.tensor([3, 7])},
+    spatial_dims=2,
+    in_channels=1,
+    out_channels=1,
+    num_res_blocks=1,
+    channels=(8, 16),
+    attention_levels=(False, True),
+    norm_num_groups=4,
+    num_head_channels=8,
+)
 
 # diffusers: keyword arguments, output objects, checks of types and of configurations.
 _BLOCKS = {"block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1}
@@ -301,7 +330,11 @@ _SMALL = {
 }
 _PIXELS = {"pixel_values": images()}
 _transformer(
-    "ResNetForImageClassification", images(), default=True, **_FOUR, embedding_size=8,
+    "ResNetForImageClassification",
+    images(),
+    default=True,
+    **_FOUR,
+    embedding_size=8,
     layer_type="basic",
 )
 _transformer("RegNetModel", _PIXELS, **_FOUR, embedding_size=8, groups_width=8)
@@ -310,41 +343,107 @@ _transformer("ConvNextV2ForImageClassification", _PIXELS, **_FOUR)
 _transformer("MobileNetV1Model", _PIXELS, depth_multiplier=0.25)
 _transformer("MobileNetV2ForSemanticSegmentation", _PIXELS, depth_multiplier=0.35)
 _transformer(
-    "MobileViTForSemanticSegmentation", _PIXELS, hidden_sizes=(16, 24, 32),
-    neck_hidden_sizes=(8, 8, 16, 16, 24, 32, 48), num_attention_heads=2, image_size=64,
-    aspp_out_channels=16, atrous_rates=(1, 2, 3),
+    "MobileViTForSemanticSegmentation",
+    _PIXELS,
+    hidden_sizes=(16, 24, 32),
+    neck_hidden_sizes=(8, 8, 16, 16, 24, 32, 48),
+    num_attention_heads=2,
+    image_size=64,
+    aspp_out_channels=16,
+    atrous_rates=(1, 2, 3),
 )
-_transformer("EfficientNetModel", _PIXELS, width_coefficient=0.25, depth_coefficient=0.25,
-             hidden_dim=320)
-_transformer("PoolFormerModel", _PIXELS, **_FOUR)
-_transformer("LevitModel", _PIXELS, image_size=64, hidden_sizes=(16, 16, 16), key_dim=(8, 8, 8),
-             num_attention_heads=(2, 2, 2), depths=(1, 1, 1))
-_transformer("CvtModel", _PIXELS, embed_dim=(8, 16, 16), num_heads=(1, 2, 2), depth=(1, 2, 3))
-_transformer("PvtV2Model", _PIXELS, hidden_sizes=(8, 16, 16, 16), depths=(1, 1, 1, 1),
-             num_attention_heads=(1, 2, 2, 2))
 _transformer(
-    "SegformerForSemanticSegmentation", _PIXELS, hidden_sizes=(8, 16, 16, 16),
-    depths=(1, 1, 1, 1), num_attention_heads=(1, 2, 2, 2), decoder_hidden_size=16,
+    "EfficientNetModel", _PIXELS, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320
 )
-_transformer("FocalNetModel", _PIXELS, image_size=64, embed_dim=16, depths=(1, 1),
-             focal_levels=(2, 2), focal_windows=(3, 3), hidden_sizes=(16, 32))
-_transformer("Swin2SRForImageSuperResolution", {"pixel_values": images(32, 32)}, image_size=32,
-             embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4)
-_transformer("YolosForObjectDetection", _PIXELS, **_SMALL | {"image_size": (64, 64)},
-             num_detection_tokens=5)
+_transformer("PoolFormerModel", _PIXELS, **_FOUR)
+_transformer(
+    "LevitModel",
+    _PIXELS,
+    image_size=64,
+    hidden_sizes=(16, 16, 16),
+    key_dim=(8, 8, 8),
+    num_attention_heads=(2, 2, 2),
+    depths=(1, 1, 1),
+)
+_transformer("CvtModel", _PIXELS, embed_dim=(8, 16, 16), num_heads=(1, 2, 2), depth=(1, 2, 3))
+_transformer(
+    "PvtV2Model",
+    _PIXELS,
+    hidden_sizes=(8, 16, 16, 16),
+    depths=(1, 1, 1, 1),
+    num_attention_heads=(1, 2, 2, 2),
+)
+_transformer(
+    "SegformerForSemanticSegmentation",
+    _PIXELS,
+    hidden_sizes=(8, 16, 16, 16),
+    depths=(1, 1, 1, 1),
+    num_attention_heads=(1, 2, 2, 2),
+    decoder_hidden_size=16,
+)
+_transformer(
+    "FocalNetModel",
+    _PIXELS,
+    image_size=64,
+    embed_dim=16,
+    depths=(1, 1),
+    focal_levels=(2, 2),
+    focal_windows=(3, 3),
+    hidden_sizes=(16, 32),
+)
+_transformer(
+    "Swin2SRForImageSuperResolution",
+    {"pixel_values": images(32, 32)},
+    image_size=32,
+    embed_dim=16,
+    depths=(1, 1),
+    num_heads=(2, 2),
+    window_size=4,
+)
+_transformer(
+    "YolosForObjectDetection", _PIXELS, **_SMALL | {"image_size": (64, 64)}, num_detection_tokens=5
+)
 _transformer("ViTForMaskedImageModeling", _PIXELS, **_SMALL)
-_transformer("GLPNForDepthEstimation", _PIXELS, hidden_sizes=(8, 16, 16, 16),
-             depths=(1, 1, 1, 1), num_attention_heads=(1, 2, 2, 2), decoder_hidden_size=16)
-_transformer("DPTForDepthEstimation", _PIXELS, **_SMALL | {"num_hidden_layers": 4}, is_hybrid=False,
-             backbone_out_indices=(0, 1, 2, 3), neck_hidden_sizes=(8, 8, 16, 16),
-             fusion_hidden_size=16)
+_transformer(
+    "GLPNForDepthEstimation",
+    _PIXELS,
+    hidden_sizes=(8, 16, 16, 16),
+    depths=(1, 1, 1, 1),
+    num_attention_heads=(1, 2, 2, 2),
+    decoder_hidden_size=16,
+)
+_transformer(
+    "DPTForDepthEstimation",
+    _PIXELS,
+    **_SMALL | {"num_hidden_layers": 4},
+    is_hybrid=False,
+    backbone_out_indices=(0, 1, 2, 3),
+    neck_hidden_sizes=(8, 8, 16, 16),
+    fusion_hidden_size=16,
+)
 _transformer("SuperPointForKeypointDetection", images(64, 64))
-_transformer("Wav2Vec2Model", {"input_values": torch.rand(2, 1600) - 0.5}, hidden_size=32,
-             num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-             conv_dim=(16, 16, 16), conv_stride=(5, 2, 2), conv_kernel=(10, 3, 3),
-             num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4)
-_transformer("EncodecModel", {"input_values": torch.rand(1, 1, 640) - 0.5}, num_filters=4,
-             hidden_size=16, codebook_size=16, upsampling_ratios=(4, 2), num_lstm_layers=1)
+_transformer(
+    "Wav2Vec2Model",
+    {"input_values": torch.rand(2, 1600) - 0.5},
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=64,
+    conv_dim=(16, 16, 16),
+    conv_stride=(5, 2, 2),
+    conv_kernel=(10, 3, 3),
+    num_conv_pos_embeddings=8,
+    num_conv_pos_embedding_groups=4,
+)
+_transformer(
+    "EncodecModel",
+    {"input_values": torch.rand(1, 1, 640) - 0.5},
+    num_filters=4,
+    hidden_size=16,
+    codebook_size=16,
+    upsampling_ratios=(4, 2),
+    num_lstm_layers=1,
+)
 _transformer("SpeechT5HifiGan", images(12, 80)[0, :, :, :][:, :12], upsample_initial_channel=32)
 
 
@@ -353,7 +452,10 @@ def _upernet() -> Built:
 
     backbone = ConvNextConfig(**_FOUR, out_features=["stage1", "stage2", "stage3", "stage4"])
     config = UperNetConfig(
-        backbone_config=backbone, hidden_size=16, auxiliary_channels=8, auxiliary_in_channels=32,
+        backbone_config=backbone,
+        hidden_size=16,
+        auxiliary_channels=8,
+        auxiliary_in_channels=32,
         pool_scales=(1, 2),
     )
     return UperNetForSemanticSegmentation(config), _PIXELS
@@ -364,9 +466,17 @@ def _detr() -> Built:
 
     backbone = ResNetConfig(**_FOUR, embedding_size=8, out_features=["stage4"])
     config = DetrConfig(
-        use_timm_backbone=False, backbone=None, use_pretrained_backbone=False,
-        backbone_config=backbone, d_model=32, encoder_layers=1, decoder_layers=1, num_queries=5,
-        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
+        use_timm_backbone=False,
+        backbone=None,
+        use_pretrained_backbone=False,
+        backbone_config=backbone,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        num_queries=5,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
         decoder_ffn_dim=32,
     )
     return DetrForObjectDetection(config), _PIXELS
@@ -386,14 +496,26 @@ _model("kornia/OriNet", "kornia.feature:OriNet", PATCHES, **_KORNIA)
 _model("kornia/KeyNet", "kornia.feature:KeyNet", GREY, **_KORNIA)
 _model("kornia/DISK", "kornia.feature:DISK", images())
 _model("kornia/XFeatModel", "kornia.feature:XFeatModel", images())
-_model("kornia/LoFTR", "kornia.feature:LoFTR", {"data": {"image0": GREY[:1], "image1": GREY[1:]}},
-       pretrained=None)
+_model(
+    "kornia/LoFTR",
+    "kornia.feature:LoFTR",
+    {"data": {"image0": GREY[:1], "image1": GREY[1:]}},
+    pretrained=None,
+)
 _model("kornia/DexiNed", "kornia.models.dexined:DexiNed", images(), pretrained=False)
-_model("kornia/RRDBNet", "kornia.models:RRDBNet", images(16, 16), 3, 3,
-       num_feat=16, num_block=1)
-_model("kornia/TinyViT", "kornia.models.tiny_vit:TinyViT", images(), img_size=64,
-       num_classes=CLASSES, embed_dims=[16, 32, 32, 32], depths=[1, 1, 1, 1],
-       num_heads=[1, 2, 2, 2], window_sizes=[2, 2, 2, 2])
+_model("kornia/RRDBNet", "kornia.models:RRDBNet", images(16, 16), 3, 3, num_feat=16, num_block=1)
+_model(
+    "kornia/TinyViT",
+    "kornia.models.tiny_vit:TinyViT",
+    images(),
+    img_size=64,
+    num_classes=CLASSES,
+    embed_dims=[16, 32, 32, 32],
+    depths=[1, 1, 1, 1],
+    num_heads=[1, 2, 2, 2],
+    window_sizes=[2, 2, 2, 2],
+)
+
 
 # pytorchcv: hundreds of papers in one style; octave, shuffled, gated and shared convolutions.
 def _cv(name: str, x: Any = None, default: bool = False, **kwargs: Any) -> None:
@@ -445,8 +567,14 @@ _cv(
 
 # spandrel: super-resolution; names of settings found in the weights' shapes.
 def _sr(arch: str, path: str, *args: Any, default: bool = False, size: int = 32, **kw: Any) -> None:
-    _model(f"spandrel/{arch}", f"spandrel.architectures.{path}", images(size, size), *args,
-           default=default, **kw)
+    _model(
+        f"spandrel/{arch}",
+        f"spandrel.architectures.{path}",
+        images(size, size),
+        *args,
+        default=default,
+        **kw,
+    )
 
 
 _sr("ESRGAN", "ESRGAN:ESRGAN", num_filters=16, num_blocks=1, scale=2)
@@ -457,8 +585,17 @@ _sr("NAFNet", "NAFNet:NAFNet", width=8, middle_blk_num=1, enc_blk_nums=[1, 1], d
 _sr("SCUNet", "SCUNet:SCUNet", config=[1, 1, 1, 1, 1, 1, 1], dim=64, size=64)
 _sr("DRUNet", "DRUNet:DRUNet", in_nc=3, nc=[8, 16, 16, 16], nb=1)
 _sr("DnCNN", "DnCNN:DnCNN", in_nc=3, out_nc=3, nc=16, nb=4)
-_sr("SwinIR", "SwinIR:SwinIR", depths=[1, 1], num_heads=[2, 2], embed_dim=16, window_size=8,
-    img_size=32, upscale=2, upsampler="pixelshuffle")
+_sr(
+    "SwinIR",
+    "SwinIR:SwinIR",
+    depths=[1, 1],
+    num_heads=[2, 2],
+    embed_dim=16,
+    window_size=8,
+    img_size=32,
+    upscale=2,
+    upsampler="pixelshuffle",
+)
 _sr("PLKSR", "PLKSR:PLKSR", dim=16, n_blocks=2)
 _sr("OmniSR", "OmniSR:OmniSR", num_feat=16, res_num=1, block_num=1, window_size=8, up_scale=2)
 _sr("SAFMN", "SAFMN:SAFMN", dim=16, n_blocks=2)
@@ -466,10 +603,22 @@ _sr("RCAN", "RCAN:RCAN", n_resgroups=1, n_resblocks=1, n_feats=16)
 _sr("MoSR", "MoSR:MoSR", n_block=2, dim=16)
 
 # efficientnet-pytorch: padding computed in forward, or fixed when built; swish as a Function.
-_model("efficientnet_pytorch/b0", "efficientnet_pytorch:EfficientNet.from_name", images(),
-       "efficientnet-b0", default=True, num_classes=CLASSES)
-_model("efficientnet_pytorch/b0-64px", "efficientnet_pytorch:EfficientNet.from_name", images(),
-       "efficientnet-b0", num_classes=CLASSES, image_size=64)
+_model(
+    "efficientnet_pytorch/b0",
+    "efficientnet_pytorch:EfficientNet.from_name",
+    images(),
+    "efficientnet-b0",
+    default=True,
+    num_classes=CLASSES,
+)
+_model(
+    "efficientnet_pytorch/b0-64px",
+    "efficientnet_pytorch:EfficientNet.from_name",
+    images(),
+    "efficientnet-b0",
+    num_classes=CLASSES,
+    image_size=64,
+)
 
 
 # peft: adapters around, and merged into, convolutions.

@@ -106,7 +106,8 @@ def write_table(path: Path, known: dict[str, dict[str, Any]]) -> None:
     text = path.read_text()
     before, mark, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
-    assert mark and end, f"{path}: expected the marks {BEGIN} and {END}"
+    if not end:
+        raise ValueError(f"{path}: expected the marks {BEGIN} and {END}")
     path.write_text(f"{before}{mark}\n{table(known)}\n{end}{after}")
 
 

@@ -50,6 +50,4 @@ def test_compiled(model):
 
 def test_there_are_as_many_as_claimed():
     assert len(MODELS) >= 69
-    assert {m.package for m in MODELS.values() if m.default} == {
-        m.package for m in MODELS.values()
-    }
+    assert {m.package for m in MODELS.values() if m.default} == {m.package for m in MODELS.values()}
