@@ -31,12 +31,14 @@ class Model(NamedTuple):
         package: What to import.
         build: Makes it, and its example inputs.
         default: Whether it is in the default run of the tests.
+        single: Whether it computes in float32 inside, whatever its weights are.
     """
 
     name: str
     package: str
     build: Callable[[], Built]
     default: bool
+    single: bool
 
 
 MODELS: dict[str, Model] = {}
@@ -48,9 +50,14 @@ def images(*size: int, batch: int = 2, channels: int = 3) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(1))
 
 
-def _add(name: str, build: Callable[[], Built], default: bool = False) -> None:
+SMALL = images(32, 32)
+
+
+def _add(
+    name: str, build: Callable[[], Built], default: bool = False, single: bool = False
+) -> None:
     assert name not in MODELS, name
-    MODELS[name] = Model(name, name.partition("/")[0], build, default)
+    MODELS[name] = Model(name, name.partition("/")[0], build, default, single)
 
 
 def _named(path: str) -> Any:
@@ -59,9 +66,17 @@ def _named(path: str) -> Any:
     return attrgetter(name)(import_module(module))
 
 
-def _model(name: str, path: str, x: Any, *args: Any, default: bool = False, **kwargs: Any) -> None:
-    """A model that is one call; `x` may be a function, for inputs that need the package."""
-    _add(name, lambda: (_named(path)(*args, **kwargs), x() if callable(x) else x), default=default)
+def _model(
+    name: str,
+    path: str,
+    x: Any,
+    *args: Any,
+    default: bool = False,
+    single: bool = False,
+    **kwargs: Any,
+) -> None:
+    """A model that is one call."""
+    _add(name, lambda: (_named(path)(*args, **kwargs), x), default, single)
 
 
 # ultralytics: parts listed in YAML, tensors collected by index, heads with state made in forward.
@@ -99,7 +114,7 @@ def _smp(kind: str, encoder: str, default: bool = False, **kwargs: Any) -> None:
     _model(
         f"segmentation_models_pytorch/{kind}-{encoder}",
         f"segmentation_models_pytorch:{kind}",
-        images(),
+        SMALL,
         encoder,
         default=default,
         encoder_weights=None,
@@ -278,8 +293,8 @@ _diffusers(
     {"sample": images(64, channels=4), "timestep": torch.tensor([3, 3])},
     in_channels=4,
     out_channels=4,
-    extra_in_channels=32,  # of the time embedding
-    block_out_channels=(16, 16),
+    extra_in_channels=64,  # of the time embedding
+    block_out_channels=(32, 32),
     down_block_types=("DownBlock1DNoSkip", "DownBlock1D"),
     up_block_types=("UpBlock1D", "UpBlock1DNoSkip"),
 )
@@ -305,6 +320,7 @@ _diffusers(
     num_attention_heads=2,
     intermediate_size=32,
     block_num_heads=2,
+    single=True,
 )
 
 
@@ -524,13 +540,12 @@ def _cv(name: str, x: Any = None, default: bool = False, **kwargs: Any) -> None:
         for module in net.modules():
             if isinstance(getattr(module, "final_pool", None), nn.AvgPool2d):
                 module.final_pool = nn.AdaptiveAvgPool2d(1)  # it was of 224 px images
-        return net, images() if x is None else x
+        return net, SMALL if x is None else x
 
     _add(f"pytorchcv/{name}", build, default=default)
 
 
-SMALL = images(32, 32)
-_SIZE = {"in_size": (64, 64)}
+_SIZE = {"in_size": (32, 32)}
 _cv("octresnet10_ad2", default=True, **_SIZE)
 _cv("preresnet18_wd4", **_SIZE)
 _cv("sepreresnet10", **_SIZE)
@@ -547,17 +562,17 @@ _cv("squeezeresnet_v1_1", **_SIZE)
 _cv("mnasnet_small", **_SIZE)
 _cv("fdmobilenet_wd4", **_SIZE)
 _cv("isqrtcovresnet18", **_SIZE)
-_cv("resnet20_cifar10", SMALL)
-_cv("densenet40_k12_cifar10", SMALL)
-_cv("diaresnet20_cifar10", SMALL)
+_cv("resnet20_cifar10")
+_cv("densenet40_k12_cifar10")
+_cv("diaresnet20_cifar10")
 _cv("revnet38", **_SIZE)
-_cv("fractalnet_cifar10", SMALL)
-_cv("fastscnn_cityscapes", in_size=(64, 64))
-_cv("lednet_cityscapes", in_size=(64, 64))
-_cv("cgnet_cityscapes", in_size=(64, 64))
+_cv("fractalnet_cifar10")
+_cv("fastscnn_cityscapes", images(), in_size=(64, 64))
+_cv("lednet_cityscapes", images(), in_size=(64, 64))
+_cv("cgnet_cityscapes", images(), in_size=(64, 64))
 _cv("sinet_cityscapes", images(128, 128), in_size=(128, 128))
-_cv("espcnet_cityscapes", in_size=(64, 64))
-_cv("simplepose_mobile_resnet18_coco", in_size=(64, 64))
+_cv("espcnet_cityscapes", images(), in_size=(64, 64))
+_cv("simplepose_mobile_resnet18_coco", images(), in_size=(64, 64))
 _cv(
     "quartznet5x5_en_ls",
     {"x": images(64, channels=64), "x_len": torch.tensor([64, 48])},
