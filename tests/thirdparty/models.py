@@ -92,8 +92,8 @@ def _yolo(
     _add(f"ultralytics/{cfg}", build, default=default)
 
 
-_yolo("yolov8n", default=True)
-_yolo("yolov3-tiny")
+_yolo("yolov8n")
+_yolo("yolov3-tiny", default=True)
 _yolo("yolov5n")
 _yolo("yolov6n")
 _yolo("yolov8n-ghost")
@@ -148,7 +148,7 @@ def _monai(name: str, x: Any = GREY, default: bool = False, **kwargs: Any) -> No
 
 _monai("UNet", default=True, **_PLANE, channels=(8, 16, 32), strides=(2, 2), num_res_units=2)
 _monai("BasicUNet", **_PLANE, **_WIDE)
-_monai("BasicUNetPlusPlus", **_PLANE, **_WIDE, deep_supervision=True)
+_monai("BasicUNetPlusPlus", default=True, **_PLANE, **_WIDE, deep_supervision=True)
 _monai("AttentionUnet", **_PLANE, channels=(8, 16, 32), strides=(2, 2))
 _monai(
     "DynUNet",
@@ -173,8 +173,6 @@ _monai("RegUNet", **_PLANE, num_channel_initial=8, depth=2)
 _monai("UNETR", **_PLANE, img_size=64, feature_size=8, hidden_size=48, mlp_dim=96, num_heads=4)
 _monai("SwinUNETR", **_PLANE, feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
 _monai("FlexibleUNet", spatial_dims=2, in_channels=1, out_channels=2, backbone="resnet18")
-_monai("VNet", **_PLANE)
-_monai("AHNet", **_PLANE, psp_block_num=0)
 _monai("MedNeXt", **_PLANE, init_filters=8)
 _monai("SegResNetDS", **_PLANE, init_filters=8, dsdepth=2)
 _monai(
@@ -417,7 +415,11 @@ _transformer(
     window_size=4,
 )
 _transformer(
-    "YolosForObjectDetection", _PIXELS, **_SMALL | {"image_size": (64, 64)}, num_detection_tokens=5
+    "YolosForObjectDetection",
+    _PIXELS,
+    default=True,
+    **_SMALL | {"image_size": (64, 64)},
+    num_detection_tokens=5,
 )
 _transformer("ViTForMaskedImageModeling", _PIXELS, **_SMALL)
 _transformer(
@@ -518,7 +520,6 @@ _model(
     {"data": {"image0": GREY[:1], "image1": GREY[1:]}},
     pretrained=None,
 )
-_model("kornia/DexiNed", "kornia.models.dexined:DexiNed", images(), pretrained=False)
 _model("kornia/RRDBNet", "kornia.models:RRDBNet", images(16, 16), 3, 3, num_feat=16, num_block=1)
 _model(
     "kornia/TinyViT",
@@ -561,12 +562,10 @@ _cv("darknet_tiny", **_SIZE)
 _cv("squeezeresnet_v1_1", **_SIZE)
 _cv("mnasnet_small", **_SIZE)
 _cv("fdmobilenet_wd4", **_SIZE)
-_cv("isqrtcovresnet18", **_SIZE)
 _cv("resnet20_cifar10")
 _cv("densenet40_k12_cifar10")
 _cv("diaresnet20_cifar10")
 _cv("revnet38", **_SIZE)
-_cv("fractalnet_cifar10")
 _cv("fastscnn_cityscapes", images(), in_size=(64, 64))
 _cv("lednet_cityscapes", images(), in_size=(64, 64))
 _cv("cgnet_cityscapes", images(), in_size=(64, 64))
