@@ -108,7 +108,7 @@ class Subject:
 
 
 def _moved(x: Tensor) -> Tensor:
-    """By half a unit in the last place, which is a rounding."""
+    """By about one unit in the last place, as a rounding."""
     return x * (1 + torch.finfo(x.dtype).eps) if x.is_floating_point() else x
 
 
