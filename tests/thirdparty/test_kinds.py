@@ -120,3 +120,30 @@ def test_code_that_replaces_the_weight():
         converted[0].weight = nn.Parameter(converted[0].weight * 2)
         converted[0].bias.mul_(2)
         torch.testing.assert_close(converted(images()), expected)
+
+
+class Octave(nn.Conv2d):
+    """As octave convolutions: two results, of which one may be None."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return super().forward(x), None
+
+
+class Octaves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.two, self.one, self.bn = Octave(4, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        high, low = self.two(x)
+        if low is not None:
+            high = high + low
+        return self.bn(self.one(high))
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="a traced value is never None")
+def test_code_that_asks_whether_a_result_is_none():
+    model = Octaves().eval()
+    with torch.no_grad():
+        got = sepconv.fuse(model)(images())
+        torch.testing.assert_close(got, model(images()))
