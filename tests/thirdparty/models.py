@@ -126,10 +126,8 @@ def _smp(kind: str, encoder: str, default: bool = False, **kwargs: Any) -> None:
 _smp("Unet", "mobilenet_v2", default=True, decoder_channels=(32, 16, 16, 8, 8))
 _smp("Unet", "resnet18", decoder_channels=(32, 16, 16, 8, 8))
 _smp("UnetPlusPlus", "timm-mobilenetv3_small_100", decoder_channels=(32, 16, 16, 8, 8))
-_smp("MAnet", "timm-mobilenetv3_small_100", decoder_channels=(64, 64, 32, 32, 32))
 _smp("Linknet", "mobilenet_v2")
 _smp("FPN", "efficientnet-b0", decoder_pyramid_channels=32)
-_smp("PSPNet", "mobilenet_v2")
 _smp("DeepLabV3", "mobilenet_v2", decoder_channels=32)
 _smp("DeepLabV3Plus", "mobilenet_v2", decoder_channels=32, aux_params={"classes": CLASSES})
 _smp("UPerNet", "timm-mobilenetv3_small_100", decoder_channels=32)
@@ -148,7 +146,7 @@ def _monai(name: str, x: Any = GREY, default: bool = False, **kwargs: Any) -> No
 
 _monai("UNet", default=True, **_PLANE, channels=(8, 16, 32), strides=(2, 2), num_res_units=2)
 _monai("BasicUNet", **_PLANE, **_WIDE)
-_monai("BasicUNetPlusPlus", default=True, **_PLANE, **_WIDE, deep_supervision=True)
+_monai("BasicUNetPlusPlus", **_PLANE, **_WIDE, deep_supervision=True)
 _monai("AttentionUnet", **_PLANE, channels=(8, 16, 32), strides=(2, 2))
 _monai(
     "DynUNet",
@@ -169,7 +167,7 @@ _monai(
     num_classes=2,
 )
 _monai("HighResNet", **_PLANE)
-_monai("RegUNet", **_PLANE, num_channel_initial=8, depth=2)
+_monai("RegUNet", default=True, **_PLANE, num_channel_initial=8, depth=2)
 _monai("UNETR", **_PLANE, img_size=64, feature_size=8, hidden_size=48, mlp_dim=96, num_heads=4)
 _monai("SwinUNETR", **_PLANE, feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
 _monai("FlexibleUNet", spatial_dims=2, in_channels=1, out_channels=2, backbone="resnet18")
@@ -547,8 +545,8 @@ def _cv(name: str, x: Any = None, default: bool = False, **kwargs: Any) -> None:
 
 
 _SIZE = {"in_size": (32, 32)}
-_cv("octresnet10_ad2", default=True, **_SIZE)
-_cv("preresnet18_wd4", **_SIZE)
+_cv("octresnet10_ad2", **_SIZE)
+_cv("preresnet18_wd4", default=True, **_SIZE)
 _cv("sepreresnet10", **_SIZE)
 _cv("cbam_resnet18", **_SIZE)
 _cv("bam_resnet18", **_SIZE)

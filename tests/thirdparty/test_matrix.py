@@ -12,12 +12,21 @@ from thirdparty.models import MODELS
 
 COMPILED = ("spandrel/Compact", "kornia/HardNet")  # by default; Inductor takes long
 
+# What is known to fail, and which kind of fault it is (test_kinds.py).
+FAULTS = {
+    "pytorchcv/octresnet10_ad2": "fuse without inputs: a traced value is never None",
+    "monai/AutoencoderKL": "fuse without inputs: random numbers like a tensor in another layout",
+}
+
 
 def models(chosen=None):
     """All models, those not in the default run marked slow."""
     for model in MODELS.values():
         default = model.default if chosen is None else model.name in chosen
-        yield pytest.param(model.name, id=model.name, marks=() if default else pytest.mark.slow)
+        marks = [] if default else [pytest.mark.slow]
+        if chosen is None and model.name in FAULTS:
+            marks.append(pytest.mark.xfail(strict=True, reason=FAULTS[model.name]))
+        yield pytest.param(model.name, id=model.name, marks=marks)
 
 
 @lru_cache(maxsize=1)  # tests of one model follow each other
