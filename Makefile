@@ -9,10 +9,10 @@ INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PIP := $(BIN)/python $(INSTALL)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs wheel mutants fuzz bench zoo gpu clean
+.PHONY: help demo test lint docs wheel mutants fuzz bench zoo packages thirdparty gpu clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # Torch first: what is installed after it then fits the build that is there.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -25,6 +25,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 $(VENV)/dev: $(VENV)/installed
 	$(PIP) -e ".[dev]"
 	@touch $@
+
+$(VENV)/thirdparty: $(VENV)/installed
+	$(PIP) -e ".[thirdparty]"
+	@touch $@
+
+packages: $(VENV)/thirdparty ## install other people's packages; `make test` then tries models of each
 
 demo: $(VENV)/installed ## train a small network, convert it, compare
 	$(BIN)/python examples/quickstart.py
@@ -44,6 +50,9 @@ bench: $(VENV)/installed ## the benchmark of this machine's CPU
 zoo: $(VENV)/installed ## convert every architecture of torchvision and timm; takes hours, resumes
 	$(PIP) -e ".[zoo]"
 	$(BIN)/python -m examples.studies.zoo $(ARGS)
+
+thirdparty: $(VENV)/thirdparty ## check all models of other people's packages; an hour, resumes
+	$(BIN)/python tests/thirdparty/run.py $(ARGS)
 
 # On the machine's own Python: a GPU machine has its own torch, and need not be on line.
 # STEPS="compile fuzz" chooses steps, DRY=1 runs everything in small on a CPU.
