@@ -19,8 +19,17 @@ from sepconv.graph.tracing import TraceLevel, trace
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
 
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
-# What they return or do follows from the strides of a tensor.
+# What they return or do follows from the strides of a tensor: random numbers are drawn in the order
+# in memory.
 ASKS_FOR_LAYOUT = {
+    torch.bernoulli,
+    torch.normal,
+    torch.rand_like,
+    torch.randint_like,
+    torch.randn_like,
+    Tensor.bernoulli_,
+    Tensor.normal_,
+    Tensor.uniform_,
     torch.as_strided,
     torch.view_as_complex,
     Tensor.as_strided,

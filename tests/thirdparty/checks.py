@@ -104,7 +104,7 @@ class Subject:
     def fresh(self) -> nn.Module:
         """The same model, in the widest form, with weights of its own making."""
         net = self.model.build()[0].eval()
-        return net if self.wide is None else net.double()
+        return net
 
 
 def _moved(x: Tensor) -> Tensor:

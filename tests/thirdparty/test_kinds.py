@@ -35,9 +35,6 @@ class Placed(nn.Module):
         return self.conv(x) + self.where()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ValueError, reason="torch's flop counter asks such a result for its history"
-)
 def test_a_module_that_returns_a_view_of_its_parameter():
     converted = sepconv.convert(Placed().eval(), images(), rank="full", first_conv=True)
     assert [layer.status for layer in sepconv.report(converted).layers] == ["converted"]
@@ -56,7 +53,6 @@ class Computed(nn.Module):
         return nn.functional.conv2d(x, self.filters / self.filters.norm())
 
 
-@pytest.mark.xfail(strict=True, reason="only calls in traced code are listed")
 def test_functional_calls_in_code_that_no_graph_shows_are_in_the_report():
     with pytest.warns(UserWarning, match="nothing was converted"):
         converted = sepconv.convert(Computed().eval(), images(), first_conv=True)
@@ -75,9 +71,6 @@ class Hidden(nn.Module):
         return self.conv(x) @ self.mixing
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="buffers that are not saved keep the factory's dtype"
-)
 def test_a_model_saved_in_another_dtype_runs_when_loaded(tmp_path):
     converted = sepconv.convert(Hidden().double(), rank=2, first_conv=True)
     sepconv.save(converted, tmp_path / "net.safetensors")
@@ -96,23 +89,19 @@ class Sharp(nn.Module):
         return torch.sin(self.sharp * self.conv(x))
 
 
-@pytest.mark.xfail(strict=True, reason="float64 is taken for its own truth")
 @pytest.mark.filterwarnings("ignore:convert")
 def test_rounding_in_float64_is_no_reason_to_leave_a_layer():
     converted = sepconv.convert(Sharp().double().eval(), images().double(), first_conv=True)
     assert [layer.status for layer in sepconv.report(converted).layers] == ["converted"]
 
 
-@pytest.mark.xfail(strict=True, reason="the dense weight of a converted layer is a copy")
 def test_code_that_adds_to_the_weight_in_place():
+    """As adapters are merged: it would be lost, and says so."""
     converted = sepconv.convert(net(nn.Conv2d(4, 4, 3)), rank="full", first_conv=True)
-    with torch.no_grad():
-        before = converted(images())
-        converted[0].weight.data += 1.0  # as adapters are merged
-        assert not torch.allclose(converted(images()), before)
+    with pytest.raises(NotImplementedError, match="would change nothing"):
+        converted[0].weight.data += 1.0
 
 
-@pytest.mark.xfail(strict=True, raises=(AttributeError, KeyError), reason="there is no setter")
 def test_code_that_replaces_the_weight():
     converted = sepconv.convert(net(nn.Conv2d(4, 4, 3)), rank="full", first_conv=True)
     with torch.no_grad():
@@ -141,7 +130,6 @@ class Octaves(nn.Module):
         return self.bn(self.one(high))
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="a traced value is never None")
 def test_code_that_asks_whether_a_result_is_none():
     model = Octaves().eval()
     with torch.no_grad():
@@ -159,11 +147,18 @@ class Draws(nn.Module):
         return y + torch.randn_like(y)
 
 
-@pytest.mark.xfail(strict=True, reason="randn_like draws in the order in memory of its argument")
-def test_random_numbers_like_a_result_are_the_same_for_the_same_seed():
-    model, answers = Draws().eval(), []
-    for made in (model, sepconv.convert(model, images(), rank="full", first_conv=True)):
+@pytest.mark.filterwarnings("ignore:convert. the model did not get faster")
+@pytest.mark.parametrize("given", [True, False], ids=["inputs", "no inputs"])
+def test_random_numbers_like_a_result_are_the_same_for_the_same_seed(given):
+    model, x, answers = Draws().eval(), images() if given else None, []
+    forms = (
+        model,
+        sepconv.convert(model, x, rank="full", first_conv=True),
+        sepconv.fuse(model, x, measure=False),
+    )
+    for made in forms:
         torch.manual_seed(0)
         with torch.no_grad():
             answers.append(made(images()))
     torch.testing.assert_close(answers[1], answers[0])
+    torch.testing.assert_close(answers[2], answers[0])
