@@ -102,9 +102,8 @@ class Subject:
         return fused(self.widest[0], None, on=self.widest[1])
 
     def fresh(self) -> nn.Module:
-        """The same model, in the widest form, with weights of its own making."""
-        net = self.model.build()[0].eval()
-        return net
+        """The same model in float32, with weights of its own making."""
+        return self.model.build()[0].eval()
 
 
 def _moved(x: Tensor) -> Tensor:
