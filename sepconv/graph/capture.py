@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from sepconv._util import evaluating
 from sepconv.cost import OperationRecorder
 from sepconv.graph.state import copied, untouched
+from sepconv.graph.tracer import DRAWS_LIKE
 from sepconv.graph.tracing import TraceLevel, trace
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
@@ -22,14 +23,7 @@ _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 # What they return or do follows from the strides of a tensor: random numbers are drawn in the order
 # in memory.
 ASKS_FOR_LAYOUT = {
-    torch.bernoulli,
-    torch.normal,
-    torch.rand_like,
-    torch.randint_like,
-    torch.randn_like,
-    Tensor.bernoulli_,
-    Tensor.normal_,
-    Tensor.uniform_,
+    *DRAWS_LIKE,
     torch.as_strided,
     torch.view_as_complex,
     Tensor.as_strided,

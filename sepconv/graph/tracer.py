@@ -31,6 +31,19 @@ VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _TORCH, _PYTHON = f"{Path(torch.__file__).parent}{os.sep}", sysconfig.get_path("stdlib")
 # Whose questions about types are not the model's.
 _TORCHS_OWN = tuple(_TORCH + name for name in ("fx", "nn", "overrides.py", "utils"))
+# Random numbers for each element of a tensor.
+DRAWS_LIKE = {
+    torch.bernoulli,
+    torch.normal,
+    torch.rand_like,
+    torch.randint_like,
+    torch.randn_like,
+    Tensor.bernoulli_,
+    Tensor.normal_,
+    Tensor.uniform_,
+}
+_DRAWING_METHODS = {"bernoulli", *(f.__name__ for f in DRAWS_LIKE)}
+
 _ASKING = {"isinstance", "__class__", "_abc_instancecheck"}
 _DECORATORS = f"{_TORCH}utils{os.sep}_contextlib.py"  # of `@torch.no_grad()` and the like
 _WITH = {"BEFORE_WITH", "BEFORE_ASYNC_WITH", "LOAD_SPECIAL"}  # the last from Python 3.14 on
@@ -199,8 +212,10 @@ class ModuleTracer(fx.Tracer):
         self._raise_if_refused()
         return result
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Look at the code that asks for it, up to the root's forward."""
+        if target in DRAWS_LIKE or (kind == "call_method" and target in _DRAWING_METHODS):
+            self.refuse("draws random numbers")
         frame, why = sys._getframe(1), None
         while frame.f_code is not ModuleTracer.trace.__code__:
             if frame.f_code is ModuleTracer._forward.__code__ and why is not None:
@@ -212,7 +227,7 @@ class ModuleTracer(fx.Tracer):
                     self._seen.add(id(frame.f_code))
             assert frame.f_back is not None, "trace() is running"
             frame = frame.f_back
-        return super().create_node(*args, **kwargs)
+        return super().create_node(kind, target, *args, **kwargs)
 
     def _raise_if_refused(self) -> None:
         if self.failed is not None:

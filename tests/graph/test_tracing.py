@@ -117,6 +117,8 @@ REFUSED = {
         lambda net, x: net.conv(x) + torch.randn(1),
         lambda net, x: net.conv(x) * random.random(),
         lambda net, x: net.conv(x) * np.random.rand(),
+        lambda net, x: net.conv(x) + torch.randn_like(x),
+        lambda net, x: net.conv(x) + x.new_empty(x.shape).uniform_(),
     ],
     "does not do the same twice": [
         lambda net, x: net.conv(x) * next(COUNTS),

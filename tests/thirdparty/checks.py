@@ -102,8 +102,10 @@ class Subject:
         return fused(self.widest[0], None, on=self.widest[1])
 
     def fresh(self) -> nn.Module:
-        """The same model in float32, with weights of its own making."""
-        return self.model.build()[0].eval()
+        """The same model, in the widest form, with weights of its own making."""
+        net = self.model.build()[0].eval()
+        # Not by `load` alone: what is not in a state, as numbers computed once, has rounded already.
+        return net if self.wide is None else net.double()
 
 
 def _moved(x: Tensor) -> Tensor:
@@ -118,10 +120,10 @@ def compared(got: Any, expected: Any, bound: float, truth: Any = None) -> float:
     return apart_or_other(got, expected)
 
 
-def answer(net: nn.Module, x: Any) -> Any:
+def answer(net: nn.Module, x: Any, seed: int = 0) -> Any:
     """One forward; some write to what they are given, some draw random numbers."""
     args, kwargs = split_inputs(copy.deepcopy(x))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with torch.no_grad():
         return net(*args, **kwargs)
 
@@ -343,7 +345,10 @@ def other_inputs(subject: Subject) -> Facts:
         expected = answer(net, other)
     except Exception:  # made for one size
         return {"sizes": "one"}
-    for name in ("full", "fused", "fused_blind"):
+    # What is drawn for each element of a result follows its order in memory: the same seed gives the
+    # same numbers where that was compared on inputs.
+    draws = difference(answer(net, other, seed=1), expected, subject.bound) is not None
+    for name in ("full", "fused", *(() if draws else ("fused_blind",))):
         found = difference(answer(getattr(subject, name), other), expected, subject.bound)
         assert found is None, f"{name}: {found}"
     return {"sizes": "any"}
