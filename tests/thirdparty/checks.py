@@ -104,7 +104,7 @@ class Subject:
     def fresh(self) -> nn.Module:
         """The same model, in the widest form, with weights of its own making."""
         net = self.model.build()[0].eval()
-        # Not by `load` alone: what is not in a state, as numbers computed once, has rounded already.
+        # Not by `load` alone: what is not in a state has rounded already.
         return net if self.wide is None else net.double()
 
 
@@ -345,7 +345,7 @@ def other_inputs(subject: Subject) -> Facts:
         expected = answer(net, other)
     except Exception:  # made for one size
         return {"sizes": "one"}
-    # What is drawn for each element of a result follows its order in memory: the same seed gives the
+    # What is drawn for each element follows the order in memory: the same seed gives the
     # same numbers where that was compared on inputs.
     draws = difference(answer(net, other, seed=1), expected, subject.bound) is not None
     for name in ("full", "fused", *(() if draws else ("fused_blind",))):
