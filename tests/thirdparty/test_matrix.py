@@ -36,7 +36,10 @@ def subject(name):
 
 @pytest.fixture
 def model(request):
-    pytest.importorskip(MODELS[request.param].package)
+    package = MODELS[request.param].package
+    # opencv, which ultralytics needs, needs libGL of the system.
+    for needed in (package, *(["cv2"] if package == "ultralytics" else [])):
+        pytest.importorskip(needed, reason=f"needs {needed}: make packages", exc_type=ImportError)
     return subject(request.param)
 
 
