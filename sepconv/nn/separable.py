@@ -162,7 +162,11 @@ class SeparableConv2d(SettableProperties):
         dense = dense.view(self.out_channels, self.in_channels, *self.kernel_size)
         # Compilers and tracers see plain arithmetic.
         plain = type(dense) is not Tensor or torch.compiler.is_compiling()
-        return dense if plain else dense.as_subclass(DenseWeight)
+        if plain:
+            return dense
+        guarded = dense.as_subclass(DenseWeight)
+        guarded.owner = self
+        return guarded
 
     @weight.setter
     def weight(self, value: Tensor) -> None:

@@ -23,6 +23,7 @@ _SETTERS = {
     "register_hook",
     "register_post_accumulate_grad_hook",
 }
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 # What these give is not part of the weight: copies, pickles, the tensor that autograd looks at.
 _OF_THEIR_OWN = (
     Tensor.__deepcopy__,
@@ -37,11 +38,16 @@ class DenseWeight(Tensor):
     Tensors that share its memory (views, `data`, `detach()`) are guarded too; what is computed
     from it is a plain tensor. Gradients flow through it.
 
+    Attributes:
+        owner: The module whose `weight` it is, which `weight.data = tensor` assigns to.
+
     Example:
         >>> weight = torch.ones(2, 2).as_subclass(DenseWeight)
         >>> type(weight * 2).__name__, type(weight.data[0]).__name__
         ('Tensor', 'DenseWeight')
     """
+
+    owner: nn.Module | None = None
 
     @classmethod
     def __torch_function__(
@@ -57,6 +63,9 @@ class DenseWeight(Tensor):
             NotImplementedError: It does.
         """
         kwargs = kwargs or {}
+        if func == _SET_DATA and (owner := getattr(args[0], "owner", None)) is not None:
+            owner.weight = args[1]
+            return None
         name = getattr(func, "__name__", "")
         if any(isinstance(x, cls) for x in tree_leaves(_written(name, args, kwargs))):
             raise NotImplementedError(

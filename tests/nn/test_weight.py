@@ -50,10 +50,6 @@ def item(conv: Conv) -> None:
     conv.weight.data[0] = 1
 
 
-def data(conv: Conv) -> None:
-    conv.weight.data = torch.ones(6, 4, 3, 3)
-
-
 def freeze(conv: Conv) -> None:
     conv.weight.requires_grad = False
 
@@ -72,7 +68,6 @@ WRITES: list[Callable[[Conv], object]] = [
     plus,
     to_a_power,
     item,
-    data,
     freeze,
     gradient,
     each,
@@ -318,3 +313,18 @@ def test_a_fold_that_overflows_is_refused() -> None:
     bn.weight.data.fill_(1e6)
     with pytest.raises(ValueError, match=r"bn.*float16"):
         fold_batch_norm(conv, bn)
+
+
+def test_assigning_to_data_is_assigning():
+    """As networks that compute the weight of a branch in each forward do it."""
+    conv = SeparableConv2d(4, 6, 3, padding=1, channel_multiplier=9).eval()
+    dense, x = torch.randn(6, 4, 3, 3), torch.randn(2, 4, 5, 5)
+    conv.weight.data = dense
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), F.conv2d(x, dense, conv.bias, padding=1))
+        conv.weight.data = conv.weight.data * 2
+        torch.testing.assert_close(conv(x), F.conv2d(x, 2 * dense, conv.bias, padding=1))
+    with pytest.raises(ValueError, match="expected"):
+        conv.weight.data = dense[:2]
+    with pytest.raises(NotImplementedError, match="would change nothing"):
+        conv.weight[:2].data = dense[:2]
