@@ -52,7 +52,7 @@ def _of_torch(generator: torch.Generator) -> Generator:
     return Generator(generator.get_state, generator.set_state, generator.manual_seed)
 
 
-def _of_numpy(bits: np.random.BitGenerator) -> Generator:
+def _of_numpy(bits: "np.random.BitGenerator") -> Generator:  # which is not loaded for its name
     def restore(state: Any) -> None:
         bits.state = state
 

@@ -10,7 +10,6 @@ import operator
 import os
 import random
 import sys
-import sysconfig
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
@@ -28,7 +27,7 @@ from sepconv.nn import SeparableConv2d
 
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
-_TORCH, _PYTHON = f"{Path(torch.__file__).parent}{os.sep}", sysconfig.get_path("stdlib")
+_TORCH, _PYTHON = (f"{Path(str(module.__file__)).parent}{os.sep}" for module in (torch, os))
 # Whose questions about types are not the model's.
 _TORCHS_OWN = tuple(_TORCH + name for name in ("fx", "nn", "overrides.py", "utils"))
 # Random numbers for each element of a tensor.
