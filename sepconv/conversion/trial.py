@@ -27,14 +27,17 @@ def tried(
 ) -> tuple[Capture, Found]:
     """What is known of a model, and its convolutions, those left out that its code needs.
 
-    Costs a copy of the model and two forwards; more only where something is wrong. A model that
-    cannot be copied, which is converted in place, is not tried.
+    Costs a copy of the model and two forwards; more only where something is wrong. Not tried are a
+    model that cannot be copied, which is converted in place, and one that answers otherwise each
+    time.
     """
+    matches = [conv for conv in found if isinstance(conv, Match) and conv.runs]
+    if not matches:
+        return captured, found
     try:
         check_copyable(model)
     except ValueError:
         return captured, found
-    matches = [conv for conv in found if isinstance(conv, Match) and conv.runs]
     layouts = (True, False) if captured.channels_last else (False,)
     why = None
     for channels_last in layouts:
@@ -42,6 +45,8 @@ def tried(
         why = _difference(model, example_inputs, plan)
         if why is None:
             return replace(captured, channels_last=channels_last), found
+    if not Check(model, *split_inputs(example_inputs)).repeats():
+        return captured, found
     wrong = _wrong(model, example_inputs, plan)
     warnings.warn(
         f"convert: the model computes something else where these layers are separable, which are "
@@ -75,16 +80,13 @@ def _difference(model: nn.Module, example_inputs: ExampleInputs, plan: Plan) -> 
 
 
 def _wrong(model: nn.Module, example_inputs: ExampleInputs, plan: Plan) -> set[str]:
-    """The layers that it takes to differ, by halving."""
-    if _difference(model, example_inputs, plan) is None:
-        return set()
-    if len(plan) > 1:
-        half = len(plan) // 2
-        parts = (_wrong(model, example_inputs, part) for part in (plan[:half], plan[half:]))
-        found = set[str]().union(*parts)
-        if found:
-            return found
-    return {conv.name for conv, _ in plan}
+    """The layers of a plan that differs which it takes to differ, by halving."""
+    half = len(plan) // 2
+    found: set[str] = set()
+    for part in (plan[:half], plan[half:]) if half else ():
+        if _difference(model, example_inputs, part) is not None:
+            found |= _wrong(model, example_inputs, part)
+    return found or {conv.name for conv, _ in plan}
 
 
 @contextmanager

@@ -9,7 +9,6 @@ argument or training mode, runs the original code on the original modules.
 import inspect
 import keyword
 import types
-from collections.abc import Callable
 from importlib import import_module
 from inspect import Parameter
 from operator import attrgetter
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
+from sepconv.graph.extend import extended
 from sepconv.graph.tracer import VARIADIC
 from sepconv.graph.tracing import Trace
 
@@ -25,7 +25,7 @@ _MARK = "_sepconv_lowered"
 
 
 class Lowered(NamedTuple):
-    """What makes the subclass, as plain data: a class made at run time cannot be pickled.
+    """What makes the subclass, as plain data.
 
     Attributes:
         source: Of `lowered(self, ...)`, which is the graph, and `forward`, which asks for it.
@@ -45,7 +45,7 @@ class _Imported(NamedTuple):
 def not_extended(module: nn.Module) -> str | None:
     """Why a module's class cannot have subclasses, or None."""
     try:
-        types.new_class(type(module).__name__, (type(module),))
+        extended(type(module), {}, ())
     except Exception as error:  # whatever a metaclass or `__init_subclass__` says
         return f"its class cannot be extended: {error}"
     return None
@@ -129,27 +129,10 @@ def _subclass(kind: type[nn.Module], lowered: Lowered) -> type[nn.Module]:
         namespace[name] = import_module(value.name) if isinstance(value, _Imported) else value
     exec(compile(lowered.source, f"<lowered forward of {original.__name__}>", "exec"), namespace)
 
-    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        reduced: Any = original.__reduce_ex__(self, protocol)
-        make, args, *state = reduced
-        args = tuple(original if arg is type(self) else arg for arg in args)
-        return _made_again, (make, args, lowered), *state
-
     members = {
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "__reduce_ex__": reduce,
         "_sepconv_own": original,
         "_lowered": namespace["lowered"],
         "forward": namespace["forward"],
     }
     members |= {alias: property(attrgetter(path)) for alias, path in lowered.aliases.items()}
-    return types.new_class(original.__name__, (original,), {}, lambda body: body.update(members))
-
-
-def _made_again(make: Callable[..., nn.Module], args: tuple[Any, ...], lowered: Lowered) -> Any:
-    """An object without state, as unpickling needs it."""
-    made = make(*args)
-    made.__class__ = _subclass(type(made), lowered)
-    return made
+    return extended(original, members, (_subclass, lowered))

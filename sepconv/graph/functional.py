@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from sepconv.graph.extend import extended
 from sepconv.nn.weight import SettableProperties
 
 SPATIAL_DIMS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
@@ -103,33 +104,15 @@ def _subclass(
         source: Of the function.
         moved: Names that stand for an attribute of a child: (child, attribute).
     """
-
-    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        """Pickle the source: a class made at run time cannot be found by its name."""
-        state = original.__reduce_ex__(self, protocol)[2:]
-        return _new, (original, source, moved), *state
-
-    return type(
-        original.__name__,
-        (SettableProperties, original),
-        {
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            "__reduce_ex__": reduce,
-            "_sepconv_original": original,
-            "_sepconv_source": source,
-            "_sepconv_moved": moved,
-            "_sepconv_call": staticmethod(_convolve),
-            "forward": _function(source, original.forward),
-            **{name: _property(*path) for name, path in moved.items()},
-        },
-    )
-
-
-def _new(original: type[nn.Module], source: str, moved: Mapping[str, tuple[str, str]]) -> nn.Module:
-    """An object without state, as unpickling needs it."""
-    made = _subclass(original, source, moved)
-    return made.__new__(made)
+    members = {
+        "_sepconv_original": original,
+        "_sepconv_source": source,
+        "_sepconv_moved": moved,
+        "_sepconv_call": staticmethod(_convolve),
+        "forward": _function(source, original.forward),
+        **{name: _property(*path) for name, path in moved.items()},
+    }
+    return extended(original, members, (_subclass, source, moved), (SettableProperties,))
 
 
 def _property(child: str, attribute: str) -> property:

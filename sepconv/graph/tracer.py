@@ -33,15 +33,22 @@ _TORCHS_OWN = tuple(_TORCH + name for name in ("fx", "nn", "overrides.py", "util
 # Random numbers for each element of a tensor.
 DRAWS_LIKE = {
     torch.bernoulli,
+    torch.multinomial,
     torch.normal,
+    torch.poisson,
     torch.rand_like,
     torch.randint_like,
     torch.randn_like,
     Tensor.bernoulli_,
+    Tensor.cauchy_,
+    Tensor.exponential_,
+    Tensor.geometric_,
+    Tensor.log_normal_,
     Tensor.normal_,
+    Tensor.random_,
     Tensor.uniform_,
 }
-_DRAWING_METHODS = {"bernoulli", *(f.__name__ for f in DRAWS_LIKE)}
+_DRAWING_METHODS = {function.__name__ for function in DRAWS_LIKE}
 
 _ASKING = {"isinstance", "__class__", "_abc_instancecheck"}
 _DECORATORS = f"{_TORCH}utils{os.sep}_contextlib.py"  # of `@torch.no_grad()` and the like
@@ -161,7 +168,6 @@ class ModuleTracer(fx.Tracer):
         self.unknown: set[fx.Node] = set()
         self.constants: set[str] = set()
         self._random = _random_state()
-        self._paths: dict[nn.Module, str] = {}
         self._seen: set[int] = set()  # code without such; by `id`, as its hash takes long
 
     def path(self) -> str:
@@ -175,7 +181,6 @@ class ModuleTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Trace; raises whatever the model's code raises, and `RefusedError`."""
-        self._paths = {module: name for name, module in root.named_modules()}
         with _noting_questions(self):
             graph = super().trace(root, concrete_args)
         for attribute, path in self.unused.values():
@@ -218,7 +223,7 @@ class ModuleTracer(fx.Tracer):
         frame, why = sys._getframe(1), None
         while frame.f_code is not ModuleTracer.trace.__code__:
             if frame.f_code is ModuleTracer._forward.__code__ and why is not None:
-                self.refuse(why, self._paths[frame.f_locals["module"]])
+                self.refuse(why, self.path_of_module(frame.f_locals["module"]))
                 break
             if id(frame.f_code) not in self._seen:
                 why = why or _asks_for_more(frame.f_code)

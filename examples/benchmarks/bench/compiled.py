@@ -7,22 +7,17 @@ do on a CPU, and why: convolutions rewritten to our ops, and BatchNorms folded i
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 from torch._inductor import config as inductor
 from torch._inductor.compile_fx import compile_fx
 
 import sepconv
-from examples.benchmarks.bench.cpu import machine
-from examples.benchmarks.bench.fuse import build
-from sepconv._util import track, write_atomically
+from examples.benchmarks.bench.fuse import add_sizes, build, measure_models
 from sepconv.fusion.backend import compile_graph
 from sepconv.fusion.captured import lower
 from sepconv.timing import take_turns
@@ -43,24 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", nargs="+", default=list(MODELS), help="library/architecture[@rank]"
     )
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--resolution", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=30, help="turns each form takes at batch 1")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    add_sizes(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure and print the tables."""
-    sepconv.keep_freed_memory()
-    cases = [(name, batch) for batch in args.batches for name in args.models]
-    rows = []
-    for name, batch in track(cases, "measuring models"):
-        rows.append(measure_model(name, batch, args))
-        if args.json:
-            figures = {"models": rows, "machine": machine()}
-            write_atomically(args.json, json.dumps(figures, indent=2) + "\n")
-    for batch in args.batches:
-        Console().print(_table([row for row in rows if row["batch"] == batch], args.resolution))
+    measure_models(args, measure_model, _table)
 
 
 @torch.no_grad()

@@ -43,25 +43,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", nargs="+", default=list(MODELS), help="library/architecture[@rank]"
     )
+    parser.add_argument("--no-compile", action="store_true", help="eager forms only")
+    add_sizes(parser)
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Options that `measure_models` reads, but for the models."""
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--resolution", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=30, help="turns each form takes at batch 1")
-    parser.add_argument("--no-compile", action="store_true", help="eager forms only")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure and print the table."""
+    measure_models(args, measure_model, _table)
+
+
+def measure_models(
+    args: argparse.Namespace,
+    measure: Callable[[str, int, argparse.Namespace], dict[str, Any]],
+    table: Callable[[list[dict[str, Any]], int], Table],
+) -> None:
+    """Measure each model at each batch, write the figures, print a table for each batch."""
     sepconv.keep_freed_memory()
     cases = [(name, batch) for batch in args.batches for name in args.models]
     rows = []
     for name, batch in track(cases, "measuring models"):
-        rows.append(measure_model(name, batch, args))
+        rows.append(measure(name, batch, args))
         if args.json:
             figures = {"models": rows, "machine": machine()}
             write_atomically(args.json, json.dumps(figures, indent=2) + "\n")
     for batch in args.batches:
-        Console().print(_table([row for row in rows if row["batch"] == batch], args.resolution))
+        Console().print(table([row for row in rows if row["batch"] == batch], args.resolution))
 
 
 @torch.no_grad()
