@@ -11,6 +11,7 @@ from sepconv.conversion.options import Budget
 from sepconv.conversion.search import search
 from sepconv.cost import Cost, cost, register_flops
 from sepconv.distill import distill
+from sepconv.factorize import Form
 from sepconv.fusion.fuse import fuse
 from sepconv.ops import backend
 from sepconv.ops.memory import keep_freed_memory
@@ -25,6 +26,7 @@ __version__ = package_version()
 __all__ = [
     "Budget",
     "Cost",
+    "Form",
     "FusionReport",
     "Recipe",
     "Report",

@@ -91,7 +91,7 @@ def apply_plan(
 
 @torch.no_grad()
 def _built(conv: Match, layer: NewLayer) -> SeparableConv2d:
-    module = separable_module(conv.form(layer.channels_last), layer.rank)
+    module = separable_module(conv.spec(layer.channels_last), layer.rank)
     for i, name in enumerate(("weight_dw", "weight_pw")):
         weight = getattr(module, name).requires_grad_(conv.weight.requires_grad)
         if layer.factors is not None:

@@ -50,9 +50,9 @@ def latency_costs(matches: Sequence[Match], channels_last: bool, table: LatencyT
     """Seconds of every form of every layer that is faster than the dense one, and of that."""
     costs: Costs = {}
     for conv in track(matches, "measuring latency"):
-        form = conv.form(channels_last)
+        spec = conv.spec(channels_last)
         costs[conv.name] = _cheaper_than_dense(
-            {rank: table.seconds(form, rank) for rank in (*_ranks(conv), DENSE)}
+            {rank: table.seconds(spec, rank) for rank in (*_ranks(conv), DENSE)}
         )
     return costs
 

@@ -1,5 +1,6 @@
 """Factorisations of a dense weight: tensors in, tensors out."""
 
+from sepconv.factorize.form import Form
 from sepconv.factorize.svd import (
     SeparableFactors,
     factorize,
@@ -9,6 +10,7 @@ from sepconv.factorize.svd import (
 )
 
 __all__ = [
+    "Form",
     "SeparableFactors",
     "factorize",
     "full_rank",

@@ -68,7 +68,7 @@ class Settings(NamedTuple):
         return Geometry((stride[0], stride[1]), sides, (dilation[0], dilation[1]))
 
 
-class Form(NamedTuple):
+class ConvSpec(NamedTuple):
     """A convolution without its values: enough to build its separable form, and to time both.
 
     Attributes:
@@ -116,10 +116,10 @@ class Match:
     owner: str | None = None
     first: bool = False
 
-    def form(self, channels_last: bool) -> Form:
+    def spec(self, channels_last: bool) -> ConvSpec:
         """The convolution without its values."""
         weight = self.weight
-        return Form(
+        return ConvSpec(
             tuple(weight.shape),
             self.bias is not None,
             weight.dtype,

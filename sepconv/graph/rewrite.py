@@ -13,30 +13,30 @@ import torch
 from torch import Tensor, fx, nn
 
 from sepconv.graph.functional import rewrite_forward
-from sepconv.graph.match import Form, Match
+from sepconv.graph.match import ConvSpec, Match
 from sepconv.graph.state import copied, without_history
 from sepconv.nn import SeparableConv1d, SeparableConv2d
 
 
-def separable_module(form: Form, rank: int) -> SeparableConv2d:
+def separable_module(spec: ConvSpec, rank: int) -> SeparableConv2d:
     """A module of a convolution's separable form, its parameters without values."""
-    out_channels, channels, *taps = form.weight_shape
+    out_channels, channels, *taps = spec.weight_shape
     make = SeparableConv1d if len(taps) == 1 else SeparableConv2d
     # Made on the meta device nothing is drawn: neither time nor the random state is spent.
     module = make(
         channels,
         out_channels,
         _argument(tuple(taps)),
-        _argument(form.settings.stride),
-        _argument(form.settings.padding),
-        _argument(form.settings.dilation),
+        _argument(spec.settings.stride),
+        _argument(spec.settings.padding),
+        _argument(spec.settings.dilation),
         channel_multiplier=rank,
-        bias=form.bias,
-        channels_last=form.channels_last,
+        bias=spec.bias,
+        channels_last=spec.channels_last,
         device="meta",
-        dtype=form.dtype,
+        dtype=spec.dtype,
     )
-    return module.to_empty(device=form.device)
+    return module.to_empty(device=spec.device)
 
 
 def rewrite(

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from sepconv._util import crc32, track
 from sepconv.factorize import full_rank
-from sepconv.graph import Capture, Form, Match, Skipped
+from sepconv.graph import Capture, ConvSpec, Match, Skipped
 from sepconv.reports.fusion import FusionReport
 from sepconv.reports.latency import LatencyTable
 
@@ -44,7 +44,7 @@ class LayerReport:
         method: How the factors were found: `exact` at full rank, `svd` of the weight alone, or
             what a calibration names.
         weight_crc32: Checksum of the dense weight, where converted.
-        form: What it takes to measure the layer, where converted and shapes are known.
+        spec: What it takes to measure the layer, where converted and shapes are known.
     """
 
     name: str
@@ -60,7 +60,7 @@ class LayerReport:
     latency_after: float | None = None
     method: str | None = None
     weight_crc32: int | None = None
-    form: Form | None = field(default=None, repr=False, compare=False)
+    spec: ConvSpec | None = field(default=None, repr=False, compare=False)
 
     def keep_unless_faster(self) -> bool:
         """Turn a converted layer that did not measure faster into a kept one; True if it was."""
@@ -69,7 +69,7 @@ class LayerReport:
             return False
         self.status = "kept"
         self.reason = f"not faster, {_time(before)} > {_time(after)}"
-        self.rank = self.error = self.method = self.weight_crc32 = self.form = None
+        self.rank = self.error = self.method = self.weight_crc32 = self.spec = None
         self.macs_after, self.params_after = self.macs_before, self.params_before
         return True
 
@@ -120,7 +120,7 @@ class Report:
         """Plain Python data, as `to_json` writes it."""
         told = asdict(self)
         for layer in told["layers"]:
-            del layer["form"]
+            del layer["spec"]
         return told
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -146,7 +146,7 @@ class Report:
             >>> plan.measure().layers[0].latency_after > 0
             True
         """
-        if any(layer.form is None for layer in self.converted):
+        if any(layer.spec is None for layer in self.converted):
             raise ValueError("measure: expected a conversion with example_inputs, got no shapes")
         measure_layers(self.converted, LatencyTable())
         return self
@@ -259,9 +259,9 @@ def _attached(model: nn.Module) -> Report | FusionReport | None:
 def measure_layers(layers: Iterable[LayerReport], table: LatencyTable) -> None:
     """Fill in the latencies of both forms of converted layers whose shapes are known."""
     for layer in track(list(layers), "measuring latency"):
-        assert layer.form is not None, "shapes are known"
-        layer.latency_before = table.seconds(layer.form, None)
-        layer.latency_after = table.seconds(layer.form, layer.rank)
+        assert layer.spec is not None, "shapes are known"
+        layer.latency_before = table.seconds(layer.spec, None)
+        layer.latency_after = table.seconds(layer.spec, layer.rank)
 
 
 def planned_layers(
@@ -304,7 +304,7 @@ def _converted_layer(conv: Match, rank: int, channels_last: bool) -> LayerReport
         params_after=conv.params(rank),
         method="exact" if rank == full_rank(conv.weight_2d.shape) else "svd",
         weight_crc32=crc32(conv.weight),
-        form=conv.form(channels_last) if conv.runs else None,
+        spec=conv.spec(channels_last) if conv.runs else None,
     )
 
 

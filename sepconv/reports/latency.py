@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sepconv.graph import Form, separable_module
+from sepconv.graph import ConvSpec, separable_module
 from sepconv.timing import seconds
 
 
@@ -21,46 +21,50 @@ class LatencyTable:
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], float] = {}
 
-    def seconds(self, form: Form, rank: int | None) -> float:
+    def seconds(self, spec: ConvSpec, rank: int | None) -> float:
         """Seconds of all executions in one forward, in separable form or (None) dense."""
         total = 0.0
-        for shape, times in Counter(run.x_shape for run in form.runs).items():
-            key = (form._replace(runs=()), rank, shape)
+        for shape, times in Counter(run.x_shape for run in spec.runs).items():
+            key = (spec._replace(runs=()), rank, shape)
             if key not in self._known:
-                self._known[key] = _measure(form, rank, shape)
+                self._known[key] = _measure(spec, rank, shape)
             total += times * self._known[key]
         return total
 
 
 @torch.no_grad()
-def _measure(form: Form, rank: int | None, shape: tuple[int, ...]) -> float:
+def _measure(spec: ConvSpec, rank: int | None, shape: tuple[int, ...]) -> float:
     # Its own generator: measuring leaves the caller's random state alone.
-    generator = torch.Generator(form.device).manual_seed(0)
+    generator = torch.Generator(spec.device).manual_seed(0)
 
     def drawn(*size: int) -> Tensor:
-        return torch.randn(size, device=form.device, generator=generator).to(form.dtype)
+        return torch.randn(size, device=spec.device, generator=generator).to(spec.dtype)
 
     x = drawn(*shape)
     if rank is None:
-        weight = drawn(*form.weight_shape)
-        bias = drawn(form.weight_shape[0]) if form.bias else None
+        weight = drawn(*spec.weight_shape)
+        bias = drawn(spec.weight_shape[0]) if spec.bias else None
         formats = [torch.contiguous_format, *([torch.channels_last] if x.dim() == 4 else [])]
-        return min(_dense(form, x, weight, bias, memory_format) for memory_format in formats)
-    module = separable_module(form, rank)
+        return min(_dense(spec, x, weight, bias, memory_format) for memory_format in formats)
+    module = separable_module(spec, rank)
     for parameter in module.parameters():
         parameter.copy_(drawn(*parameter.shape))
     # Between converted layers tensors stay in the layout that the module returns.
     x = _laid_out(x, torch.channels_last) if module.keeps_channels_last else x
-    return seconds(lambda: module(x), form.device)
+    return seconds(lambda: module(x), spec.device)
 
 
 def _dense(
-    form: Form, x: Tensor, weight: Tensor, bias: Tensor | None, memory_format: torch.memory_format
+    spec: ConvSpec,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    memory_format: torch.memory_format,
 ) -> float:
     convolve = F.conv1d if weight.dim() == 3 else F.conv2d
     x, weight = _laid_out(x, memory_format), _laid_out(weight, memory_format)
-    stride, padding, dilation = form.settings
-    return seconds(lambda: convolve(x, weight, bias, stride, padding, dilation), form.device)
+    stride, padding, dilation = spec.settings
+    return seconds(lambda: convolve(x, weight, bias, stride, padding, dilation), spec.device)
 
 
 def _laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:

@@ -16,7 +16,7 @@ import sepconv
 from sepconv.calibration.fit import Calibration, Method
 from sepconv.calibration.observe import Survey
 from sepconv.factorize import SeparableFactors, factorize
-from sepconv.graph import Form, Match, capture, match
+from sepconv.graph import ConvSpec, Match, capture, match
 from sepconv.reports.latency import LatencyTable
 
 # Networks as small as these do not get faster.
@@ -265,8 +265,8 @@ def test_a_latency_budget_is_kept_by_the_measured_table(
     """With a table in the place of the clock: rank T takes T + 1 tenths of the dense layer."""
     asked: list[tuple[int, ...]] = []
 
-    def seconds(table: LatencyTable, form: Form, rank: int | None) -> float:
-        asked.append(form.weight_shape)
+    def seconds(table: LatencyTable, spec: ConvSpec, rank: int | None) -> float:
+        asked.append(spec.weight_shape)
         return 1e-2 if rank is None else (rank + 1) * 1e-3
 
     monkeypatch.setattr(LatencyTable, "seconds", seconds)
@@ -290,7 +290,7 @@ def test_a_latency_budget_is_kept_by_the_measured_table(
 def test_a_latency_budget_out_of_reach_names_the_lowest(
     net: Digits, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LatencyTable, "seconds", lambda _, form, rank: 2e-3 if rank else 4e-3)
+    monkeypatch.setattr(LatencyTable, "seconds", lambda _, spec, rank: 2e-3 if rank else 4e-3)
     monkeypatch.setattr(
         "sepconv.conversion.costs.take_turns", lambda forms, *_, **__: dict.fromkeys(forms, 1e-3)
     )
