@@ -156,7 +156,7 @@ class Bench:
         saved = 0.0
         for conv in self.matches:
             rank = ranks[conv.name]
-            saved += 0 if rank is None else conv.dense_macs - conv.macs(rank)
+            saved += 0 if rank is None else conv.dense_macs - conv.macs(sepconv.Form(rank))
         return self.macs - saved
 
 

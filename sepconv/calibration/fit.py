@@ -13,9 +13,9 @@ from sepconv.calibration.batches import read_batches
 from sepconv.calibration.observe import Dense
 from sepconv.calibration.refine import STEPS, Fitted, ShapesDifferError, check_same_shapes, refine
 from sepconv.calibration.responses import Responses, Substitutes
+from sepconv.factorize.form import full_rank
 from sepconv.factorize.moments import Moments
 from sepconv.factorize.solve import SWEEPS, Factors, solve
-from sepconv.factorize.svd import full_rank
 from sepconv.factorize.target import asymmetric_target, damped
 from sepconv.graph import ExampleInputs, Match
 

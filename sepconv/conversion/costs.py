@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sepconv._util import evaluating, track
-from sepconv.factorize import full_rank
+from sepconv.factorize import Form, full_rank
 from sepconv.graph import ExampleInputs, Match, split_inputs
 from sepconv.graph.capture import runnable
 from sepconv.graph.state import untouched
@@ -36,11 +36,11 @@ def counted_costs(matches: Sequence[Match], kind: str, new_biases: bool) -> Cost
     costs: Costs = {}
     for conv in matches:
         if kind == "macs":
-            forms: dict[int | None, float] = {rank: conv.macs(rank) for rank in _ranks(conv)}
+            forms: dict[int | None, float] = {rank: conv.macs(Form(rank)) for rank in _ranks(conv)}
             forms[DENSE] = conv.dense_macs
         else:
             extra = len(conv.weight) if new_biases and conv.bias is None else 0
-            forms = {rank: conv.params(rank) + extra for rank in _ranks(conv)}
+            forms = {rank: conv.params(Form(rank)) + extra for rank in _ranks(conv)}
             forms[DENSE] = conv.dense_params
         costs[conv.name] = _cheaper_than_dense(forms)
     return costs
@@ -51,9 +51,9 @@ def latency_costs(matches: Sequence[Match], channels_last: bool, table: LatencyT
     costs: Costs = {}
     for conv in track(matches, "measuring latency"):
         spec = conv.spec(channels_last)
-        costs[conv.name] = _cheaper_than_dense(
-            {rank: table.seconds(spec, rank) for rank in (*_ranks(conv), DENSE)}
-        )
+        forms: dict[int | None, float] = {r: table.seconds(spec, Form(r)) for r in _ranks(conv)}
+        forms[DENSE] = table.seconds(spec, DENSE)
+        costs[conv.name] = _cheaper_than_dense(forms)
     return costs
 
 

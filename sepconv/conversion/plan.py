@@ -8,25 +8,31 @@ from torch import nn
 from sepconv.calibration.fit import Calibration
 from sepconv.conversion.costs import DENSE, Costs, counted_costs, forward_seconds, latency_costs
 from sepconv.conversion.options import Budget, Rank
-from sepconv.factorize import full_rank, weight_errors
+from sepconv.factorize import Form, full_rank, weight_errors
 from sepconv.factorize.knapsack import Option, knapsack
 from sepconv.graph import Capture, ExampleInputs, Match
 from sepconv.reports.conversion import Report
 from sepconv.reports.latency import LatencyTable
 
 Ranks = dict[str, int | None]
+Forms = dict[str, Form | None]
 Errors = Mapping[str, Mapping[int, float]]  # by layer and rank
 
 _BISECTIONS = 7  # narrows the fraction down to one percent
 
 
-def ranks_asked(matches: Sequence[Match], ranks: Mapping[str, Rank | None]) -> Ranks:
-    """The caller's ranks, at most each layer's full rank; rank 1 where none was named."""
-    planned: Ranks = {}
+def ranks_asked(matches: Sequence[Match], ranks: Mapping[str, Rank | None]) -> Forms:
+    """The caller's ranks, at most what each layer has; rank 1 where none was named.
+
+    A 1x1 convolution that they would not make smaller stays dense.
+    """
+    planned: Forms = {}
     for conv in matches:
-        full = full_rank(conv.weight_2d.shape)
-        wanted = ranks[conv.name]
-        planned[conv.name] = full if wanted == "full" else min(wanted or 1, full)
+        shape = tuple(conv.weight_2d.shape)
+        wanted = full_rank(shape) if ranks[conv.name] == "full" else ranks[conv.name] or 1
+        assert not isinstance(wanted, str), "check_rank() allows no other word"
+        form = (wanted if isinstance(wanted, Form) else Form(wanted)).within(shape)
+        planned[conv.name] = DENSE if conv.is_pointwise and form.is_plain else form
     return planned
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sepconv
 from sepconv.calibration.fit import Calibration, Method
 from sepconv.calibration.observe import Survey
-from sepconv.factorize import SeparableFactors, factorize
+from sepconv.factorize import Form, SeparableFactors, factorize
 from sepconv.graph import ConvSpec, Match, capture, match
 from sepconv.reports.latency import LatencyTable
 
@@ -265,9 +265,9 @@ def test_a_latency_budget_is_kept_by_the_measured_table(
     """With a table in the place of the clock: rank T takes T + 1 tenths of the dense layer."""
     asked: list[tuple[int, ...]] = []
 
-    def seconds(table: LatencyTable, spec: ConvSpec, rank: int | None) -> float:
+    def seconds(table: LatencyTable, spec: ConvSpec, form: Form | None) -> float:
         asked.append(spec.weight_shape)
-        return 1e-2 if rank is None else (rank + 1) * 1e-3
+        return 1e-2 if form is None else (form.rank + 1) * 1e-3
 
     monkeypatch.setattr(LatencyTable, "seconds", seconds)
     monkeypatch.setattr(
@@ -414,9 +414,9 @@ def test_no_factors_are_made_to_be_thrown_away(
     """Calibrated layers have no SVD of the weight, and a dry run has no factors at all."""
     made: list[int] = []
 
-    def counted(weight: Tensor, rank: int) -> SeparableFactors:
-        made.append(rank)
-        return factorize(weight, rank)
+    def counted(weight: Tensor, form: Form) -> SeparableFactors:
+        made.append(form.rank)
+        return factorize(weight, form)
 
     monkeypatch.setattr("sepconv.conversion.apply.factorize", counted)
     x, ranks = batches[0][:1], {"block*": 2, "down": "full"}
