@@ -308,7 +308,7 @@ def _check_trains(student: nn.Module) -> None:
     frozen = [
         name
         for name, layer in layers.items()
-        if not (layer.weight_dw.requires_grad or layer.weight_pw.requires_grad)
+        if not any(factor.requires_grad for factor in layer.factors.values())
     ]
     if not frozen:
         return

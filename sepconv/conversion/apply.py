@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from sepconv.calibration.refine import Fitted
-from sepconv.factorize import factorize, weight_errors
+from sepconv.factorize import Form, SeparableFactors, factorize, weight_errors
 from sepconv.graph import Match, rewrite, separable_module
 from sepconv.nn import SeparableConv2d
+from sepconv.nn.separable import FACTORS
 from sepconv.reports.conversion import LayerReport
 
 
@@ -17,16 +18,16 @@ class NewLayer(NamedTuple):
     """What takes the place of a convolution.
 
     Attributes:
-        rank: Depthwise filters per input channel.
+        form: Its ranks.
         channels_last: Whether its weights ask for channels_last outputs.
-        factors: Values for `weight_dw` and `weight_pw`, in these or as many numbers in this order;
-            None leaves both without values.
+        factors: Values by the name of the parameter, of its shape or as many numbers in its order;
+            None leaves all of them without values.
         bias: [K], None for the convolution's own.
     """
 
-    rank: int
+    form: Form
     channels_last: bool
-    factors: tuple[Tensor, Tensor] | None
+    factors: Mapping[str, Tensor | None] | None
     bias: Tensor | None = None
 
 
@@ -42,22 +43,32 @@ def factored(
     """
     for conv in matches:
         layer = layers[conv.name]
-        if layer.rank is None:
+        if layer.form is None:
             continue
         if conv.name in fitted:
             factors, bias = fitted[conv.name]
             dense = conv.weight_2d.detach().flatten(1).double()
             change = factors.dense() - dense
             layer.error = float(change.norm() / dense.norm().clamp(min=1e-300))
-            yield conv, NewLayer(layer.rank, channels_last, factors, bias)
+            yield conv, NewLayer(layer.form, channels_last, factors.named(), bias)
         else:
-            weight_dw, weight_pw, layer.error = factorize(conv.weight_2d, layer.rank)
-            yield conv, NewLayer(layer.rank, channels_last, (weight_dw, weight_pw))
+            made = factorize(conv.weight_2d, layer.form)
+            layer.error = made.error
+            yield conv, NewLayer(layer.form, channels_last, named(made))
 
 
-def weight_error(conv: Match, rank: int | None) -> float | None:
+def named(factors: SeparableFactors) -> dict[str, Tensor | None]:
+    """Factors by the names of the parameters that they are for."""
+    return {name: getattr(factors, name) for name in FACTORS}
+
+
+def weight_error(conv: Match, form: Form | None) -> float | None:
     """The error that `factored` would report of a weight's own factors."""
-    return None if rank is None else float(weight_errors(conv.weight_2d)[rank].sqrt())
+    if form is None:
+        return None
+    if not form.is_plain:
+        return factorize(conv.weight_2d, form).error
+    return float(weight_errors(conv.weight_2d)[form.rank].sqrt())
 
 
 def apply_plan(
@@ -91,11 +102,13 @@ def apply_plan(
 
 @torch.no_grad()
 def _built(conv: Match, layer: NewLayer) -> SeparableConv2d:
-    module = separable_module(conv.spec(layer.channels_last), layer.rank)
-    for i, name in enumerate(("weight_dw", "weight_pw")):
-        weight = getattr(module, name).requires_grad_(conv.weight.requires_grad)
+    module = separable_module(conv.spec(layer.channels_last), layer.form)
+    for name, weight in module.factors.items():
+        weight.requires_grad_(conv.weight.requires_grad)
         if layer.factors is not None:
-            weight.copy_(layer.factors[i].reshape(weight.shape))
+            value = layer.factors[name]
+            assert value is not None, "factors are of the form"
+            weight.copy_(value.reshape(weight.shape))
     module.bias = conv.bias
     return module
 
@@ -114,7 +127,7 @@ def _successors(
 ) -> dict[int, list[nn.Parameter]]:
     successors = {id(p): [memo[id(p)]] for p in model.parameters() if id(p) in memo}
     for conv, module in modules.items():
-        successors[id(conv.weight)] = [module.weight_dw, module.weight_pw]
+        successors[id(conv.weight)] = [*module.factors.values()]
         if conv.bias is None and module.bias is not None:
             successors[id(conv.weight)].append(module.bias)
     return successors

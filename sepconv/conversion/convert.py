@@ -19,8 +19,9 @@ from sepconv.conversion.options import (
     check_finite,
     check_options,
     select,
+    wants_pointwise,
 )
-from sepconv.conversion.plan import check_within, ranks_asked, ranks_for
+from sepconv.conversion.plan import check_within, forms_asked, forms_for, is_reachable
 from sepconv.conversion.trial import tried
 from sepconv.graph import ExampleInputs, Match, capture, match
 from sepconv.graph.checked import checked_model
@@ -40,6 +41,8 @@ def convert(
     exclude: Iterable[str] | None = None,
     filter_fn: FilterFn | None = None,
     first_conv: bool = False,
+    bottleneck: bool = True,
+    pointwise: bool | None = None,
     only_if_faster: bool = False,
     optimizers: Optimizer | Iterable[Optimizer] | None = None,
     inplace: bool = False,
@@ -59,9 +62,10 @@ def convert(
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments of the
             model's forward. With them shapes and MACs are known, and one forward of the whole
             model is timed in both forms at the end.
-        rank: An int, `"full"` (exact), or a mapping of name patterns to an int, `"full"` or None
-            (leave); layers that a mapping does not name are left. A rank above a layer's full
-            rank, min(K, R*S), means its full rank. Default: 1, the MobileNet form.
+        rank: An int, a `sepconv.Form` (ranks of the channels too), `"full"` (exact), or a mapping
+            of name patterns to one of these or None (leave); layers that a mapping does not name
+            are left. A rank above a layer's full rank, min(K, R*S), means its full rank. Default:
+            1, the MobileNet form.
         budget: `Budget(macs=)`, `Budget(params=)`, `Budget(latency=)` or `Budget(error=)`; the
             ranks are then planned, with dense as one of the choices. All but `params` need
             `example_inputs`, and `error` needs `calibration`.
@@ -70,6 +74,12 @@ def convert(
         filter_fn: `(module, name) -> bool`, True to convert.
         first_conv: Whether to convert the network's first convolution too (at most 4 channels).
             There is little to gain there and accuracy to lose.
+        bottleneck: Whether a budget may choose forms with a 1x1 convolution before the depthwise
+            filters, or two after them (docs/bottleneck.md), or plain ranks alone.
+        pointwise: Whether 1x1 convolutions may be split into two: True, those that `rank` gives a
+            `Form` with `rank_in` or that a budget is planned for; False, none. Default: those
+            that a mapping of ranks names, without wildcards, with such a form; and with a budget
+            all, if it cannot be reached otherwise.
         only_if_faster: Keep a layer dense unless its separable form measures faster.
         optimizers: Optimizers over the model's parameters; they will train the result's.
         inplace: Change `model` itself instead of a copy.
@@ -102,33 +112,40 @@ def convert(
     model = checked_model(model)
     listed = check_optimizers(optimizers)
     check_options(rank, budget, example_inputs, only_if_faster, filter_fn)
+    if rank is None and budget is None:
+        rank = 1
     if not (inplace or dryrun):
         check_copyable(model)
     # Optimizers know the parameters themselves, as the caller of `inplace` does.
     model = trainable(model, itself=inplace or bool(listed))
 
     captured = capture(model, example_inputs)
-    found = match(model, captured)
-    asked, found = select(model, found, rank, include, exclude, filter_fn, first_conv)
-    matches = [conv for conv in found if isinstance(conv, Match)]
-    check_finite(matches)
+    choice = (rank, include, exclude, filter_fn, first_conv)
+    found = match(model, captured, pointwise=wants_pointwise(rank, pointwise))
+    asked, found = select(model, found, *choice, pointwise)
+    if budget is not None and pointwise is None:
+        new_biases = calibration is not None
+        if not is_reachable(budget, model, captured, found, new_biases, bottleneck):
+            asked, found = select(model, match(model, captured, pointwise=True), *choice, True)
+    check_finite(conv for conv in found if isinstance(conv, Match))
     if example_inputs is not None:
         captured, found = tried(model, example_inputs, captured, found)
-        matches = [conv for conv in found if isinstance(conv, Match)]
+    matches = [conv for conv in found if isinstance(conv, Match)]
 
     table = LatencyTable()
     study = None
     if calibration is not None:
         study = Calibration(model, matches, calibration, example_inputs, seed)
     if budget is None:
-        ranks = ranks_asked(matches, asked)
+        forms = forms_asked(matches, asked)
     else:
-        ranks = ranks_for(budget, model, example_inputs, captured, matches, study, table)
-    calibrated = study.reached(ranks) if study is not None else ()
-    layers = planned_layers(found, ranks, captured.channels_last, calibrated)
+        given = (budget, model, example_inputs, captured, matches, study, table)
+        forms = forms_for(*given, bottleneck)
+    calibrated = study.reached(forms) if study is not None else ()
+    layers = planned_layers(found, forms, captured.channels_last, calibrated)
 
     if only_if_faster or (budget is not None and budget.kind == "latency"):
-        measure_layers([x for x in layers.values() if x.rank is not None], table)
+        measure_layers([x for x in layers.values() if x.form is not None], table)
     if only_if_faster:
         for layer in layers.values():
             layer.keep_unless_faster()
@@ -137,13 +154,13 @@ def convert(
         check_within(budget, made)
     if dryrun:
         for conv in matches:
-            layers[conv.name].error = weight_error(conv, layers[conv.name].rank)
+            layers[conv.name].error = weight_error(conv, layers[conv.name].form)
         return made
 
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    fitted = study.fit(ranks) if study is not None else {}
+    forms = {name: layer.form for name, layer in layers.items()}
+    fitted = study.fit(forms) if study is not None else {}
     plan = factored(matches, layers, fitted, captured.channels_last)
-    converting = any(rank is not None for rank in ranks.values())
+    converting = any(form is not None for form in forms.values())
     if not converting:
         warnings.warn(f"convert: nothing was converted: {made.reasons()}", stacklevel=3)
     times: dict[str, float] = {}
@@ -154,8 +171,8 @@ def convert(
     update_optimizers(listed, successors, names)
     attach(converted, made)
     if converting and example_inputs is not None:
-        forms = {"after": converted} if inplace else {"before": model, "after": converted}
-        times |= forward_seconds(example_inputs, **forms)
+        timed = {"after": converted} if inplace else {"before": model, "after": converted}
+        times |= forward_seconds(example_inputs, **timed)
         made.latency_before, made.latency_after = times["before"], times["after"]
         made.device = device_name(converted)
         if times["after"] >= times["before"]:

@@ -8,11 +8,11 @@ from typing import Literal
 from torch import nn
 
 from sepconv._util import closest
-from sepconv.factorize import is_finite
+from sepconv.factorize import Form, is_finite
 from sepconv.graph import Match, Skipped, SkipReason
 from sepconv.nn import SeparableConv2d
 
-Rank = int | Literal["full"]
+Rank = int | Form | Literal["full"]
 RankChoice = Rank | Mapping[str, Rank | None] | None
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -91,11 +91,31 @@ def check_finite(matches: Iterable[Match]) -> None:
 
 
 def check_rank(rank: object, where: str = "rank") -> None:
-    """Raise `ValueError` unless `rank` is an int of at least 1 or "full"."""
-    if rank == "full" and isinstance(rank, str):
+    """Raise `ValueError` unless `rank` is an int of at least 1, a `Form` or "full"."""
+    if isinstance(rank, Form) or (rank == "full" and isinstance(rank, str)):
         return
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f'{where}: expected an int of at least 1 or "full", got {rank!r}')
+        raise ValueError(
+            f'{where}: expected an int of at least 1, a sepconv.Form or "full", got {rank!r}'
+        )
+
+
+def wants_pointwise(rank: object, pointwise: bool | None) -> bool:
+    """Whether 1x1 convolutions may take part: they are asked for, or a mapping may name some.
+
+    Raises:
+        ValueError: `pointwise` is not True, False or None.
+    """
+    if pointwise is not None and not isinstance(pointwise, bool):
+        raise ValueError(f"pointwise: expected True, False or None, got {pointwise!r}")
+    if pointwise is None and isinstance(rank, Mapping):
+        return any(_splits(value) for value in rank.values())
+    return pointwise is True
+
+
+def _splits(rank: object) -> bool:
+    """Whether a rank asked for makes two of a 1x1 convolution."""
+    return isinstance(rank, Form) and rank.rank_in is not None
 
 
 def select(
@@ -106,12 +126,15 @@ def select(
     exclude: Iterable[str] | None,
     filter_fn: FilterFn | None,
     first_conv: bool,
+    pointwise: bool | None = None,
 ) -> tuple[dict[str, Rank | None], list[Match | Skipped]]:
     """Apply the caller's choices.
 
     A pattern matches a name, or the name of a module that the convolution is in; `*`, `?` and
     `[...]` are wildcards. The first convolution of the network takes part when `first_conv` is
-    set or when it is named exactly, without wildcards.
+    set or when it is named exactly, without wildcards. A 1x1 convolution takes part when
+    `pointwise` is set or when a mapping of ranks names it so, and then not with a rank that leaves
+    it as it is.
 
     Returns:
         The rank asked for by name (None: left to the planner), and `found` with the
@@ -142,6 +165,9 @@ def select(
             chosen.append(conv)
             continue
         wanted: Rank | None = rank if not isinstance(rank, Mapping) else _look_up(rank, conv.name)
+        if conv.is_pointwise and not _takes_pointwise(conv.name, rank, wanted, pointwise):
+            chosen.append(conv.skipped(SkipReason.POINTWISE))
+            continue
         out = (
             (include is not None and not _matches_any(include, conv.name))
             or _matches_any(exclude or (), conv.name)
@@ -151,12 +177,20 @@ def select(
         first = conv.first and not first_conv and conv.name not in named
         if out or first:
             reason = SkipReason.EXCLUDED if out else SkipReason.FIRST
-            macs = conv.dense_macs if conv.runs else None
-            chosen.append(Skipped(conv.name, reason, conv.dense_params, macs))
+            chosen.append(conv.skipped(reason))
         else:
             ranks[conv.name] = wanted
             chosen.append(conv)
     return ranks, chosen
+
+
+def _takes_pointwise(
+    name: str, rank: RankChoice, wanted: Rank | None, pointwise: bool | None
+) -> bool:
+    """Whether a 1x1 convolution takes part: asked for, and at a rank that changes it."""
+    named = isinstance(rank, Mapping) and name in rank
+    asked = pointwise or (pointwise is None and named)
+    return bool(asked) and (rank is None or _splits(wanted))
 
 
 def _patterns(patterns: Iterable[str] | None, where: str) -> tuple[str, ...] | None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sepconv.conversion.apply import NewLayer, apply_plan
+from sepconv.factorize import Form
 from sepconv.graph import Capture, ExampleInputs, Match, Skipped, SkipReason, split_inputs
 from sepconv.graph.compare import Check
 from sepconv.graph.state import check_copyable
@@ -54,9 +55,7 @@ def tried(
         stacklevel=4,
     )
     return replace(captured, channels_last=False), [
-        Skipped(conv.name, SkipReason.CODE, conv.dense_params, conv.dense_macs)
-        if isinstance(conv, Match) and conv.name in wrong
-        else conv
+        conv.skipped(SkipReason.CODE) if isinstance(conv, Match) and conv.name in wrong else conv
         for conv in found
     ]
 
@@ -68,7 +67,7 @@ def _rank_1(conv: Match, channels_last: bool) -> NewLayer:
     filters = weight.float().square().mean(0).sqrt()
     scales = torch.einsum("kct,ct->kc", weight.float(), filters)
     scales = scales / filters.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
-    return NewLayer(1, channels_last, (filters, scales))
+    return NewLayer(Form(1), channels_last, {"weight_dw": filters, "weight_pw": scales})
 
 
 def _difference(model: nn.Module, example_inputs: ExampleInputs, plan: Plan) -> str | None:
@@ -96,7 +95,8 @@ def _dense(plan: Sequence[tuple[Match, NewLayer]]) -> Iterator[None]:
     try:
         for conv, layer in plan:
             assert layer.factors is not None
-            filters, scales = (factor.to(conv.weight.dtype) for factor in layer.factors)
+            factors = (layer.factors["weight_dw"], layer.factors["weight_pw"])
+            filters, scales = (f.to(conv.weight.dtype) for f in factors if f is not None)
             dense = (scales[:, :, None] * filters).to(conv.weight)
             conv.weight.data = dense.reshape(conv.weight.shape)
         yield

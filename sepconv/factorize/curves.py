@@ -177,6 +177,9 @@ def _nested_errors(
     return errors
 
 
+_Point = tuple[float, float, int]  # cost, error, which
+
+
 def hull(costs: Mapping[Form, float], errors: Mapping[Form, float], dense: float) -> list[Form]:
     """The forms on the lower convex hull of error over cost, from the cheapest on.
 
@@ -188,7 +191,7 @@ def hull(costs: Mapping[Form, float], errors: Mapping[Form, float], dense: float
     """
     points = sorted((costs[form], errors[form], i) for i, form in enumerate(errors))
     forms = list(errors)
-    corners: list[tuple[float, float, int]] = []
+    corners: list[_Point] = []
     for point in [p for p in points if p[0] < dense] + [(dense, 0.0, -1)]:
         while corners and corners[-1][1] <= point[1] and point[2] >= 0:
             break

@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from math import prod
 
-from sepconv.factorize.svd import full_rank
+import torch
+
+
+def full_rank(weight_shape: torch.Size | tuple[int, ...]) -> int:
+    """The smallest rank at which any weight of this shape [K, C, R, S] is factorised exactly.
+
+    >>> full_rank((64, 3, 3, 3)), full_rank((4, 3, 3, 3))
+    (9, 4)
+    """
+    out_channels, _, *taps = weight_shape
+    return min(out_channels, prod(taps))
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,8 @@ class Form:
         """
         out_channels, channels, *taps = weight_shape
         rank_in = None if self.rank_in is None else min(self.rank_in, channels)
+        if rank_in is not None and prod(taps) == 1:
+            rank_in = min(rank_in, out_channels)
         rank = min(self.rank, full_rank(weight_shape), self.rank_out or self.rank)
         rank_out = None if self.rank_out is None else min(self.rank_out, out_channels)
         if rank_out is not None and prod(taps) > 1:

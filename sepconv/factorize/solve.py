@@ -41,6 +41,18 @@ class Factors(NamedTuple):
             weight = torch.einsum("kgr,gc->kcr", weight, self.weight_in)
         return weight.flatten(1)
 
+    def named(self) -> dict[str, Tensor | None]:
+        """By the names of a module's parameters; a 1x1 convolution's filters join the mixing."""
+        mixing = self.mixing
+        if self.filters.shape[2] == 1 and self.weight_in is not None:
+            mixing = mixing * self.filters[..., 0]
+        return {
+            "weight_dw": self.filters,
+            "weight_pw": mixing,
+            "weight_in": self.weight_in,
+            "weight_out": self.weight_out,
+        }
+
     def scaled(self, scale: Tensor) -> "Factors":
         """With outputs multiplied by scale [K]."""
         if self.weight_out is not None:

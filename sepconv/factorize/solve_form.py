@@ -6,9 +6,10 @@ channel, the factors minimise
     J(A, D, P, E) = || L (W - E P D (A x I)) S^(1/2) ||_F^2
 
 A [rank_in, C] maps the input's channels at every tap, D holds T filters [R*S] for each mapped
-channel, P mixes them to rank_out channels and E [K, rank_out] gives the K outputs. A trained layer's
-inputs and responses both lie near subspaces, so that A and E cost little error where the filters
-that they save were dear. J is quadratic in each factor: they are fitted in turns, and J never rises.
+channel, P mixes them to rank_out channels and E [K, rank_out] gives the K outputs. The inputs and
+responses of a trained layer both lie near subspaces, so that A and E cost little error where the
+filters that they save were dear. J is quadratic in each factor: they are fitted in turns, and J
+never rises.
 """
 
 from typing import NamedTuple

@@ -7,71 +7,43 @@ convolutions: Guo et al., "Network Decoupling", 2018). Only the singular vectors
 needed, and they are the eigenvectors of a Gram matrix no larger than min(K, R*S).
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
+
+from sepconv.factorize.factors import SeparableFactors
+from sepconv.factorize.form import full_rank
 
 # Channels are independent: so many float64 numbers are worked on at a time, 4 MB of them.
 _NUMBERS = 2**19
 
 
-class SeparableFactors(NamedTuple):
-    """Factors of a dense weight [K, C, R, S] at rank T.
-
-    Attributes:
-        weight_dw: [C*T, 1, R, S]; the T filters of a channel stand together.
-        weight_pw: [K, C*T, 1, 1].
-        error: ||W - W'||_F / ||W||_F of the factors before they are rounded to W's dtype.
-    """
-
-    weight_dw: Tensor
-    weight_pw: Tensor
-    error: float
-
-
-def full_rank(weight_shape: torch.Size | tuple[int, ...]) -> int:
-    """The smallest rank at which any weight of this shape [K, C, R, S] is factorised exactly.
-
-    >>> full_rank((64, 3, 3, 3)), full_rank((4, 3, 3, 3))
-    (9, 4)
-    """
-    out_channels, _, *taps = weight_shape
-    return min(out_channels, torch.Size(taps).numel())
-
-
-def factorize(weight: Tensor, rank: int) -> SeparableFactors:
-    """Factorise a dense weight [K, C, R, S]; the algebra runs in float64.
+def factorize_rank(weight: Tensor, rank: int) -> SeparableFactors:
+    """Factors of a checked dense weight [K, C, R, S] at a rank; the algebra runs in float64.
 
     At `full_rank` and above the factors are exact by construction: the filters are the R*S
     canonical taps and the mixing weights are the weights themselves (or the other way round
     where K < R*S), so that not even rounding stands between the two forms.
 
-    Raises:
-        ValueError: `weight` is not a finite 4-D tensor, or `rank` is not a positive int.
-
     Example:
-        >>> w = torch.randn(16, 8, 3, 3)
-        >>> factors = factorize(w, rank=2)
-        >>> factors.weight_dw.shape, factors.weight_pw.shape
-        (torch.Size([16, 1, 3, 3]), torch.Size([16, 16, 1, 1]))
-        >>> factorize(w, rank=9).error
+        >>> factorize_rank(torch.randn(16, 8, 3, 3), rank=9).error
         0.0
     """
-    _check(weight)
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank: expected an int of at least 1, got {rank!r}")
     if rank >= full_rank(weight.shape):
         return _exact(weight)
 
+    filters, mixing, energy = truncated(weight, rank)
+    error = float(_errors_by_rank(energy)[rank].sqrt())
+    return SeparableFactors(*to_weights(filters, mixing, weight), error)
+
+
+def truncated(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Filters [C, T, R*S], mixing weights [C, K, T] and energies [C, full_rank] of all channels."""
     parts = [_truncate(part, rank) for part in _parts(weight)]
-    filters, mixing, energies = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    error = float(_errors_by_rank(energies)[rank].sqrt())
-    return SeparableFactors(*_to_weights(filters, mixing, weight), error)
+    filters, mixing, energy = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return filters, mixing, energy
 
 
 def _truncate(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Filters [C, T, R*S], mixing weights [C, K, T], energies [C, full_rank]."""
     per_channel = _per_channel(weight)
     vectors, energies = _singular_vectors(per_channel)
     kept = vectors[:, :, :rank]
@@ -89,9 +61,13 @@ def weight_errors(weight: Tensor) -> Tensor:
         [full_rank + 1] in float64: entry T is ||W - W'||^2 / ||W||^2 at rank T; entry 0 is 1 and
         the last entry is 0. Decreasing and convex in T.
     """
-    _check(weight)
-    parts = [_singular_vectors(_per_channel(part))[1] for part in _parts(weight)]
-    return _errors_by_rank(torch.cat(parts))
+    check_weight(weight)
+    return _errors_by_rank(energies(weight))
+
+
+def energies(weight: Tensor) -> Tensor:
+    """Squared singular values [C, full_rank] of each channel of a weight [K, C, R, S], falling."""
+    return torch.cat([_singular_vectors(_per_channel(part))[1] for part in _parts(weight)])
 
 
 def _errors_by_rank(energies: Tensor) -> Tensor:
@@ -112,7 +88,8 @@ def is_finite(weight: Tensor) -> bool:
     return weight.numel() == 0 or bool(torch.stack(weight.detach().aminmax()).isfinite().all())
 
 
-def _check(weight: Tensor) -> None:
+def check_weight(weight: Tensor) -> None:
+    """Raise `ValueError` unless `weight` is a finite 4-D tensor."""
     if weight.dim() != 4:
         raise ValueError(f"weight: expected 4 dimensions [K, C, R, S], got {list(weight.shape)}")
     if not weight.is_floating_point():
@@ -156,12 +133,18 @@ def _exact(weight: Tensor) -> SeparableFactors:
     else:
         identity = torch.eye(out_channels, dtype=weight.dtype, device=weight.device)
         filters, mixing = per_channel, identity.expand(channels, -1, -1)
-    return SeparableFactors(*_to_weights(filters, mixing, weight), 0.0)
+    return SeparableFactors(*to_weights(filters, mixing, weight), 0.0)
 
 
-def _to_weights(filters: Tensor, mixing: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Filters [C, T, R*S] and mixing weights [C, K, T] in the layout and dtype of the ops."""
+def to_weights(filters: Tensor, mixing: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Filters [C, T, R*S] and mixing weights [C, K, T] in the layout and dtype of the ops.
+
+    Args:
+        filters: Of each channel.
+        mixing: Likewise.
+        like: [..., R, S], of the dtype that they shall have.
+    """
     channels, rank, _ = filters.shape
     weight_dw = filters.reshape(channels * rank, 1, *like.shape[2:])
-    weight_pw = mixing.transpose(0, 1).reshape(like.shape[0], channels * rank, 1, 1)
+    weight_pw = mixing.transpose(0, 1).reshape(mixing.shape[1], channels * rank, 1, 1)
     return weight_dw.to(like.dtype).contiguous(), weight_pw.to(like.dtype).contiguous()

@@ -59,6 +59,7 @@ def _fused(chain: Chain, modules: Modules, channels_last: bool) -> nn.Module:
     weight, bias = folded(first, stage.norms, modules, chain.before)
     tail = (last.activation, channels_last)
     if isinstance(first, SeparableConv2d):
+        assert first.weight_dw is not None
         tensors = (first.weight_dw, weight, None, bias)
         return FusedSeparableConv2d(*tensors, *_geometry(first), None, *tail)
     assert isinstance(first, nn.Conv2d)

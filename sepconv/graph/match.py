@@ -2,9 +2,10 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from sepconv.factorize import Form
 from sepconv.graph.capture import Capture, ConvRun
 from sepconv.graph.functional import ARGUMENTS, SPATIAL_DIMS, can_rewrite, spread
 from sepconv.kernels.geometry import Geometry, Pair, padding_sides
@@ -139,30 +141,46 @@ class Match:
         """Parameters of the dense form; the bias stays and is counted in both forms."""
         return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
 
-    def params(self, rank: int) -> int:
-        """Parameters of the separable form."""
-        return self._factor_size(rank) + (0 if self.bias is None else self.bias.numel())
+    def params(self, form: Form) -> int:
+        """Parameters of a separable form."""
+        size = form.params(tuple(self.weight.shape))
+        return size + (0 if self.bias is None else self.bias.numel())
 
     @property
     def dense_macs(self) -> int:
         """Multiply-adds of the dense form over all its executions."""
         return _pixels(self.runs) * self.weight.numel()
 
-    def macs(self, rank: int) -> int:
-        """Multiply-adds of the separable form over all its executions."""
-        return _pixels(self.runs) * self._factor_size(rank)
+    def macs(self, form: Form) -> int:
+        """Multiply-adds of a separable form over all its executions."""
+        before, after = form.sizes(tuple(self.weight.shape))
+        written = _pixels(self.runs)
+        # A 1x1 convolution reads no more pixels than it writes.
+        read = written if self.is_pointwise else _positions(run.x_shape for run in self.runs)
+        return read * before + written * after
 
-    def _factor_size(self, rank: int) -> int:
-        out_channels, channels, *taps = self.weight.shape
-        return channels * rank * (torch.Size(taps).numel() + out_channels)
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether its filters are 1x1, and only `rank_in` could make it smaller."""
+        return self.weight.shape[2:].numel() == 1
+
+    def skipped(self, reason: SkipReason) -> Skipped:
+        """The same as a convolution that is left as it is."""
+        macs = self.dense_macs if self.runs else None
+        return Skipped(self.name, reason, self.dense_params, macs)
 
 
-def match(model: nn.Module, captured: Capture) -> list[Match | Skipped]:
+def match(model: nn.Module, captured: Capture, *, pointwise: bool = False) -> list[Match | Skipped]:
     """Every convolution of `model`, in order of execution where it is known.
 
     Never raises on an ineligible convolution: it comes back as `Skipped` with its reason.
+
+    Args:
+        model: The model that was captured.
+        captured: What is known of it.
+        pointwise: Whether 1x1 convolutions are eligible, to be split into two.
     """
-    finder = _Finder(model, captured)
+    finder = _Finder(model, captured, pointwise)
     found = [*finder.modules(), *finder.functional_calls()]
     order = {key: i for i, key in enumerate(captured.runs)}
     found.sort(key=lambda item: order.get(item[0], len(order)))
@@ -172,8 +190,8 @@ def match(model: nn.Module, captured: Capture) -> list[Match | Skipped]:
 class _Finder:
     """One pass over the modules and one over the graph; yields (id of weight, finding)."""
 
-    def __init__(self, model: nn.Module, captured: Capture) -> None:
-        self.captured = captured
+    def __init__(self, model: nn.Module, captured: Capture, pointwise: bool) -> None:
+        self.captured, self.pointwise = captured, pointwise
         self.by_name = dict(model.named_modules(remove_duplicate=False))
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.adapted = {
@@ -199,7 +217,7 @@ class _Finder:
             seen.add(id(module))
             key = id(_own_weight(module))
             runs = tuple(self.captured.runs.get(key, ()))
-            reason = _obstacle(module)
+            reason = _obstacle(module, self.pointwise)
             if reason is None and self.uses[key] > 1:
                 reason = SkipReason.SHARED_WEIGHT
             if reason is None and id(module) in self.adapted:
@@ -273,7 +291,9 @@ class _Finder:
         fixed = not any(isinstance(v, fx.Node) for s in (*given, [arguments["groups"]]) for v in s)
         if not fixed or (bias is None and arguments["bias"] is not None):
             return SkipReason.FUNCTIONAL
-        reason = _weight_obstacle(weight, bias, arguments["groups"])
+        settings = Settings(*given)
+        splits = self.pointwise and _is_unpadded(settings.padding)
+        reason = _weight_obstacle(weight, bias, arguments["groups"], splits)
         if reason is not None:
             return reason
         # The innermost module whose forward was being traced; none is noted for the root.
@@ -283,7 +303,6 @@ class _Finder:
         own = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
         if len(own) < len(names) or not can_rewrite(self.by_name[owner], *own):
             return SkipReason.FUNCTIONAL
-        settings = Settings(*given)
         first = weight.shape[1] <= 4 and self._reads_input(nodes[0])
         return Match(name, None, weight, bias, settings, runs, tuple(nodes), owner, first)
 
@@ -348,7 +367,7 @@ def _own_weight(module: _ConvNd) -> nn.Parameter | None:
     return module._parameters.get("weight")
 
 
-def _obstacle(module: _ConvNd) -> SkipReason | None:
+def _obstacle(module: _ConvNd, pointwise: bool) -> SkipReason | None:
     """Why a convolution module cannot be replaced, or None."""
     if isinstance(module, _ConvTransposeNd):
         return SkipReason.TRANSPOSED
@@ -363,13 +382,29 @@ def _obstacle(module: _ConvNd) -> SkipReason | None:
         return SkipReason.PRE_HOOK
     if module.padding_mode != "zeros":
         return SkipReason.PADDING_MODE
-    return _weight_obstacle(module.weight, module.bias, module.groups)
+    splits = pointwise and _is_unpadded(module.padding)
+    return _weight_obstacle(module.weight, module.bias, module.groups, splits)
 
 
-def _weight_obstacle(weight: Tensor, bias: Tensor | None, groups: int) -> SkipReason | None:
+def _is_unpadded(padding: tuple[int, ...] | str) -> bool:
+    """Whether a 1x1 convolution is padded with nothing."""
+    return isinstance(padding, str) or not any(padding)
+
+
+def _weight_obstacle(
+    weight: Tensor, bias: Tensor | None, groups: int, splits: bool
+) -> SkipReason | None:
+    """Why a convolution with this weight cannot be replaced, or None.
+
+    Args:
+        weight: [K, C, R, S] or [K, C, S].
+        bias: [K] or None.
+        groups: Of the convolution.
+        splits: Whether it may be split where it is 1x1.
+    """
     if groups != 1:
         return SkipReason.GROUPED
-    if weight.shape[2:].numel() == 1:
+    if weight.shape[2:].numel() == 1 and not splits:
         return SkipReason.POINTWISE
     if weight.dtype not in DTYPES:
         return SkipReason.DTYPE
@@ -410,7 +445,11 @@ def _skip(name: str, reason: SkipReason, module: _ConvNd, runs: tuple[ConvRun, .
 
 def _pixels(runs: tuple[ConvRun, ...]) -> int:
     """Output positions over all images and executions."""
-    return sum(run.y_shape[0] * torch.Size(run.y_shape[2:]).numel() for run in runs)
+    return _positions(run.y_shape for run in runs)
+
+
+def _positions(shapes: Iterable[tuple[int, ...]]) -> int:
+    return sum(shape[0] * prod(shape[2:]) for shape in shapes)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

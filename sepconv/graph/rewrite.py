@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sepconv.factorize import Form
 from sepconv.graph.functional import rewrite_forward
 from sepconv.graph.match import ConvSpec, Match
 from sepconv.graph.state import copied, without_history
 from sepconv.nn import SeparableConv1d, SeparableConv2d
 
 
-def separable_module(spec: ConvSpec, rank: int) -> SeparableConv2d:
-    """A module of a convolution's separable form, its parameters without values."""
+def separable_module(spec: ConvSpec, form: Form) -> SeparableConv2d:
+    """A module of a convolution in separable form, its parameters without values."""
     out_channels, channels, *taps = spec.weight_shape
     make = SeparableConv1d if len(taps) == 1 else SeparableConv2d
     # Made on the meta device nothing is drawn: neither time nor the random state is spent.
@@ -30,9 +31,11 @@ def separable_module(spec: ConvSpec, rank: int) -> SeparableConv2d:
         _argument(spec.settings.stride),
         _argument(spec.settings.padding),
         _argument(spec.settings.dilation),
-        channel_multiplier=rank,
+        channel_multiplier=form.rank,
         bias=spec.bias,
         channels_last=spec.channels_last,
+        rank_in=form.rank_in,
+        rank_out=form.rank_out,
         device="meta",
         dtype=spec.dtype,
     )

@@ -12,8 +12,8 @@ from sepconv.nn.separable import SeparableConv2d
 def fold_batch_norm(conv: SeparableConv2d, bn: _BatchNorm) -> SeparableConv2d:
     """A copy of `conv` that computes `bn(conv(x))`, both in eval mode.
 
-    A BatchNorm scales output channels, and those are rows of the pointwise factor alone: the
-    result has the rank of `conv`, and nothing is lost.
+    A BatchNorm scales output channels, and those are rows of the last factor alone: the result
+    has the form of `conv`, and nothing is lost.
 
     Args:
         conv: With K output channels.
@@ -44,11 +44,12 @@ def fold_batch_norm(conv: SeparableConv2d, bn: _BatchNorm) -> SeparableConv2d:
     if bn.running_mean is None or bn.running_var is None:
         raise ValueError("bn: expected running statistics, got track_running_stats=False")
     affine = batch_norm_affine(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
-    weight_pw, bias = fold_after(conv.weight_pw, conv.bias, affine)
-    if not fits(weight_pw, bias):
-        raise ValueError(f"bn: its scale and shift do not fit {weight_pw.dtype} weights")
+    *_, (name, last) = conv.factors.items()
+    weight, bias = fold_after(last, conv.bias, affine)
+    if not fits(weight, bias):
+        raise ValueError(f"bn: its scale and shift do not fit {weight.dtype} weights")
     folded = deepcopy(conv)
-    _set(folded, "weight_pw", weight_pw)
+    _set(folded, name, weight)
     _set(folded, "bias", bias)
     return folded
 

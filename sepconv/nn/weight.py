@@ -69,9 +69,10 @@ class DenseWeight(Tensor):
         name = getattr(func, "__name__", "")
         if any(isinstance(x, cls) for x in tree_leaves(_written(name, args, kwargs))):
             raise NotImplementedError(
-                f"{name}: the weight of a separable convolution is computed from weight_dw and "
-                "weight_pw whenever it is read, so writing to it would change nothing. Assign "
-                "`conv.weight = tensor`, change the two factors, or write to a `clone()`"
+                f"{name}: the weight of a separable convolution is computed from its factors "
+                "(weight_dw, weight_pw, ...) whenever it is read, so writing to it would change "
+                "nothing. Assign `conv.weight = tensor`, change the factors, or write to a "
+                "`clone()`"
             )
         with torch._C.DisableTorchFunctionSubclass():
             if func in _OF_THEIR_OWN:

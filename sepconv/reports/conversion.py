@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import fx, nn
 
 from sepconv._util import crc32, track
-from sepconv.factorize import full_rank
+from sepconv.factorize import Form
 from sepconv.graph import Capture, ConvSpec, Match, Skipped
 from sepconv.reports.fusion import FusionReport
 from sepconv.reports.latency import LatencyTable
@@ -33,6 +33,8 @@ class LayerReport:
             could be converted but is better left dense.
         reason: Why, for the last two.
         rank: Terms kept, where converted.
+        rank_in: Channels that the depthwise filters read, where they are not the layer's own.
+        rank_out: Channels between the two last pointwise convolutions, where there are two.
         macs_before: Multiply-adds of the dense form for the example inputs, None without them.
         macs_after: The same after conversion.
         params_before: Parameters of the dense form.
@@ -51,6 +53,8 @@ class LayerReport:
     status: Status
     reason: str = ""
     rank: int | None = None
+    rank_in: int | None = None
+    rank_out: int | None = None
     macs_before: int | None = None
     macs_after: int | None = None
     params_before: int = 0
@@ -62,6 +66,11 @@ class LayerReport:
     weight_crc32: int | None = None
     spec: ConvSpec | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def form(self) -> Form | None:
+        """The three ranks together, None where the layer was left."""
+        return None if self.rank is None else Form(self.rank, self.rank_in, self.rank_out)
+
     def keep_unless_faster(self) -> bool:
         """Turn a converted layer that did not measure faster into a kept one; True if it was."""
         before, after = self.latency_before, self.latency_after
@@ -69,7 +78,8 @@ class LayerReport:
             return False
         self.status = "kept"
         self.reason = f"not faster, {_time(before)} > {_time(after)}"
-        self.rank = self.error = self.method = self.weight_crc32 = self.spec = None
+        self.rank = self.rank_in = self.rank_out = None
+        self.error = self.method = self.weight_crc32 = self.spec = None
         self.macs_after, self.params_after = self.macs_before, self.params_before
         return True
 
@@ -169,8 +179,9 @@ class Report:
         )
         table.add_column("layer", overflow="fold", min_width=10)
         table.add_column("status", overflow="fold", min_width=9)
+        plain = all(layer.form is None or layer.form.is_plain for layer in self.layers)
         for title, shown in (
-            ("rank", True),
+            ("rank" if plain else "in>rank>out", True),
             ("MACs", shapes),
             ("params", True),
             ("error", True),
@@ -180,7 +191,7 @@ class Report:
                 table.add_column(title, justify="right", no_wrap=True)
         for layer in self.layers:
             status = f"{layer.status}: {layer.reason}" if layer.reason else layer.status
-            cells = [layer.name, status, "" if layer.rank is None else str(layer.rank)]
+            cells = [layer.name, status, "" if layer.form is None else str(layer.form)]
             if shapes:
                 cells.append(_change(layer.macs_before, layer.macs_after, _count))
             cells.append(_change(layer.params_before, layer.params_after, _count))
@@ -261,12 +272,12 @@ def measure_layers(layers: Iterable[LayerReport], table: LatencyTable) -> None:
     for layer in track(list(layers), "measuring latency"):
         assert layer.spec is not None, "shapes are known"
         layer.latency_before = table.seconds(layer.spec, None)
-        layer.latency_after = table.seconds(layer.spec, layer.rank)
+        layer.latency_after = table.seconds(layer.spec, layer.form)
 
 
 def planned_layers(
     found: Iterable[Match | Skipped],
-    ranks: Mapping[str, int | None],
+    forms: Mapping[str, Form | None],
     channels_last: bool,
     calibrated: Collection[str] = (),
 ) -> dict[str, LayerReport]:
@@ -274,16 +285,16 @@ def planned_layers(
 
     Args:
         found: All of them.
-        ranks: By name; those without one stay dense.
+        forms: By name; those without one stay dense.
         channels_last: Whether outputs of converted layers may be channels_last.
         calibrated: Names of those whose factors are calibrated; these get a bias where they had
             none.
     """
     layers: dict[str, LayerReport] = {}
     for conv in found:
-        rank = ranks.get(conv.name)
-        if isinstance(conv, Match) and rank is not None:
-            layers[conv.name] = _converted_layer(conv, rank, channels_last)
+        form = forms.get(conv.name)
+        if isinstance(conv, Match) and form is not None:
+            layers[conv.name] = _converted_layer(conv, form, channels_last)
             if conv.name in calibrated:
                 layers[conv.name].method = "calibrated"
                 layers[conv.name].params_after += 0 if conv.bias is not None else len(conv.weight)
@@ -292,17 +303,19 @@ def planned_layers(
     return layers
 
 
-def _converted_layer(conv: Match, rank: int, channels_last: bool) -> LayerReport:
+def _converted_layer(conv: Match, form: Form, channels_last: bool) -> LayerReport:
     """The entry of a convolution that is made separable."""
     return LayerReport(
         conv.name,
         "converted",
-        rank=rank,
+        rank=form.rank,
+        rank_in=form.rank_in,
+        rank_out=form.rank_out,
         macs_before=conv.dense_macs if conv.runs else None,
-        macs_after=conv.macs(rank) if conv.runs else None,
+        macs_after=conv.macs(form) if conv.runs else None,
         params_before=conv.dense_params,
-        params_after=conv.params(rank),
-        method="exact" if rank == full_rank(conv.weight_2d.shape) else "svd",
+        params_after=conv.params(form),
+        method="exact" if form.is_exact(tuple(conv.weight_2d.shape)) else "svd",
         weight_crc32=crc32(conv.weight),
         spec=conv.spec(channels_last) if conv.runs else None,
     )

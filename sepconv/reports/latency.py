@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sepconv.factorize import Form
 from sepconv.graph import ConvSpec, separable_module
 from sepconv.timing import seconds
 
@@ -21,19 +22,19 @@ class LatencyTable:
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], float] = {}
 
-    def seconds(self, spec: ConvSpec, rank: int | None) -> float:
+    def seconds(self, spec: ConvSpec, form: Form | None) -> float:
         """Seconds of all executions in one forward, in separable form or (None) dense."""
         total = 0.0
         for shape, times in Counter(run.x_shape for run in spec.runs).items():
-            key = (spec._replace(runs=()), rank, shape)
+            key = (spec._replace(runs=()), form, shape)
             if key not in self._known:
-                self._known[key] = _measure(spec, rank, shape)
+                self._known[key] = _measure(spec, form, shape)
             total += times * self._known[key]
         return total
 
 
 @torch.no_grad()
-def _measure(spec: ConvSpec, rank: int | None, shape: tuple[int, ...]) -> float:
+def _measure(spec: ConvSpec, form: Form | None, shape: tuple[int, ...]) -> float:
     # Its own generator: measuring leaves the caller's random state alone.
     generator = torch.Generator(spec.device).manual_seed(0)
 
@@ -41,12 +42,12 @@ def _measure(spec: ConvSpec, rank: int | None, shape: tuple[int, ...]) -> float:
         return torch.randn(size, device=spec.device, generator=generator).to(spec.dtype)
 
     x = drawn(*shape)
-    if rank is None:
+    if form is None:
         weight = drawn(*spec.weight_shape)
         bias = drawn(spec.weight_shape[0]) if spec.bias else None
         formats = [torch.contiguous_format, *([torch.channels_last] if x.dim() == 4 else [])]
         return min(_dense(spec, x, weight, bias, memory_format) for memory_format in formats)
-    module = separable_module(spec, rank)
+    module = separable_module(spec, form)
     for parameter in module.parameters():
         parameter.copy_(drawn(*parameter.shape))
     # Between converted layers tensors stay in the layout that the module returns.

@@ -14,16 +14,18 @@ import torch
 from torch import nn
 
 from sepconv._util import closest, crc32, package_version
-from sepconv.conversion.apply import NewLayer, apply_plan
-from sepconv.factorize import factorize, full_rank
-from sepconv.graph import Capture, Match, Skipped, capture, match
+from sepconv.conversion.apply import NewLayer, apply_plan, named
+from sepconv.factorize import Form, factorize, full_rank
+from sepconv.graph import Capture, Match, Skipped, SkipReason, capture, match
 from sepconv.graph.checked import checked_model
 from sepconv.graph.state import copied, trainable
 from sepconv.nn import SeparableConv2d
 from sepconv.reports.conversion import attach, attached, planned_layers, summarise
 
 FORMAT = "sepconv-recipe"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # written where a layer has ranks of its channels, else 1
+
+_CHANNEL_RANKS = ("rank_in", "rank_out")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class RecipeLayer:
         part: Name of the submodule that was given to `convert`, empty for the whole model.
         shape: Of the dense weight, [K, C, R, S] or [K, C, S].
         rank: Depthwise filters per input channel.
+        rank_in: Channels that they read, None for the convolution's own.
+        rank_out: Channels between the two last pointwise convolutions, None for one.
         bias: Whether the converted layer has one.
         channels_last: Whether its weights ask for channels_last outputs.
         method: How the factors were found; see `sepconv.reports.conversion.LayerReport`.
@@ -51,6 +55,13 @@ class RecipeLayer:
     error: float | None = None
     weight_crc32: int | None = None
     part: str = ""
+    rank_in: int | None = None
+    rank_out: int | None = None
+
+    @property
+    def form(self) -> Form:
+        """The ranks together."""
+        return Form(self.rank, self.rank_in, self.rank_out)
 
     @property
     def full_name(self) -> str:
@@ -67,11 +78,12 @@ class Recipe:
 
     def to_json(self) -> str:
         """The recipe as JSON."""
+        plain = all(layer.form.is_plain for layer in self.layers)
         content = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": 1 if plain else FORMAT_VERSION,
             "sepconv_version": self.sepconv_version,
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [_content(layer) for layer in self.layers],
         }
         return json.dumps(content, indent=2)
 
@@ -134,6 +146,8 @@ def recipe_of(model: nn.Module) -> Recipe:
                     layer.error if layer.error is not None and isfinite(layer.error) else None,
                     layer.weight_crc32,
                     name,
+                    module.rank_in,
+                    module.rank_out,
                 )
             )
     return Recipe(tuple(layers), package_version())
@@ -210,7 +224,14 @@ def _find(
 ) -> tuple[Capture, list[Match | Skipped]]:
     """The convolutions of a part, among them every one that the recipe names."""
     captured = capture(part)
-    found = match(part, captured)
+    found = match(part, captured, pointwise=any(layer.rank_in for layer in layers))
+    asked = {layer.name for layer in layers if not layer.form.is_plain}
+    found = [
+        conv.skipped(SkipReason.POINTWISE)
+        if isinstance(conv, Match) and conv.is_pointwise and conv.name not in asked
+        else conv
+        for conv in found
+    ]
     by_name = {conv.name: conv for conv in found}
     for layer in layers:
         _check_fit(layer, by_name, check_weights)
@@ -220,20 +241,20 @@ def _find(
 def _convert(part: nn.Module, layers: list[RecipeLayer], values: bool) -> None:
     captured, found = _find(part, layers, check_weights=False)
     asked = {layer.name: layer for layer in layers}
-    ranks = {layer.name: layer.rank for layer in layers}
-    entries = planned_layers(found, ranks, captured.channels_last)
+    forms = {layer.name: layer.form for layer in layers}
+    entries = planned_layers(found, forms, captured.channels_last)
     plan: list[tuple[Match, NewLayer]] = []
     for conv in found:
         layer = asked.get(conv.name)
         if layer is None or not isinstance(conv, Match):
             continue
-        factors = factorize(conv.weight_2d, layer.rank) if values else None
+        factors = factorize(conv.weight_2d, layer.form) if values else None
         bias = None
         if layer.bias and conv.bias is None:
             bias = conv.weight.new_zeros(len(conv.weight))
             entries[conv.name].params_after += len(bias)
-        weights = None if factors is None else (factors.weight_dw, factors.weight_pw)
-        plan.append((conv, NewLayer(layer.rank, layer.channels_last, weights, bias)))
+        weights = None if factors is None else named(factors)
+        plan.append((conv, NewLayer(layer.form, layer.channels_last, weights, bias)))
         if factors is not None:
             entries[conv.name].error = factors.error
         else:
@@ -257,9 +278,12 @@ def _check_fit(
         raise ValueError(f"recipe: {layer.name} cannot be converted: {conv.reason}")
     if tuple(conv.weight.shape) != layer.shape:
         _fail(f"model: weight of {layer.name}", list(layer.shape), list(conv.weight.shape))
-    full = full_rank(conv.weight_2d.shape)
+    shape = tuple(conv.weight_2d.shape)
+    full = full_rank(shape)
     if layer.rank > full:
         _fail(f"recipe: rank of {layer.name}", f"at most its full rank {full}", layer.rank)
+    if layer.form.within(shape) != layer.form:
+        _fail(f"recipe: ranks of {layer.name}", f"{layer.form.within(shape)}", str(layer.form))
     if conv.bias is not None and not layer.bias:
         _fail(f"model: {layer.name}", "a convolution without bias", "one with bias")
     if check_weights and layer.weight_crc32 != crc32(conv.weight):
@@ -285,6 +309,15 @@ def _separable(model: nn.Module, name: str) -> SeparableConv2d | None:
     return None
 
 
+def _content(layer: RecipeLayer) -> dict[str, Any]:
+    """The data of one entry; readers of version 1 know no ranks of channels."""
+    content = asdict(layer)
+    for key in _CHANNEL_RANKS:
+        if content[key] is None:
+            del content[key]
+    return content
+
+
 def _layer(item: Any, where: str) -> RecipeLayer:
     """Check one entry; unknown keys are refused, for they would be lost silently."""
     if not isinstance(item, Mapping):
@@ -304,6 +337,10 @@ def _layer(item: Any, where: str) -> RecipeLayer:
         _fail(f"{where}: shape", "three or four positive ints", shape)
     if type(item["rank"]) is not int or item["rank"] < 1:
         _fail(f"{where}: rank", "a positive int", item["rank"])
+    for key in _CHANNEL_RANKS:
+        value = item.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            _fail(f"{where}: {key}", "a positive int or null", value)
     if not isinstance(item.get("part", ""), str):
         _fail(f"{where}: part", "a string", item["part"])
     for key in ("bias", "channels_last"):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sepconv
 from sepconv.calibration.fit import Calibration, Method
 from sepconv.calibration.observe import Survey
-from sepconv.factorize import SeparableFactors, factorize
+from sepconv.factorize import Form, SeparableFactors, factorize
 from sepconv.graph import ConvSpec, Match, capture, match
 from sepconv.reports.latency import LatencyTable
 
@@ -148,7 +148,7 @@ def test_every_step_of_the_closed_form_pays(
 
     def error(method: Method) -> float:
         study = study_of(net, many, method)
-        fitted = study.fit({conv.name: 1 for conv in study.layers})
+        fitted = study.fit({conv.name: sepconv.Form(1) for conv in study.layers})
         held_out = study_of(net, [held], method)
         return held_out.output_error(fitted)
 
@@ -175,7 +175,9 @@ def test_more_batches_never_make_unseen_images_worse(
     errors = []
     for images in (64, 256, 1024):
         study = study_of(net, list(digits[0][:images].split(64)))
-        errors.append(held.output_error(study.fit({conv.name: 1 for conv in study.layers})))
+        errors.append(
+            held.output_error(study.fit({conv.name: sepconv.Form(1) for conv in study.layers}))
+        )
     few, some, many = errors
     assert some <= 1.05 * few
     assert many <= 1.05 * some
@@ -265,9 +267,9 @@ def test_a_latency_budget_is_kept_by_the_measured_table(
     """With a table in the place of the clock: rank T takes T + 1 tenths of the dense layer."""
     asked: list[tuple[int, ...]] = []
 
-    def seconds(table: LatencyTable, spec: ConvSpec, rank: int | None) -> float:
+    def seconds(table: LatencyTable, spec: ConvSpec, form: Form | None) -> float:
         asked.append(spec.weight_shape)
-        return 1e-2 if rank is None else (rank + 1) * 1e-3
+        return 1e-2 if form is None else (form.rank + 1) * 1e-3
 
     monkeypatch.setattr(LatencyTable, "seconds", seconds)
     monkeypatch.setattr(
@@ -414,9 +416,9 @@ def test_no_factors_are_made_to_be_thrown_away(
     """Calibrated layers have no SVD of the weight, and a dry run has no factors at all."""
     made: list[int] = []
 
-    def counted(weight: Tensor, rank: int) -> SeparableFactors:
-        made.append(rank)
-        return factorize(weight, rank)
+    def counted(weight: Tensor, form: Form) -> SeparableFactors:
+        made.append(form.rank)
+        return factorize(weight, form)
 
     monkeypatch.setattr("sepconv.conversion.apply.factorize", counted)
     x, ranks = batches[0][:1], {"block*": 2, "down": "full"}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import sepconv
+from sepconv.factorize import Form
 from sepconv.graph import ConvSpec
 from sepconv.nn import SeparableConv2d
 from sepconv.reports.latency import LatencyTable
@@ -255,9 +256,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, times: dict[int | None, float]) -> li
     """Layers take these seconds by rank (None: dense), whatever a clock says; returns the calls."""
     asked: list[int | None] = []
 
-    def seconds(table: LatencyTable, spec: ConvSpec, rank: int | None) -> float:
-        asked.append(rank)
-        return times[rank]
+    def seconds(table: LatencyTable, spec: ConvSpec, form: Form | None) -> float:
+        asked.append(None if form is None else form.rank)
+        return times[asked[-1]]
 
     monkeypatch.setattr(LatencyTable, "seconds", seconds)
     return asked

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import sepconv
+from sepconv.factorize import Form
 from sepconv.graph import Match, Skipped, SkipReason, capture, match
 
 
@@ -200,7 +201,7 @@ def test_shapes_of_every_execution_are_known() -> None:
         ((2, 8, 7, 5), (2, 8, 5, 3)),
     ]
     assert found.dense_macs == 2 * (35 + 15) * 8 * 8 * 9
-    assert found.macs(2) == 2 * (35 + 15) * (8 * 2 * 9 + 8 * 16)
+    assert found.macs(Form(2)) == 2 * (35 + 15) * (8 * 2 * 9 + 8 * 16)
 
 
 # The first convolution

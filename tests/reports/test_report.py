@@ -23,6 +23,8 @@ FIELDS = {
     "status",
     "reason",
     "rank",
+    "rank_in",
+    "rank_out",
     "macs_before",
     "macs_after",
     "params_before",

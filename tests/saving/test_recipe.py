@@ -118,8 +118,8 @@ def test_text_that_is_no_recipe(text):
 
 
 def test_later_format_and_doubled_name():
-    later = {**entry(), "format_version": 2}
-    with pytest.raises(ValueError, match="format_version: expected at most 1; a newer sepconv"):
+    later = {**entry(), "format_version": 3}
+    with pytest.raises(ValueError, match="format_version: expected at most 2; a newer sepconv"):
         Recipe.from_dict(later)
     doubled = entry()
     doubled["layers"] *= 2
