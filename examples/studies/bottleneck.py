@@ -12,6 +12,7 @@ was stopped goes on where it was; delete a line to measure it anew. The networks
 import argparse
 import json
 import math
+import re
 import resource
 import subprocess
 import sys
@@ -398,8 +399,12 @@ def of_layers(cells: Cells, network: str) -> dict[tuple[str, float], dict[str, C
         if part == "layers" and rest.startswith(f"{network}, "):
             _, layer, form, share = rest.split(", ")
             found.setdefault((layer, float(share)), {})[form] = cell
-    order = list(NETWORKS[network].load().state_dict())
-    return dict(sorted(found.items(), key=lambda item: (order.index(f"{item[0][0]}.weight"), item)))
+
+    def by_number(item: tuple[tuple[str, float], Any]) -> Any:
+        (layer, share), _ = item
+        return [part.zfill(3) for part in re.split(r"(\d+)", layer)], share
+
+    return dict(sorted(found.items(), key=by_number))
 
 
 def layer_table(cells: Cells, network: str) -> tuple[list[str], Rows]:
@@ -465,10 +470,9 @@ def draw(cells: Cells) -> None:
         for form in LAYER_FORMS:
             errors = [forms.get(form, {}).get("error", math.nan) for forms in here.values()]
             panel.semilogy(errors, "s--", markersize=4, label=form)
-        labels = [layer.removeprefix("features.") for layer in here]
-        panel.set_xticks(range(len(here)), labels)
-        panel.set_title(f"VGG-16, layers alone at {share:g} of their MACs", fontsize=9)
-        panel.set_xlabel("layer (features.*)", fontsize=8)
+        panel.set_xticks(range(len(here)), list(here))
+        panel.set_title(f"single layers at {share:g} of their MACs", fontsize=9)
+        panel.set_xlabel("layer of VGG-16", fontsize=8)
         panel.set_ylabel("relative squared error", fontsize=8)
     for panel in axes.flat[:panels]:
         panel.tick_params(labelsize=7)
