@@ -438,6 +438,9 @@ def other_table(cells: Cells) -> tuple[list[str], Rows]:
     return ["network", "layers", "share", *LAYER_FORMS], rows
 
 
+COLOURS = {"plain": "C0", "split": "C1", "bottleneck": "C2"}
+
+
 def draw(cells: Cells) -> None:
     """A panel for each network, then one for each share of the layers of VGG-16."""
     import matplotlib
@@ -456,7 +459,7 @@ def draw(cells: Cells) -> None:
         for form in FORMS:
             points = [cell for f, _, cell in found if f == form and network.figure in cell]
             x, y = [p["macs"] for p in points], [p[network.figure] for p in points]
-            panel.plot(x, y, "o-", markersize=4, label=form)
+            panel.plot(x, y, "o-", color=COLOURS[form], markersize=4, label=form)
         dense = [cell[network.figure] for form, _, cell in found if form == "dense"]
         if network.figure == "error":
             panel.set_yscale("log")
@@ -469,13 +472,13 @@ def draw(cells: Cells) -> None:
         here = {layer: forms for (layer, s), forms in of_vgg.items() if s == share}
         for form in LAYER_FORMS:
             errors = [forms.get(form, {}).get("error", math.nan) for forms in here.values()]
-            panel.semilogy(errors, "s--", markersize=4, label=form)
+            panel.semilogy(errors, "s--", color=COLOURS[form], markersize=4, label=form)
         panel.set_xticks(range(len(here)), list(here))
-        panel.set_title(f"single layers at {share:g} of their MACs", fontsize=9)
+        panel.set_title(f"layers alone at {share:g} of their MACs", fontsize=9)
         panel.set_xlabel("layer of VGG-16", fontsize=8)
         panel.set_ylabel("relative squared error", fontsize=8)
     for panel in axes.flat[:panels]:
-        panel.tick_params(labelsize=7)
+        panel.tick_params(which="both", labelsize=7)
         panel.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(PLOT, dpi=100)
