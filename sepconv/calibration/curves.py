@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,12 @@ from sepconv.factorize.curves import HeldOut, hull, outline
 from sepconv.factorize.form import Form
 from sepconv.factorize.solve_form import Problem
 
-PROBES = 5  # forms of a layer whose effect on the output is measured
+# The forms that are fitted and put into the model, to learn about all others from.
+_PROBED_RANKS = (1, 3, 6)
+_PROBED_SHARES = (1 / 8, 3 / 8, 1)  # of the input channels
+
+_LOOKS = 2  # at the forms that look best and were not fitted yet
+PROBES = len(_PROBED_RANKS) * (1 + len(_PROBED_SHARES))  # at most, of each layer
 
 Costs = Mapping[Form | None, float]  # of each form, and of the dense layer
 Curve = dict[Form, float]  # relative squared change of the output
@@ -35,51 +41,90 @@ class Layer(NamedTuple):
     taps: int
 
 
-def output_curve(layer: Layer, costs: Costs, output_error: Callable[[Form], float]) -> Curve:
+def output_curve(
+    layer: Layer,
+    costs: Costs,
+    layer_error: Callable[[Form], float],
+    output_error: Callable[[Form], float],
+) -> Curve:
     """The output's errors for the forms on the convex hull of the layer's error over its cost.
 
-    Every form's error in the layer itself is predicted from moments. A few forms on the hull are
-    put into the model; between them the output's error follows the layer's as a power.
+    The error of every form is predicted in closed form from moments. What a search for the factors
+    takes off it changes slowly from one form to the next: it is measured for a few, and then for
+    those that look best. What an error of this layer does to the output is measured for the few.
 
     Args:
         layer: Where its errors are predicted.
         costs: The forms to choose from.
-        output_error: Fits a form, and measures what it does to the output.
+        layer_error: Fits a form; its error in the layer.
+        output_error: Puts a form into the model; its error in the output.
 
     Returns:
         The errors of the forms on the hull, and of all plain ranks: a limit on time may prefer one.
     """
-    problem = Problem(layer.weight * layer.scale[:, None], layer.metric)
     forms = [form for form in costs if form is not None]
-    predicted = outline(problem, layer.held_out, forms, layer.taps)
-    best = hull({form: costs[form] for form in forms}, predicted, costs[None])
-    measured = {form: output_error(form) for form in _spread(best)}
-    kept = dict.fromkeys([*best, *(form for form in forms if form.is_plain)])
-    return _between(measured, {form: predicted[form] for form in kept})
-
-
-def _spread(forms: list[Form]) -> list[Form]:
-    """At most `PROBES` of them, the first and the last among them."""
-    if len(forms) <= PROBES:
-        return forms
-    return [forms[round(i * (len(forms) - 1) / (PROBES - 1))] for i in range(PROBES)]
-
-
-def _between(measured: Curve, predicted: Curve) -> Curve:
-    """Output errors of all forms from those of some, in logarithms of both errors."""
-    if not measured:
+    if not forms:
         return {}
-    known = sorted((_log(predicted[form]), _log(error)) for form, error in measured.items())
-    x, y = np.array(known).T
-    curve: Curve = {}
+    problem = Problem(layer.weight * layer.scale[:, None], layer.metric)
+    predicted = outline(problem, layer.held_out, forms, layer.taps)
+    probes = _probes(forms)
+    known = {form: layer_error(form) for form in probes}
+    by_cost = {form: costs[form] for form in forms}
+    for _ in range(_LOOKS):
+        errors = _searched(predicted, known)
+        best = hull(by_cost, errors, costs[None])
+        known |= {form: layer_error(form) for form in best if form not in known}
+    errors = _searched(predicted, known)
+    best = hull(by_cost, errors, costs[None])
+    effects = sorted((_log(known[form]), _log(output_error(form))) for form in probes)
+    kept = dict.fromkeys([*best, *(form for form in forms if form.is_plain)])
+    return {form: _along(effects, errors[form]) for form in kept}
+
+
+def _probes(forms: list[Form]) -> list[Form]:
+    """The forms nearest to some ranks and shares of the channels, and some plain ranks."""
+    plain = [form for form in forms if form.is_plain]
+    mapped = [form for form in forms if form.rank_in is not None and form.rank_out is None]
+    widest = max((form.rank_in or 1 for form in mapped), default=1)
+    shares = (None, *_PROBED_SHARES)
+    found: dict[Form, None] = {}
+    for share, rank in product(shares, _PROBED_RANKS):
+        some, width = (plain, None) if share is None else (mapped, share * widest)
+        if some:
+            found[min(some, key=lambda form: _apart(form, rank, width))] = None
+    return list(found)
+
+
+def _apart(form: Form, rank: float, rank_in: float | None) -> float:
+    """Squared distance of two forms in octaves; those with and without `rank_in` are far apart."""
+    if (form.rank_in is None) != (rank_in is None):
+        return math.inf
+    width = 0.0 if form.rank_in is None or rank_in is None else math.log2(form.rank_in / rank_in)
+    return math.log2(form.rank / rank) ** 2 + width**2
+
+
+def _searched(predicted: Curve, known: Curve) -> Curve:
+    """Errors after a search for the factors: known, or as the nearest known ones have changed.
+
+    What `rank_out` adds to an error in closed form is not taken off.
+    """
+    gains = {form: _log(error) - _log(predicted[form]) for form, error in known.items()}
+    errors: Curve = {}
     for form, error in predicted.items():
-        if form in measured:
-            curve[form] = measured[form]
-            continue
-        at = _log(error)
-        beyond = at - min(max(at, x[0]), x[-1])  # in proportion there
-        curve[form] = math.exp(float(np.interp(at, x, y)) + beyond)
-    return curve
+        near = [(gain, _apart(form, f.rank, f.rank_in)) for f, gain in gains.items()]
+        weights = [(gain, (apart + 1e-6) ** -2) for gain, apart in near if apart < math.inf]
+        gain = sum(g * w for g, w in weights) / max(sum(w for _, w in weights), 1e-300)
+        base = min(predicted.get(Form(form.rank, form.rank_in), error), error)
+        errors[form] = base * math.exp(gain) + error - base
+    return errors | known
+
+
+def _along(pairs: list[tuple[float, float]], error: float) -> float:
+    """The output's error for a layer's, between measured pairs of logarithms of both."""
+    x, y = np.array(pairs).T
+    at = _log(error)
+    beyond = at - min(max(at, x[0]), x[-1])  # in proportion there
+    return math.exp(float(np.interp(at, x, y)) + beyond)
 
 
 def _log(error: float) -> float:

@@ -18,7 +18,8 @@ from sepconv.factorize import Form
 from sepconv.factorize.curves import HeldOut
 from sepconv.factorize.moments import Moments
 from sepconv.factorize.solve import SWEEPS, Factors, solve
-from sepconv.factorize.solve_form import ROUNDS, Problem, solve_form
+from sepconv.factorize.solve_form import STEPS as SEARCH_STEPS
+from sepconv.factorize.solve_form import Problem, solve_form
 from sepconv.factorize.target import asymmetric_target, damped
 from sepconv.graph import ExampleInputs, Match
 
@@ -36,14 +37,14 @@ class Effort(NamedTuple):
 
     Attributes:
         sweeps: Over the channels, where the form is a plain rank.
-        rounds: Over all factors at most, where it is not.
+        steps: Of the search for the factors of other forms.
     """
 
     sweeps: int
-    rounds: int
+    steps: int
 
 
-PLANNING = Effort(sweeps=1, rounds=3)
+PLANNING = Effort(sweeps=1, steps=40)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Calibration:
         self._responses = Responses(model, matches, self._batches, seed)
         self._output = OutputError(self._responses, MAX_SAMPLES)
         sweeps = self._method.sweeps
-        self._effort = Effort(sweeps, ROUNDS if sweeps else 0)
+        self._effort = Effort(sweeps, SEARCH_STEPS if sweeps else 0)
 
     @property
     def layers(self) -> list[Match]:
@@ -158,11 +159,16 @@ class Calibration:
         held_out = HeldOut.of(held, fitted, scale)
         layer = Layer(problem.target, problem.metric, held_out, scale, _taps(conv))
 
-        def output_error(form: Form) -> float:
-            alone = {conv.name: self._fitted(conv, problem, form, PLANNING)}
-            return output.of(self._substitutes(alone))
+        fits: dict[Form, Fitted] = {}
 
-        return output_curve(layer, costs, output_error)
+        def layer_error(form: Form) -> float:
+            fits[form] = self._fitted(conv, problem, form, PLANNING)
+            return held_out.error(fits[form].factors.dense() * scale[:, None])
+
+        def output_error(form: Form) -> float:
+            return output.of(self._substitutes({conv.name: fits[form]}))
+
+        return output_curve(layer, costs, layer_error, output_error)
 
     def fit(self, forms: Forms) -> dict[str, Fitted]:
         """Calibrated factors by name, for every form that is not exact.
@@ -264,7 +270,7 @@ class Calibration:
         if form.is_plain:
             factors = solve(weight, metric, form.rank, taps, scale, effort.sweeps)
         else:
-            factors = solve_form(Problem(weight, metric), form, taps, scale, effort.rounds)
+            factors = solve_form(Problem(weight, metric), form, taps, scale, effort.steps)
         return self._with_bias(conv, problem, factors)
 
     def _with_bias(self, conv: Match, problem: _Problem, factors: Factors) -> Fitted:

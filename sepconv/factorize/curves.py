@@ -9,9 +9,9 @@ from torch import Tensor
 from sepconv.factorize.form import Form
 from sepconv.factorize.moments import Moments
 from sepconv.factorize.solve import whitened_filters
-from sepconv.factorize.solve_form import Problem, input_map
+from sepconv.factorize.solve_form import Problem, input_map, mapped
 
-_SHARES_IN = (1 / 16, 1 / 12, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of the input channels
+_SHARES_IN = (1 / 16, 1 / 12, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the input channels
 _SHARES_OUT = (1 / 2, 3 / 4)  # of the output channels
 _LEAST = 2  # channels
 
@@ -81,7 +81,7 @@ def _sizes(channels: int, shares: Iterable[float]) -> list[int]:
     """Numbers of channels near some shares, in multiples of 4 or 8 where they are many."""
     step = 8 if channels >= 128 else 4 if channels >= 32 else 1
     sizes = {max(step, round(share * channels / step) * step) for share in shares}
-    return sorted(size for size in sizes if _LEAST <= size < channels)
+    return sorted(size for size in sizes if _LEAST <= size <= channels)
 
 
 def outline(problem: Problem, held: HeldOut, forms: Iterable[Form], taps: int) -> dict[Form, float]:
@@ -98,14 +98,14 @@ def outline(problem: Problem, held: HeldOut, forms: Iterable[Form], taps: int) -
     """
     forms = list(forms)
     errors: dict[Form, float] = {}
-    mapped = [form for form in forms if form.rank_in is not None]
+    through = [form for form in forms if form.rank_in is not None]
     plain = [form for form in forms if form.rank_in is None]
-    if mapped:
-        widest = max(form.rank_in or 0 for form in mapped)
+    if through:
+        widest = max(form.rank_in or 0 for form in through)
         weight_in = input_map(problem, taps)[:widest]
         basis = _in_filters(problem.reduced(weight_in, taps), taps)
-        moments = _mapped(held.covariance, held.cross, weight_in, taps)
-        errors |= _nested_errors(basis, moments, held, mapped)
+        moments = mapped(held.covariance, held.cross, weight_in, taps)
+        errors |= _nested_errors(basis, moments, held, through)
     if plain:
         basis = _in_filters(problem, taps)
         errors |= _nested_errors(basis, (held.covariance, held.cross), held, plain)
@@ -135,19 +135,7 @@ def _in_filters(problem: Problem, taps: int) -> _Basis:
     filters = whitened_filters(problem.weight, problem.metric, taps, taps, ones).flip(1)
     empty = filters.new_empty(0)
     basis = _Basis(filters, empty, empty)
-    return _Basis(filters, *basis.changed(problem.metric, problem.weight @ problem.metric))
-
-
-def _mapped(
-    covariance: Tensor, cross: Tensor, weight_in: Tensor, taps: int
-) -> tuple[Tensor, Tensor]:
-    """Moments of the mapped channels."""
-    channels = weight_in.shape[1]
-    half = (weight_in @ covariance.view(channels, -1)).view(-1, channels, taps)
-    mapped = torch.einsum("xcs,gc->xgs", half, weight_in).flatten(1)
-    return mapped, torch.einsum(
-        "kct,gc->kgt", cross.unflatten(1, (channels, taps)), weight_in
-    ).flatten(1)
+    return _Basis(filters, *basis.changed(problem.metric, problem.cross()))
 
 
 def _nested_errors(

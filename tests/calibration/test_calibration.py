@@ -275,9 +275,8 @@ def test_a_latency_budget_is_kept_by_the_measured_table(
     monkeypatch.setattr(
         "sepconv.conversion.costs.take_turns", lambda forms, *_, **__: dict.fromkeys(forms, 5.5e-2)
     )
-    small = sepconv.convert(
-        net, batches[0][:1], budget=sepconv.Budget(latency=fraction), calibration=batches
-    )
+    options = {"budget": sepconv.Budget(latency=fraction), "bottleneck": False}
+    small = sepconv.convert(net, batches[0][:1], calibration=batches, **options)
     layers = sepconv.report(small).layers[1:]
     ranks = [layer.rank for layer in layers]
     taken = sum(1e-2 if rank is None else (rank + 1) * 1e-3 for rank in ranks) + 5e-3
