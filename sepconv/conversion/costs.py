@@ -58,7 +58,8 @@ def latency_costs(matches: Sequence[Match], channels_last: bool, table: LatencyT
 
 
 def _ranks(conv: Match) -> range:
-    return range(1, full_rank(conv.weight_2d.shape) + 1)
+    # Depthwise filters of 1x1 would only be added to what is there.
+    return range(1, 0 if conv.is_pointwise else full_rank(conv.weight_2d.shape) + 1)
 
 
 def _cheaper_than_dense(forms: Mapping[int | None, float]) -> dict[int | None, float]:
