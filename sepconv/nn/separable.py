@@ -274,8 +274,8 @@ class SeparableConv2d(SettableProperties):
 
     def _refactorised(self, dense: Tensor, rounding: float) -> SeparableFactors:
         """Factors of another weight, of which errors up to `rounding` are none."""
-        own = self.factors.values()
-        if self.form.is_plain or self.weight_dw is None or not all(map(is_finite, own)):
+        finite = all(map(is_finite, (dense, *self.factors.values())))
+        if self.form.is_plain or self.weight_dw is None or not finite:
             return factorize(dense, self.form)
         # Unlike the SVD of each channel, a Tucker form is not found again from its weight.
         kept = remix(dense, self.form, self.weight_in, self.weight_dw)
@@ -340,12 +340,13 @@ class SeparableConv2d(SettableProperties):
             return ops.separable_conv2d(
                 x, filters, mixing, None, self.bias, stride, padding, dilation
             )
-        channels_last = (x.dim() == 4 and is_channels_last(x)) or self.keeps_channels_last
-        if filters is None and stride != (1, 1):
-            x = x[:, :, :: stride[0], :: stride[1]]
-        if x.is_cpu and x.dim() == 4:
-            # What the ops compute in there: once, not around each of them.
-            x = to_channels_last(x)
+        channels_last = self.keeps_channels_last
+        if x.dim() == 4:  # the ops refuse anything else
+            channels_last |= is_channels_last(x)
+            if filters is None and stride != (1, 1):
+                x = x[:, :, :: stride[0], :: stride[1]]
+            # What the ops compute in on a CPU: once, not around each of them.
+            x = to_channels_last(x) if x.is_cpu else x
         z = x if first is None else ops.pointwise_conv2d(x, first)
         bias = self.bias if last is None else None
         y = (
