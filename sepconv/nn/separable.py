@@ -45,8 +45,8 @@ class SeparableConv2d(SettableProperties):
     depthwise part at all: it is two pointwise convolutions.
 
     The attributes are those of `torch.nn.Conv2d`, so code that reads `stride` or `out_channels`
-    of a convolution reads the same here; `weight` is the dense weight the two factors stand for,
-    and assigning to it factorises anew.
+    of a convolution reads the same here; `weight` is the dense weight the factors stand for, and
+    assigning to it factorises anew.
 
     Args:
         in_channels: C.
@@ -66,8 +66,8 @@ class SeparableConv2d(SettableProperties):
 
     Attributes:
         weight_in: [rank_in, C, 1, 1], None without `rank_in`.
-        weight_dw: [C*M, 1, R, S], with `rank_in` its channels for C; None where a 1x1 is split.
-        weight_pw: [K, C*M, 1, 1], with `rank_in` and `rank_out` these for C and K.
+        weight_dw: [C*M, 1, R, S], with `rank_in` in the place of C; None where a 1x1 is split.
+        weight_pw: [K, C*M, 1, 1], with `rank_in` and `rank_out` in the places of C and K.
         weight_out: [K, rank_out, 1, 1], None without `rank_out`.
         bias: [K] or None.
 
@@ -285,12 +285,12 @@ class SeparableConv2d(SettableProperties):
 
     @torch.no_grad()
     def _take(self, factors: SeparableFactors) -> None:
-        """Copy factors in; a rank above what the weight has leaves channels to spare."""
+        """Copy factors in; what is to spare, for the weight has lower ranks, is mixed with 0."""
         m = self.channel_multiplier
         weight_in, weight_out = factors.weight_in, factors.weight_out
         if self.weight_in is not None:
             weight_in = _identity(self.in_channels, factors) if weight_in is None else weight_in
-            self.weight_in.zero_()[: len(weight_in)].copy_(weight_in)
+            self.weight_in[: len(weight_in)].copy_(weight_in)
         channels = self.in_channels if weight_in is None else len(weight_in)
         if self.weight_dw is not None:
             filters, used = self.weight_dw.unflatten(0, (-1, m)), len(factors.weight_dw) // channels
@@ -300,7 +300,7 @@ class SeparableConv2d(SettableProperties):
         mixing[: len(mixed), :channels, : mixed.shape[2]].copy_(mixed)
         if self.weight_out is not None:
             weight_out = _identity(self.out_channels, factors) if weight_out is None else weight_out
-            self.weight_out.zero_()[:, : weight_out.shape[1]].copy_(weight_out)
+            self.weight_out[:, : weight_out.shape[1]].copy_(weight_out)
 
     @property
     def keeps_channels_last(self) -> bool:
