@@ -4,7 +4,7 @@ import difflib
 import os
 import secrets
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -56,24 +56,20 @@ def closest(name: str, choices: Iterable[str]) -> str:
     return f", did you mean {', '.join(map(repr, near))}?" if near else ""
 
 
-def track(items: Sequence[Item], description: str) -> Iterator[Item]:
+def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
     """Iterate over `items` with a progress bar on standard error where that is a terminal.
+
+    Args:
+        items: Any.
+        description: Of what is done.
+        total: How many they are, where they do not tell and it is known.
 
     >>> list(track([1, 2], "counting"))
     [1, 2]
     """
     console = Console(stderr=True)
-    yield from rich_track(
-        items, description, console=console, disable=not console.is_terminal, transient=True
-    )
-
-
-def track_batches(batches: Iterable[Item], description: str) -> Iterator[Item]:
-    """The same for an iterable whose length may be unknown."""
-    console = Console(stderr=True)
-    yield from rich_track(
-        batches, description, console=console, disable=not console.is_terminal, transient=True
-    )
+    off = not console.is_terminal
+    yield from rich_track(items, description, total, console=console, disable=off, transient=True)
 
 
 def crc32(t: Tensor) -> int:

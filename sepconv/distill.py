@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from sepconv._util import evaluating, relative_error, track_batches, write_atomically
+from sepconv._util import evaluating, relative_error, track, write_atomically
 from sepconv.graph.state import trainable
 from sepconv.nn import SeparableConv2d
 
@@ -115,7 +115,7 @@ def distill(
             start = time.perf_counter()
             _train(student, frozen_norms=epoch < frozen_norm_epochs)
             total = steps = 0.0
-            for batch in track_batches(_batches(loader, device), f"epoch {epoch + 1}/{epochs}"):
+            for batch in track(_batches(loader, device), f"epoch {epoch + 1}/{epochs}"):
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                     loss = _loss(
                         student, teacher, batch, temperature, label_weight, layer_weight, layers

@@ -22,11 +22,13 @@ from torch import nn
 
 import sepconv
 from examples.cifar import correct, images, trained_resnet
+from sepconv import Form
 from sepconv._util import write_atomically
-from sepconv.calibration.fit import Calibration, Curves, Method, Ranks, _Problem
+from sepconv.calibration.curves import Curve
+from sepconv.calibration.fit import Calibration, Effort, Forms, Method, _Problem
 from sepconv.calibration.refine import Fitted
 from sepconv.conversion.costs import counted_costs
-from sepconv.conversion.plan import ranks_to_choose, ranks_within, weight_only_errors
+from sepconv.conversion.plan import forms_within, weight_only_errors
 from sepconv.factorize.solve import Factors, channel_blocks, refit_mixing, whitened_filters
 from sepconv.graph import Match, capture, match
 
@@ -114,7 +116,7 @@ class Bench:
         self.matches = [conv for conv in found if not conv.first]
         assert captured.macs is not None
         self.macs = captured.macs
-        self.curves: Curves | None = None
+        self.curves: dict[str, Curve] | None = None
         with torch.no_grad():
             self.wanted = self.model(self.x)
 
@@ -134,37 +136,37 @@ class Bench:
             "macs": self.spent(ranks) / self.macs,
         }
 
-    def planned(self, rank: int, variant: Variant) -> Ranks:
-        """Ranks, or dense, within the multiply-adds that one rank everywhere takes."""
-        uniform = {conv.name: rank for conv in self.matches}
+    def planned(self, rank: int, variant: Variant) -> Forms:
+        """Plain ranks, or dense, within the multiply-adds that one rank everywhere takes."""
+        uniform: Forms = {conv.name: Form(rank) for conv in self.matches}
         if variant.planned == "nothing":
             return uniform
-        costs = counted_costs(self.matches, "macs", new_biases=True)
+        costs = counted_costs(self.matches, "macs", new_biases=True, bottleneck=False)
         if variant.planned == "weights":
-            errors: Any = weight_only_errors(self.matches)
+            errors: Any = weight_only_errors(self.matches, costs)
         else:
             if self.curves is None:
                 batches = self.calibration[:CALIBRATED].split(64)
                 study = Calibration(self.model, self.matches, batches)
-                self.curves = study.error_curves(ranks_to_choose(costs))
+                self.curves = study.error_curves(costs)
             errors = self.curves
         budget = sepconv.Budget(macs=self.spent(uniform) / self.macs)
-        return ranks_within(budget, costs, errors, self.macs)
+        return forms_within(budget, costs, errors, self.macs)
 
-    def spent(self, ranks: Ranks) -> float:
+    def spent(self, forms: Forms) -> float:
         """Multiply-adds of the whole model."""
         saved = 0.0
         for conv in self.matches:
-            rank = ranks[conv.name]
-            saved += 0 if rank is None else conv.dense_macs - conv.macs(sepconv.Form(rank))
+            form = forms[conv.name]
+            saved += 0 if form is None else conv.dense_macs - conv.macs(form)
         return self.macs - saved
 
 
 class Ragged(Calibration):
     """As many filters in a layer, given to the channels where they are worth most."""
 
-    def _fitted(self, conv: Match, problem: _Problem, rank: int, sweeps: int) -> Fitted:
-        assert sweeps == 0
+    def _fitted(self, conv: Match, problem: _Problem, form: Form, effort: Effort) -> Fitted:
+        assert effort.sweeps == 0
         taps = conv.weight_2d[0, 0].numel()
         scale = self._responses.scale(conv)
         every = whitened_filters(problem.target, problem.metric, taps, taps, scale)
@@ -172,7 +174,7 @@ class Ragged(Calibration):
         channels = (problem.target * scale[:, None]).unflatten(1, (-1, taps)).transpose(0, 1)
         worth = (channels @ blocks @ every.mT).square().sum(1)  # [C, R*S]
         kept = torch.zeros_like(worth).flatten()
-        kept[worth.flatten().topk(len(every) * rank).indices] = 1
+        kept[worth.flatten().topk(len(every) * form.rank).indices] = 1
         kept = kept.view_as(worth)
         # Filters of zeros take no part; that they stay in the tensors is for the experiment only.
         factors = refit_mixing(problem.target, problem.metric, every * kept[..., None])

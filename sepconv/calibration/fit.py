@@ -1,6 +1,6 @@
 """Factors that keep what a model computes on unlabelled inputs: plan, then fit layer by layer."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,22 +10,40 @@ from torch import Tensor, nn
 
 from sepconv._util import relative_error, track
 from sepconv.calibration.batches import read_batches
+from sepconv.calibration.curves import PROBES, Costs, Curve, Layer, output_curve
 from sepconv.calibration.observe import Dense
 from sepconv.calibration.refine import STEPS, Fitted, ShapesDifferError, check_same_shapes, refine
-from sepconv.calibration.responses import Responses, Substitutes
-from sepconv.factorize.form import full_rank
+from sepconv.calibration.responses import HELD_OUT, Responses, Substitutes
+from sepconv.factorize import Form
+from sepconv.factorize.curves import HeldOut
 from sepconv.factorize.moments import Moments
 from sepconv.factorize.solve import SWEEPS, Factors, solve
+from sepconv.factorize.solve_form import ROUNDS, Problem, solve_form
 from sepconv.factorize.target import asymmetric_target, damped
 from sepconv.graph import ExampleInputs, Match
 
-Ranks = Mapping[str, int | None]  # None: dense
-Curves = dict[str, dict[int, float]]  # error by rank, for each layer
+Forms = Mapping[str, Form | None]  # None: dense
 
 MIN_SAMPLES, MAX_SAMPLES = 8, 128  # to measure the output's error on
 CURVE_MACS = 1.5e12  # what measuring the error curves may cost before samples are saved
 REFINE_SAMPLES, REFINE_EPOCHS = 32, 16
 REFINE_MACS = 1e12  # of the layers' forwards while refining; a larger network is not refined
+MOMENTS_BYTES = 2**30  # of the layers whose errors are predicted from one pass over the batches
+
+
+class Effort(NamedTuple):
+    """How often factors are improved in turns.
+
+    Attributes:
+        sweeps: Over the channels, where the form is a plain rank.
+        rounds: Over all factors at most, where it is not.
+    """
+
+    sweeps: int
+    rounds: int
+
+
+PLANNING = Effort(sweeps=1, rounds=3)
 
 
 @dataclass(frozen=True)
@@ -36,7 +54,7 @@ class Method:
         sequential: Fit to the inputs as the layers before have changed them.
         branch_sum: Fit the last convolution of a residual branch to the sum.
         norm_metric: Weigh outputs by the BatchNorm after them.
-        sweeps: Block updates over the channels.
+        sweeps: Block updates over the channels; without any, closed forms alone.
         correct_bias: Give outputs the original's mean.
         restore_variance: Give outputs the original's variance where that lowers the error.
         refine: Follow the closed forms by gradient steps on all layers at once.
@@ -93,53 +111,76 @@ class Calibration:
         self._seed = seed
         self._batches = read_batches(batches, example_inputs, device)
         self._responses = Responses(model, matches, self._batches, seed)
-        self._samples = MAX_SAMPLES
-        self._wanted: list[list[Tensor]] | None = None
+        self._output = OutputError(self._responses, MAX_SAMPLES)
+        sweeps = self._method.sweeps
+        self._effort = Effort(sweeps, ROUNDS if sweeps else 0)
 
     @property
     def layers(self) -> list[Match]:
         """The convolutions that the batches reach, in order of execution."""
         return self._responses.layers
 
-    def reached(self, ranks: Ranks) -> list[str]:
+    def reached(self, forms: Forms) -> list[str]:
         """The names of the layers that `fit` finds factors for, in order of execution."""
-        return [conv.name for conv in self.layers if _below_full(conv, ranks.get(conv.name))]
+        return [conv.name for conv in self.layers if _is_inexact(conv, forms.get(conv.name))]
 
-    def error_curves(self, ranks: Mapping[str, Sequence[int]]) -> Curves:
+    def error_curves(self, costs: Mapping[str, Costs]) -> dict[str, Curve]:
         """Relative squared change of the output when one layer alone is converted.
 
+        Judged on the last share of each batch, which the factors are not fitted to.
+
         Args:
-            ranks: By layer, those to measure.
+            costs: By layer, of every form that it may take, and dense.
+
+        Returns:
+            By layer, of the forms that are worth their cost.
         """
-        layers = [conv for conv in self.layers if ranks.get(conv.name)]
-        self._save_samples(sum(len(ranks[conv.name]) for conv in layers))
-        moments = self._responses.inputs(layers)
-        curves: Curves = {}
-        for conv in track(layers, "measuring what each rank costs"):
-            problem = self._unchanged(conv, moments.pop(conv))
-            curves[conv.name] = {}
-            for rank in ranks[conv.name]:
-                alone = {conv.name: self._fitted(conv, problem, rank, sweeps=1)}
-                curves[conv.name][rank] = self.output_error(alone)
+        layers = [conv for conv in self.layers if len(costs.get(conv.name, {})) > 1]
+        output = OutputError(self._responses, self._affordable(PROBES * len(layers)), HELD_OUT)
+        curves: dict[str, Curve] = {}
+        parts = track(self._parts(layers), "measuring what each form costs", len(layers))
+        for conv, fitted, held in parts:
+            curves[conv.name] = self._curve(conv, fitted, held, costs[conv.name], output)
         return curves
 
-    def fit(self, ranks: Ranks) -> dict[str, Fitted]:
-        """Calibrated factors by name, for every rank below full.
+    def _parts(self, layers: Sequence[Match]) -> Iterator[tuple[Match, Moments, Moments]]:
+        """Each layer's moments of the rows to fit and of those held out."""
+        for group in _in_groups(layers):
+            moments = self._responses.inputs_in_parts(group)
+            for conv in group:
+                yield conv, *moments.pop(conv)
+
+    def _curve(
+        self, conv: Match, fitted: Moments, held: Moments, costs: Costs, output: "OutputError"
+    ) -> Curve:
+        problem = self._unchanged(conv, fitted)
+        scale = self._scale(conv)
+        held_out = HeldOut.of(held, fitted, scale)
+        layer = Layer(problem.target, problem.metric, held_out, scale, _taps(conv))
+
+        def output_error(form: Form) -> float:
+            alone = {conv.name: self._fitted(conv, problem, form, PLANNING)}
+            return output.of(self._substitutes(alone))
+
+        return output_curve(layer, costs, output_error)
+
+    def fit(self, forms: Forms) -> dict[str, Fitted]:
+        """Calibrated factors by name, for every form that is not exact.
 
         Args:
-            ranks: By layer; None and layers not named stay dense. A full rank is exact without
+            forms: By layer; None and layers not named stay dense. A full rank is exact without
                 a fit and is left out.
         """
-        fitted, spreads = self._closed_forms(ranks)
+        fitted, spreads = self._closed_forms(forms)
         if self._method.refine and fitted:
             # Without comparable outputs there is nothing to aim at: the closed forms stand.
             with suppress(ShapesDifferError):
                 fitted = self._better(self._refined(fitted, spreads), fitted)
         return fitted
 
-    def _closed_forms(self, ranks: Ranks) -> tuple[dict[str, Fitted], dict[str, float]]:
+    def _closed_forms(self, forms: Forms) -> tuple[dict[str, Fitted], dict[str, float]]:
         """Layer by layer in order of execution; and the spread of each layer's output."""
-        layers = [conv for conv in self.layers if _below_full(conv, ranks.get(conv.name))]
+        layers = [conv for conv in self.layers if _is_inexact(conv, forms.get(conv.name))]
         fitted: dict[str, Fitted] = {}
         rescaled: dict[str, Fitted] = {}
         spreads: dict[str, float] = {}
@@ -149,9 +190,9 @@ class Calibration:
                 problem = self._changed(conv, self._substitutes(fitted))
             else:
                 problem = self._unchanged(conv, given.pop(conv))
-            rank = ranks[conv.name]
-            assert rank is not None, "_below_full() says so"
-            fitted[conv.name] = self._fitted(conv, problem, rank, self._method.sweeps)
+            form = forms[conv.name]
+            assert form is not None, "_is_inexact() says so"
+            fitted[conv.name] = self._fitted(conv, problem, form, self._effort)
             factors = _with_variance(fitted[conv.name].factors, problem)
             rescaled[conv.name] = self._with_bias(conv, problem, factors)
             spreads[conv.name] = float(problem.variance_y.mean().sqrt())
@@ -191,21 +232,16 @@ class Calibration:
         Raises:
             ValueError: The outputs' shapes depend on the weights (detections, say).
         """
-        if self._wanted is None:
-            self._wanted = self._responses.outputs(self._samples, {})
-        outputs = self._responses.outputs(self._samples, self._substitutes(fitted))
-        return _output_error(outputs, self._wanted)
+        return self._output.of(self._substitutes(fitted))
 
-    def plain_error(self, ranks: Ranks) -> float:
+    def plain_error(self, forms: Forms) -> float:
         """`output_error` of the closed forms alone, which refining only lowers."""
-        return self.output_error(self._closed_forms(ranks)[0])
+        return self.output_error(self._closed_forms(forms)[0])
 
-    def _save_samples(self, forwards: int) -> None:
-        """Measure errors on as many samples as the given number of forwards allows."""
+    def _affordable(self, forwards: int) -> int:
+        """On how many samples the given number of forwards may be run."""
         macs = forwards * sum(self._responses.macs(conv) for conv in self.layers)
-        affordable = int(CURVE_MACS / max(macs, 1))
-        self._samples = max(MIN_SAMPLES, min(MAX_SAMPLES, affordable))
-        self._wanted = None
+        return max(MIN_SAMPLES, min(MAX_SAMPLES, int(CURVE_MACS / max(macs, 1))))
 
     def _unchanged(self, conv: Match, moments: Moments) -> _Problem:
         """The layer's own weight, on the original's inputs."""
@@ -219,12 +255,16 @@ class Calibration:
         target, metric = asymmetric_target(weight, moments.covariance, moments.cross)
         return _problem(target, metric, moments)
 
-    def _fitted(self, conv: Match, problem: _Problem, rank: int, sweeps: int) -> Fitted:
+    def _scale(self, conv: Match) -> Tensor:
         scale = self._responses.scale(conv)
-        if not self._method.norm_metric:
-            scale = torch.ones_like(scale)
-        taps = conv.weight_2d[0, 0].numel()
-        factors = solve(problem.target, problem.metric, rank, taps, scale, sweeps)
+        return scale if self._method.norm_metric else torch.ones_like(scale)
+
+    def _fitted(self, conv: Match, problem: _Problem, form: Form, effort: Effort) -> Fitted:
+        weight, metric, scale, taps = problem.target, problem.metric, self._scale(conv), _taps(conv)
+        if form.is_plain:
+            factors = solve(weight, metric, form.rank, taps, scale, effort.sweeps)
+        else:
+            factors = solve_form(Problem(weight, metric), form, taps, scale, effort.rounds)
         return self._with_bias(conv, problem, factors)
 
     def _with_bias(self, conv: Match, problem: _Problem, factors: Factors) -> Fitted:
@@ -257,22 +297,63 @@ def _with_variance(factors: Factors, problem: _Problem) -> Factors:
     """
     weight = factors.dense()
     variance = ((weight @ problem.metric) * weight).sum(1)
-    gain = (problem.variance_y / variance.clamp(min=1e-30)).sqrt().clamp(max=2.0)
-    return Factors(factors.filters, factors.mixing * gain[:, None, None])
+    return factors.scaled((problem.variance_y / variance.clamp(min=1e-30)).sqrt().clamp(max=2.0))
 
 
-def _below_full(conv: Match, rank: int | None) -> bool:
-    return rank is not None and rank < full_rank(conv.weight_2d.shape)
+def _is_inexact(conv: Match, form: Form | None) -> bool:
+    return form is not None and not form.is_exact(tuple(conv.weight_2d.shape))
 
 
-def _output_error(outputs: list[list[Tensor]], wanted: list[list[Tensor]]) -> float:
-    """Relative squared error of each output tensor over all batches, averaged over the tensors."""
-    for ours, theirs in zip(outputs, wanted, strict=True):
-        check_same_shapes(ours, theirs)
+def _taps(conv: Match) -> int:
+    return conv.weight_2d[0, 0].numel()
 
-    def joined(batches: list[list[Tensor]]) -> list[Tensor]:
-        tensors = zip(*batches, strict=True)
-        return [torch.cat([t.double().reshape(-1) for t in parts]) for parts in tensors]
 
-    errors = list(map(relative_error, joined(outputs), joined(wanted)))
-    return float(torch.stack(errors).mean()) if errors else 0.0
+def _in_groups(layers: Sequence[Match]) -> Iterator[list[Match]]:
+    """One after the other, as many together as `MOMENTS_BYTES` hold both parts' moments of."""
+    group: list[Match] = []
+    size = 0
+    for conv in layers:
+        own = 2 * 8 * conv.weight[0].numel() ** 2
+        if group and size + own > MOMENTS_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(conv)
+        size += own
+    if group:
+        yield group
+
+
+class OutputError:
+    """What replaced convolutions do to a model's output.
+
+    Args:
+        responses: Of the model.
+        samples: To measure on, about.
+        held_out: Take them from the last share of each batch.
+    """
+
+    def __init__(self, responses: Responses, samples: int, held_out: float = 0.0) -> None:
+        self._responses, self._samples, self._held_out = responses, samples, held_out
+        self._wanted: list[list[Tensor]] | None = None
+
+    def of(self, substitutes: Substitutes) -> float:
+        """Relative squared error of each output over all batches, averaged over the outputs.
+
+        Raises:
+            ShapesDifferError: The outputs' shapes depend on the weights.
+        """
+        if self._wanted is None:
+            self._wanted = self._outputs({})
+        outputs = self._outputs(substitutes)
+        for ours, theirs in zip(outputs, self._wanted, strict=True):
+            check_same_shapes(ours, theirs)
+        errors = list(map(relative_error, _joined(outputs), _joined(self._wanted)))
+        return float(torch.stack(errors).mean()) if errors else 0.0
+
+    def _outputs(self, substitutes: Substitutes) -> list[list[Tensor]]:
+        return self._responses.outputs(self._samples, substitutes, self._held_out)
+
+
+def _joined(batches: list[list[Tensor]]) -> list[Tensor]:
+    tensors = zip(*batches, strict=True)
+    return [torch.cat([t.double().reshape(-1) for t in parts]) for parts in tensors]

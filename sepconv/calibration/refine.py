@@ -79,31 +79,42 @@ class _Free:
     """A layer's parameters, divided by their size so that one learning rate fits all."""
 
     def __init__(self, layer: Fitted, spread: float) -> None:
-        filters, mixing = layer.factors
-        # The same product, with filter and mixing weights of one size.
-        size_d, size_p = filters.norm(dim=2), mixing.norm(dim=0)  # [C, T]
-        balance = (size_p / size_d.clamp(min=1e-300)).sqrt().clamp(min=1e-150)
-        start = (filters * balance[..., None], mixing / balance, layer.bias)
-        root_mean_squares = (start[0].square().mean().sqrt(), start[1].square().mean().sqrt())
-        units = [float(s.clamp(min=1e-30)) for s in root_mean_squares]
-        self._units = [*units, max(spread, 1e-30)]
+        factors = _balanced(layer.factors)
+        self._given = [name for name, value in factors._asdict().items() if value is not None]
+        start = [getattr(factors, name) for name in self._given]
+        self._units = [float(value.square().mean().sqrt().clamp(min=1e-30)) for value in start]
+        self._units.append(max(spread, 1e-30))
         self.parameters = [
             (value / unit).float().requires_grad_()
-            for value, unit in zip(start, self._units, strict=True)
+            for value, unit in zip([*start, layer.bias], self._units, strict=True)
         ]
 
-    def _values(self) -> list[Tensor]:
-        return [p * unit for p, unit in zip(self.parameters, self._units, strict=True)]
+    def _fitted(self, values: Sequence[Tensor]) -> Fitted:
+        *factors, bias = (p * unit for p, unit in zip(values, self._units, strict=True))
+        return Fitted(Factors(**dict(zip(self._given, factors, strict=True))), bias)
 
     def current(self) -> Fitted:
         """As they are, differentiable."""
-        filters, mixing, bias = self._values()
-        return Fitted(Factors(filters, mixing), bias)
+        return self._fitted(self.parameters)
 
     def result(self) -> Fitted:
         """As they are, for good."""
-        filters, mixing, bias = (v.detach().double() for v in self._values())
-        return Fitted(Factors(filters, mixing), bias)
+        factors, bias = self._fitted([p.detach() for p in self.parameters])
+        wide = {k: v.double() for k, v in factors._asdict().items() if v is not None}
+        return Fitted(Factors(**wide), bias.double())
+
+
+def _balanced(factors: Factors) -> Factors:
+    """The same product, with filters, mixing weights and rows of `weight_in` of one size."""
+    filters, mixing, weight_in, _ = factors
+    if weight_in is not None:
+        size = weight_in.norm(dim=1).clamp(min=1e-150)
+        size = size / size.mean()
+        weight_in, filters = weight_in / size[:, None], filters * size[:, None, None]
+    size_d, size_p = filters.norm(dim=2), mixing.norm(dim=0)  # [C, T]
+    balance = (size_p / size_d.clamp(min=1e-300)).sqrt().clamp(min=1e-150)
+    filters, mixing = filters * balance[..., None], mixing / balance
+    return factors._replace(filters=filters, mixing=mixing, weight_in=weight_in)
 
 
 def check_same_shapes(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:

@@ -19,6 +19,9 @@ from sepconv.graph.state import seed_generators, untouched
 # Patches per layer: more change nothing (docs/accuracy.md).
 MIN_ROWS, ROWS_PER_DIMENSION = 40_000, 40
 
+# Of each batch's samples the last share is not fitted where errors are to be predicted.
+HELD_OUT = 1 / 4
+
 Substitutes = Mapping[int, Dense]
 
 
@@ -79,7 +82,14 @@ class Responses:
 
     def inputs(self, layers: Sequence[Match]) -> dict[Match, Moments]:
         """Moments of the original's inputs and outputs, all layers in one pass."""
-        moments = {conv: Moments() for conv in layers}
+        both = self.inputs_in_parts(layers, held_out=0.0)
+        return {conv: fitted for conv, (fitted, _) in both.items()}
+
+    def inputs_in_parts(
+        self, layers: Sequence[Match], held_out: float = HELD_OUT
+    ) -> dict[Match, tuple[Moments, Moments]]:
+        """The same of the rows to fit and of those held out: the last share of each batch's."""
+        moments = {conv: (Moments(), Moments()) for conv in layers}
         with self.quiet():
             for index, batch in enumerate(self._batches):
                 sampler = _Sampler(self, layers, index)
@@ -87,7 +97,9 @@ class Responses:
                 def see(key: int, x: Tensor, y: Tensor, sampler: "_Sampler" = sampler) -> None:
                     conv, rows = sampler.sample(key, x, y, want_x=True)
                     assert rows.x is not None
-                    moments[conv].add(rows.x, rows.y)
+                    first = sampler.count_before(conv, 1 - held_out)
+                    moments[conv][0].add(rows.x[:first], rows.y[:first])
+                    moments[conv][1].add(rows.x[first:], rows.y[first:])
 
                 self._run(Probe([id(c.weight) for c in layers], {}, see), batch)
         return moments
@@ -112,12 +124,20 @@ class Responses:
                 moments.add(after.x, y)
         return moments
 
-    def outputs(self, samples: int, substitutes: Substitutes) -> list[list[Tensor]]:
-        """The floating-point tensors that the model returns, for a share of every batch."""
+    def outputs(
+        self, samples: int, substitutes: Substitutes, held_out: float = 0.0
+    ) -> list[list[Tensor]]:
+        """The floating-point tensors that the model returns, for a share of every batch.
+
+        Args:
+            samples: How many together, about.
+            substitutes: What the convolutions run with.
+            held_out: Take them from the last share of each batch.
+        """
         share = -(-samples // len(self._batches))
         with self.quiet():
             return [
-                self._run(Substitution(substitutes), batch.part(0, share))
+                self._run(Substitution(substitutes), _part(batch, share, held_out))
                 for batch in self._batches
             ]
 
@@ -237,6 +257,7 @@ class _Sampler:
         self._layers = {id(conv.weight): conv for conv in layers}
         self._generators: dict[Match, torch.Generator] = {}
         self._positions: dict[Match, Tensor] = {}
+        self._totals: dict[Match, int] = {}
 
     def sample(self, key: int, x: Tensor, y: Tensor, want_x: bool) -> tuple[Match, _Rows]:
         """Choose pixels of y and gather them, and the patches of x that they read."""
@@ -255,14 +276,24 @@ class _Sampler:
         """Another tensor's values at the pixels chosen last."""
         return pixels(_as_images(t, conv), self._positions[conv])
 
+    def count_before(self, conv: Match, share: float) -> int:
+        """How many of the pixels chosen last are in the first share of the output."""
+        return int((self._positions[conv] < share * self._totals[conv]).sum())
+
     def _choose(self, conv: Match, y: Tensor) -> None:
         if conv not in self._generators:
             generator = torch.Generator().manual_seed(self._responses.seed_of(conv, self._index))
             self._generators[conv] = generator
-        total = y.shape[0] * y.shape[2] * y.shape[3]
+        self._totals[conv] = total = y.shape[0] * y.shape[2] * y.shape[3]
         count = self._responses.rows_per_call(conv)
         chosen = torch.randperm(total, generator=self._generators[conv])[:count]
         self._positions[conv] = chosen.sort().values.to(y.device)
+
+
+def _part(batch: Batch, samples: int, held_out: float) -> Batch:
+    """The first samples of a batch, or of its last share where there is more than one in that."""
+    start = batch.samples - int(held_out * batch.samples)
+    return batch.part(start % batch.samples, samples)
 
 
 def _as_images(t: Tensor, conv: Match) -> Tensor:

@@ -21,9 +21,8 @@ from sepconv.conversion.options import (
     select,
     wants_pointwise,
 )
-from sepconv.conversion.plan import Forms, Ranks, check_within, ranks_asked, ranks_for
+from sepconv.conversion.plan import check_within, forms_asked, forms_for, is_reachable
 from sepconv.conversion.trial import tried
-from sepconv.factorize import Form
 from sepconv.graph import ExampleInputs, Match, capture, match
 from sepconv.graph.checked import checked_model
 from sepconv.graph.state import check_copyable, trainable
@@ -42,6 +41,7 @@ def convert(
     exclude: Iterable[str] | None = None,
     filter_fn: FilterFn | None = None,
     first_conv: bool = False,
+    bottleneck: bool = True,
     pointwise: bool | None = None,
     only_if_faster: bool = False,
     optimizers: Optimizer | Iterable[Optimizer] | None = None,
@@ -74,9 +74,12 @@ def convert(
         filter_fn: `(module, name) -> bool`, True to convert.
         first_conv: Whether to convert the network's first convolution too (at most 4 channels).
             There is little to gain there and accuracy to lose.
+        bottleneck: Whether a budget may choose forms with a 1x1 convolution before the depthwise
+            filters, or two after them (docs/bottleneck.md), or plain ranks alone.
         pointwise: Whether 1x1 convolutions may be split into two: True, those that `rank` gives a
             `Form` with `rank_in` or that a budget is planned for; False, none. Default: those
-            that a mapping of ranks names, without wildcards, with such a form.
+            that a mapping of ranks names, without wildcards, with such a form; and with a budget
+            all, if it cannot be reached otherwise.
         only_if_faster: Keep a layer dense unless its separable form measures faster.
         optimizers: Optimizers over the model's parameters; they will train the result's.
         inplace: Change `model` itself instead of a copy.
@@ -117,24 +120,28 @@ def convert(
     model = trainable(model, itself=inplace or bool(listed))
 
     captured = capture(model, example_inputs)
+    choice = (rank, include, exclude, filter_fn, first_conv)
     found = match(model, captured, pointwise=wants_pointwise(rank, pointwise))
-    asked, found = select(model, found, rank, include, exclude, filter_fn, first_conv, pointwise)
-    matches = [conv for conv in found if isinstance(conv, Match)]
-    check_finite(matches)
+    asked, found = select(model, found, *choice, pointwise)
+    if budget is not None and pointwise is None:
+        new_biases = calibration is not None
+        if not is_reachable(budget, model, captured, found, new_biases, bottleneck):
+            asked, found = select(model, match(model, captured, pointwise=True), *choice, True)
+    check_finite(conv for conv in found if isinstance(conv, Match))
     if example_inputs is not None:
         captured, found = tried(model, example_inputs, captured, found)
-        matches = [conv for conv in found if isinstance(conv, Match)]
+    matches = [conv for conv in found if isinstance(conv, Match)]
 
     table = LatencyTable()
     study = None
     if calibration is not None:
         study = Calibration(model, matches, calibration, example_inputs, seed)
     if budget is None:
-        forms = ranks_asked(matches, asked)
+        forms = forms_asked(matches, asked)
     else:
-        ranks = ranks_for(budget, model, example_inputs, captured, matches, study, table)
-        forms = {name: None if rank is None else Form(rank) for name, rank in ranks.items()}
-    calibrated = study.reached(_plain(forms)) if study is not None else ()
+        given = (budget, model, example_inputs, captured, matches, study, table)
+        forms = forms_for(*given, bottleneck)
+    calibrated = study.reached(forms) if study is not None else ()
     layers = planned_layers(found, forms, captured.channels_last, calibrated)
 
     if only_if_faster or (budget is not None and budget.kind == "latency"):
@@ -151,7 +158,7 @@ def convert(
         return made
 
     forms = {name: layer.form for name, layer in layers.items()}
-    fitted = study.fit(_plain(forms)) if study is not None else {}
+    fitted = study.fit(forms) if study is not None else {}
     plan = factored(matches, layers, fitted, captured.channels_last)
     converting = any(form is not None for form in forms.values())
     if not converting:
@@ -171,11 +178,3 @@ def convert(
         if times["after"] >= times["before"]:
             warnings.warn(f"convert: the model did not get faster: {made.speed()}", stacklevel=3)
     return converted
-
-
-def _plain(forms: Forms) -> Ranks:
-    """The ranks of plain forms, of which calibration finds factors."""
-    return {
-        name: form.rank if form is not None and form.is_plain else None
-        for name, form in forms.items()
-    }

@@ -1,6 +1,6 @@
 """What each form of a convolution costs, counted or measured, and what a whole forward takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sepconv._util import evaluating, track
-from sepconv.factorize import Form, full_rank
+from sepconv.factorize import Form
+from sepconv.factorize.curves import form_grid
 from sepconv.graph import ExampleInputs, Match, split_inputs
 from sepconv.graph.capture import runnable
 from sepconv.graph.state import untouched
@@ -22,51 +23,61 @@ _LONG = 0.02  # seconds of one turn of both forms, from which on one may be enou
 _SECONDS = 0.1  # of further turns where it is not
 _CLEAR = 1.25  # a ratio of times that no noise explains
 
-Costs = dict[str, dict[int | None, float]]  # by layer, of each rank and of dense
+_WORTH = 0.75  # of the dense cost: above it forms that are not plain gain nothing
+
+Costs = dict[str, dict[Form | None, float]]  # by layer, of each form and of dense
 
 
-def counted_costs(matches: Sequence[Match], kind: str, new_biases: bool) -> Costs:
-    """Multiply-adds or parameters of every rank that is cheaper than the dense form, and of it.
+def counted_costs(
+    matches: Sequence[Match], kind: str, new_biases: bool, bottleneck: bool = True
+) -> Costs:
+    """Multiply-adds or parameters of every form that is cheaper than the dense one, and of it.
 
     Args:
         matches: The layers to choose for.
         kind: `macs` or `params`.
         new_biases: Whether layers without a bias get one, as calibration gives them.
+        bottleneck: Whether to look at more than plain ranks.
     """
     costs: Costs = {}
     for conv in matches:
+        forms = form_grid(tuple(conv.weight_2d.shape))
+        forms = [form for form in forms if form.is_plain or bottleneck]
         if kind == "macs":
-            forms: dict[int | None, float] = {rank: conv.macs(Form(rank)) for rank in _ranks(conv)}
-            forms[DENSE] = conv.dense_macs
+            counted: dict[Form | None, float] = {form: conv.macs(form) for form in forms}
+            counted[DENSE] = conv.dense_macs
         else:
             extra = len(conv.weight) if new_biases and conv.bias is None else 0
-            forms = {rank: conv.params(Form(rank)) + extra for rank in _ranks(conv)}
-            forms[DENSE] = conv.dense_params
-        costs[conv.name] = _cheaper_than_dense(forms)
+            counted = {form: conv.params(form) + extra for form in forms}
+            counted[DENSE] = conv.dense_params
+        costs[conv.name] = _cheaper_than_dense(counted)
     return costs
 
 
-def latency_costs(matches: Sequence[Match], channels_last: bool, table: LatencyTable) -> Costs:
-    """Seconds of every form of every layer that is faster than the dense one, and of that."""
+def latency_costs(
+    matches: Sequence[Match],
+    forms: Mapping[str, Iterable[Form]],
+    channels_last: bool,
+    table: LatencyTable,
+) -> Costs:
+    """Seconds of those forms of every layer that are faster than the dense one, and of that."""
     costs: Costs = {}
     for conv in track(matches, "measuring latency"):
         spec = conv.spec(channels_last)
-        forms: dict[int | None, float] = {r: table.seconds(spec, Form(r)) for r in _ranks(conv)}
-        forms[DENSE] = table.seconds(spec, DENSE)
-        costs[conv.name] = _cheaper_than_dense(forms)
+        measured = {form: table.seconds(spec, form) for form in (*forms[conv.name], DENSE)}
+        costs[conv.name] = _cheaper_than_dense(measured)
     return costs
 
 
-def _ranks(conv: Match) -> range:
-    # Depthwise filters of 1x1 would only be added to what is there.
-    return range(1, 0 if conv.is_pointwise else full_rank(conv.weight_2d.shape) + 1)
-
-
-def _cheaper_than_dense(forms: Mapping[int | None, float]) -> dict[int | None, float]:
+def _cheaper_than_dense(forms: Mapping[Form | None, float]) -> dict[Form | None, float]:
     """The forms that cost less than the dense one, and last that."""
     dense = forms[DENSE]
-    cheaper = {rank: cost for rank, cost in forms.items() if cost < dense}
-    return cheaper | {DENSE: dense}
+    kept: dict[Form | None, float] = {}
+    for form, cost in forms.items():
+        if form is not None and cost < (dense if form.is_plain else _WORTH * dense):
+            kept[form] = cost
+    kept[DENSE] = dense
+    return kept
 
 
 def forward_seconds(example_inputs: ExampleInputs, **models: nn.Module) -> dict[str, float]:

@@ -1,27 +1,26 @@
-"""Which rank each layer gets: what the caller asked for, or what the budget allows."""
+"""Which form each layer gets: what the caller asked for, or what the budget allows."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
 from sepconv.calibration.fit import Calibration
 from sepconv.conversion.costs import DENSE, Costs, counted_costs, forward_seconds, latency_costs
 from sepconv.conversion.options import Budget, Rank
-from sepconv.factorize import Form, full_rank, weight_errors
+from sepconv.factorize import Form, full_rank, weight_curve
 from sepconv.factorize.knapsack import Option, knapsack
-from sepconv.graph import Capture, ExampleInputs, Match
+from sepconv.graph import Capture, ExampleInputs, Match, Skipped
 from sepconv.reports.conversion import Report
 from sepconv.reports.latency import LatencyTable
 
-Ranks = dict[str, int | None]
 Forms = dict[str, Form | None]
-Errors = Mapping[str, Mapping[int, float]]  # by layer and rank
+Errors = Mapping[str, Mapping[Form, float]]  # by layer and form
 
 _BISECTIONS = 7  # narrows the fraction down to one percent
 
 
-def ranks_asked(matches: Sequence[Match], ranks: Mapping[str, Rank | None]) -> Forms:
+def forms_asked(matches: Sequence[Match], ranks: Mapping[str, Rank | None]) -> Forms:
     """The caller's ranks, at most what each layer has; rank 1 where none was named.
 
     A 1x1 convolution that they would not make smaller stays dense.
@@ -36,7 +35,7 @@ def ranks_asked(matches: Sequence[Match], ranks: Mapping[str, Rank | None]) -> F
     return planned
 
 
-def ranks_for(
+def forms_for(
     budget: Budget,
     model: nn.Module,
     example_inputs: ExampleInputs | None,
@@ -44,10 +43,11 @@ def ranks_for(
     matches: Sequence[Match],
     calibration: Calibration | None,
     table: LatencyTable,
-) -> Ranks:
-    """Ranks, or dense, for every layer within the budget.
+    bottleneck: bool,
+) -> Forms:
+    """A form, or dense, for every layer within the budget.
 
-    With calibration the error of a rank is what it changes in the model's output, else what it
+    With calibration the error of a form is what it changes in the model's output, else what it
     changes in the weight.
 
     Raises:
@@ -55,63 +55,85 @@ def ranks_for(
     """
     if budget.kind == "error" and calibration is None:
         raise ValueError("calibration: expected batches, for error= is measured on them, got None")
+    kind = "params" if budget.kind == "params" else "macs"
+    costs = counted_costs(matches, kind, calibration is not None, bottleneck)
+    total = whole_cost(kind, model, captured)
+    if budget.kind in ("macs", "params"):
+        reachable_limit(budget, costs, total)  # before the errors, which take long
+    if calibration is None:
+        errors = weight_only_errors(matches, costs)
+    else:
+        errors = calibration.error_curves(costs)
     if budget.kind == "latency":
         assert example_inputs is not None, "check_options() asks for them"
-        costs = latency_costs(matches, captured.channels_last, table)
+        costs = latency_costs(matches, errors, captured.channels_last, table)
         # Measured one by one, layers can take longer than together; the whole is not less.
         layers = sum(forms[DENSE] for forms in costs.values())
         total = max(forward_seconds(example_inputs, dense=model)["dense"], layers)
-    else:
-        kind = "params" if budget.kind == "params" else "macs"
-        costs = counted_costs(matches, kind, new_biases=calibration is not None)
-        params = sum(p.numel() for p in model.parameters())
-        total = float(params if kind == "params" else captured.macs or 0)
-    if calibration is None:
-        return ranks_within(budget, costs, weight_only_errors(matches), total)
-    if budget.kind != "error":
-        reachable_limit(budget, costs, total)  # before the errors, which take long
-    errors = calibration.error_curves(ranks_to_choose(costs))
     if budget.kind == "error":
-        return ranks_for_error(budget.fraction, costs, errors, total, calibration.plain_error)
-    return ranks_within(budget, costs, errors, total)
+        assert calibration is not None, "checked above"
+        return forms_for_error(budget.fraction, costs, errors, total, calibration.plain_error)
+    return forms_within(budget, costs, errors, total)
 
 
-def ranks_to_choose(costs: Costs) -> dict[str, list[int]]:
-    """The ranks among the forms of each layer."""
-    return {name: [r for r in forms if r is not None] for name, forms in costs.items()}
+def is_reachable(
+    budget: Budget,
+    model: nn.Module,
+    captured: Capture,
+    found: Iterable[Match | Skipped],
+    new_biases: bool,
+    bottleneck: bool,
+) -> bool:
+    """Whether the cheapest forms of the matches are within a budget that is counted."""
+    if budget.kind not in ("macs", "params"):
+        return True
+    matches = [conv for conv in found if isinstance(conv, Match)]
+    costs = counted_costs(matches, budget.kind, new_biases, bottleneck)
+    try:
+        reachable_limit(budget, costs, whole_cost(budget.kind, model, captured))
+    except ValueError:
+        return False
+    return True
 
 
-def weight_only_errors(matches: Sequence[Match]) -> Errors:
+def whole_cost(kind: str, model: nn.Module, captured: Capture) -> float:
+    """Multiply-adds or parameters of the whole original model."""
+    if kind == "params":
+        return float(sum(p.numel() for p in model.parameters()))
+    return float(captured.macs or 0)
+
+
+def weight_only_errors(matches: Sequence[Match], costs: Costs) -> Errors:
     """Relative squared errors of the weights, where there is no data to measure anything else."""
-    return {conv.name: dict(enumerate(weight_errors(conv.weight_2d).tolist())) for conv in matches}
+    return {conv.name: weight_curve(conv.weight_2d, costs[conv.name]) for conv in matches}
 
 
-def ranks_within(budget: Budget, costs: Costs, errors: Errors, total: float) -> Ranks:
-    """Ranks, or dense, with the least sum of errors within the budget.
+def forms_within(budget: Budget, costs: Costs, errors: Errors, total: float) -> Forms:
+    """Forms, or dense, with the least sum of errors within the budget.
 
     Args:
         budget: Of what `costs` counts.
         costs: By layer, of each form.
-        errors: By layer, of each rank; a layer without any stays dense.
+        errors: By layer, of each form; a layer without any stays dense.
         total: Cost of the whole original model.
 
     Raises:
         ValueError: The budget is below what the cheapest forms cost.
     """
-    forms = {
-        name: {r: c for r, c in layer.items() if r is DENSE or r in errors.get(name, {})}
+    known = {
+        name: {f: c for f, c in layer.items() if f is DENSE or f in errors.get(name, {})}
         for name, layer in costs.items()
     }
     choices = [
-        [Option(cost, 0.0 if r is DENSE else errors[name][r]) for r, cost in layer.items()]
-        for name, layer in forms.items()
+        [Option(cost, 0.0 if f is DENSE else errors[name][f]) for f, cost in layer.items()]
+        for name, layer in known.items()
     ]
-    limit = reachable_limit(budget, forms, total)
+    limit = reachable_limit(budget, known, total)
     if budget.kind == "latency":
         chosen = knapsack(choices, limit)
     else:
         chosen = knapsack(choices, math.floor(limit), least_unit=1)
-    return {name: list(layer)[i] for (name, layer), i in zip(forms.items(), chosen, strict=True)}
+    return {name: list(layer)[i] for (name, layer), i in zip(known.items(), chosen, strict=True)}
 
 
 def reachable_limit(budget: Budget, costs: Costs, total: float) -> float:
@@ -134,24 +156,24 @@ def reachable_limit(budget: Budget, costs: Costs, total: float) -> float:
     return limit
 
 
-def ranks_for_error(
-    limit: float, costs: Costs, errors: Errors, total: float, measure: Callable[[Ranks], float]
-) -> Ranks:
-    """The cheapest ranks whose measured error stays within a limit, by bisecting the budget.
+def forms_for_error(
+    limit: float, costs: Costs, errors: Errors, total: float, measure: Callable[[Forms], float]
+) -> Forms:
+    """The cheapest forms whose measured error stays within a limit, by bisecting the budget.
 
     Args:
         limit: The largest error.
         costs: Multiply-adds by layer, of each form.
-        errors: By layer, of each rank.
+        errors: By layer, of each form.
         total: Multiply-adds of the whole original model.
         measure: The error of a plan.
     """
-    best: Ranks = dict.fromkeys(costs, DENSE)
+    best: Forms = dict.fromkeys(costs, DENSE)
     low, high = 0.0, 1.0
     for _ in range(_BISECTIONS):
         fraction = (low + high) / 2
         try:
-            planned = ranks_within(Budget(macs=fraction), costs, errors, total)
+            planned = forms_within(Budget(macs=fraction), costs, errors, total)
         except ValueError:
             low = fraction
             continue

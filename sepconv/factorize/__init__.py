@@ -3,7 +3,7 @@
 from sepconv.factorize.factors import SeparableFactors, dense_weight
 from sepconv.factorize.form import Form, full_rank
 from sepconv.factorize.svd import is_finite, weight_errors
-from sepconv.factorize.weight_only import factorize
+from sepconv.factorize.weight_only import factorize, weight_curve
 
 __all__ = [
     "Form",
@@ -12,5 +12,6 @@ __all__ = [
     "factorize",
     "full_rank",
     "is_finite",
+    "weight_curve",
     "weight_errors",
 ]

@@ -18,14 +18,46 @@ SWEEPS = 2  # later sweeps gain almost nothing (docs/accuracy.md)
 
 
 class Factors(NamedTuple):
-    """Filters D [C, T, R*S] and mixing weights P [K, C, T]."""
+    """Filters D [C, T, R*S] and mixing weights P [K, C, T], maybe between two channel maps.
+
+    Attributes:
+        filters: [C, T, R*S], or [rank_in, T, R*S] with `weight_in`.
+        mixing: [K, C, T], or [rank_out, C, T] with `weight_out`.
+        weight_in: [rank_in, C], what the filters read of the input's channels.
+        weight_out: [K, rank_out], the outputs from the mixed channels.
+    """
 
     filters: Tensor
     mixing: Tensor
+    weight_in: Tensor | None = None
+    weight_out: Tensor | None = None
 
     def dense(self) -> Tensor:
-        """The weight P D [K, C*R*S] that they stand for."""
-        return torch.einsum("kct,ctr->kcr", self.mixing, self.filters).flatten(1)
+        """The weight [K, C*R*S] that they stand for."""
+        weight = torch.einsum("kct,ctr->kcr", self.mixing, self.filters)
+        if self.weight_out is not None:
+            weight = torch.einsum("ko,ocr->kcr", self.weight_out, weight)
+        if self.weight_in is not None:
+            weight = torch.einsum("kgr,gc->kcr", weight, self.weight_in)
+        return weight.flatten(1)
+
+    def named(self) -> dict[str, Tensor | None]:
+        """By the names of a module's parameters; a 1x1 convolution's filters join the mixing."""
+        mixing = self.mixing
+        if self.filters.shape[2] == 1 and self.weight_in is not None:
+            mixing = mixing * self.filters[..., 0]
+        return {
+            "weight_dw": self.filters,
+            "weight_pw": mixing,
+            "weight_in": self.weight_in,
+            "weight_out": self.weight_out,
+        }
+
+    def scaled(self, scale: Tensor) -> "Factors":
+        """With outputs multiplied by scale [K]."""
+        if self.weight_out is not None:
+            return self._replace(weight_out=self.weight_out * scale[:, None])
+        return self._replace(mixing=self.mixing * scale[:, None, None])
 
 
 def solve(

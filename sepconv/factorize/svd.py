@@ -31,16 +31,16 @@ def factorize_rank(weight: Tensor, rank: int) -> SeparableFactors:
     if rank >= full_rank(weight.shape):
         return _exact(weight)
 
-    filters, mixing, energies = truncated(weight, rank)
-    error = float(_errors_by_rank(energies)[rank].sqrt())
+    filters, mixing, energy = truncated(weight, rank)
+    error = float(_errors_by_rank(energy)[rank].sqrt())
     return SeparableFactors(*to_weights(filters, mixing, weight), error)
 
 
 def truncated(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Filters [C, T, R*S], mixing weights [C, K, T] and energies [C, full_rank] of all channels."""
     parts = [_truncate(part, rank) for part in _parts(weight)]
-    filters, mixing, energies = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return filters, mixing, energies
+    filters, mixing, energy = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return filters, mixing, energy
 
 
 def _truncate(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,8 +62,12 @@ def weight_errors(weight: Tensor) -> Tensor:
         the last entry is 0. Decreasing and convex in T.
     """
     check_weight(weight)
-    parts = [_singular_vectors(_per_channel(part))[1] for part in _parts(weight)]
-    return _errors_by_rank(torch.cat(parts))
+    return _errors_by_rank(energies(weight))
+
+
+def energies(weight: Tensor) -> Tensor:
+    """Squared singular values [C, full_rank] of each channel of a weight [K, C, R, S], falling."""
+    return torch.cat([_singular_vectors(_per_channel(part))[1] for part in _parts(weight)])
 
 
 def _errors_by_rank(energies: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sepconv.factorize.factors import SeparableFactors, dense_weight
 from sepconv.factorize.form import Form
-from sepconv.factorize.svd import factorize_rank
+from sepconv.factorize.svd import energies, factorize_rank
 
 _PASSES = 3  # of a solve with a ridge, each for what the one before left
 
@@ -45,6 +45,19 @@ def factorize_form(weight: Tensor, form: Form) -> SeparableFactors:
         weight_out = _leading(reached @ reached.T, form.rank_out)
         weight_pw = weight_out.T @ weight_pw.flatten(1)
     return _finished(weight, form, weight_dw, weight_pw, weight_in, weight_out)
+
+
+def form_energies(weight: Tensor) -> Tensor:
+    """How much of ||W||^2 each filter of each leading direction of the channels holds.
+
+    Returns:
+        [C, min(K, R*S)] in float64: the sum over the first `rank_in` rows and `rank` columns is
+        what `factorize_form` keeps, without `rank_out`.
+    """
+    taps = weight.detach().double().flatten(2)
+    rotation = _leading(torch.einsum("kct,kdt->cd", taps, taps), taps.shape[1])
+    rotated = torch.einsum("kct,cg->kgt", taps, rotation.flip(1))
+    return energies(rotated[..., None])
 
 
 def remix(

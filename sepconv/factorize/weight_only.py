@@ -1,11 +1,13 @@
 """Factors of a dense weight in any form, from the weight alone."""
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from sepconv.factorize.factors import SeparableFactors
 from sepconv.factorize.form import Form
-from sepconv.factorize.svd import check_weight, factorize_rank
-from sepconv.factorize.tucker import factorize_form
+from sepconv.factorize.svd import check_weight, factorize_rank, weight_errors
+from sepconv.factorize.tucker import factorize_form, form_energies
 
 
 def factorize(weight: Tensor, rank: int | Form) -> SeparableFactors:
@@ -41,3 +43,25 @@ def factorize(weight: Tensor, rank: int | Form) -> SeparableFactors:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank: expected an int of at least 1 or a sepconv.Form, got {rank!r}")
     return factorize_rank(weight, rank)
+
+
+def weight_curve(weight: Tensor, forms: Iterable[Form | None]) -> dict[Form, float]:
+    """Relative squared errors of a weight [K, C, R, S] in many forms, without factors of each.
+
+    Forms with `rank_out` are left out: from the weight alone they gain nothing.
+
+    >>> import torch
+    >>> sorted(weight_curve(torch.randn(4, 4, 3, 3), [Form(1), Form(4), Form(2, 2)]).values())[0]
+    0.0
+    """
+    wanted = [form for form in forms if form is not None and form.rank_out is None]
+    by_rank = weight_errors(weight).tolist()
+    curve = {form: by_rank[form.rank] for form in wanted if form.is_plain}
+    if len(curve) < len(wanted):
+        kept = form_energies(weight).cumsum(0).cumsum(1)
+        whole = kept[-1, -1].clamp(min=1e-300)
+        lost = (1 - kept / whole).clamp(min=0)
+        curve |= {
+            f: float(lost[f.rank_in - 1, f.rank - 1]) for f in wanted if f.rank_in is not None
+        }
+    return curve

@@ -148,7 +148,7 @@ def test_every_step_of_the_closed_form_pays(
 
     def error(method: Method) -> float:
         study = study_of(net, many, method)
-        fitted = study.fit({conv.name: 1 for conv in study.layers})
+        fitted = study.fit({conv.name: sepconv.Form(1) for conv in study.layers})
         held_out = study_of(net, [held], method)
         return held_out.output_error(fitted)
 
@@ -175,7 +175,9 @@ def test_more_batches_never_make_unseen_images_worse(
     errors = []
     for images in (64, 256, 1024):
         study = study_of(net, list(digits[0][:images].split(64)))
-        errors.append(held.output_error(study.fit({conv.name: 1 for conv in study.layers})))
+        errors.append(
+            held.output_error(study.fit({conv.name: sepconv.Form(1) for conv in study.layers}))
+        )
     few, some, many = errors
     assert some <= 1.05 * few
     assert many <= 1.05 * some

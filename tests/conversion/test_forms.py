@@ -305,9 +305,11 @@ def test_other_choices_hold_for_them_too() -> None:
 
 
 @pytest.mark.parametrize("budget", [{"macs": 0.7}, {"params": 0.7}])
-def test_a_budget_leaves_them_dense_today(budget: dict[str, float]) -> None:
+def test_a_budget_is_planned_for_them_too(budget: dict[str, float]) -> None:
     converted = sepconv.convert(net(), X, budget=sepconv.Budget(**budget), pointwise=True)
-    assert reasons(converted)["mix"] == "better dense"
+    assert "1x1" not in {k: v for k, v in reasons(converted).items() if k != "padded"}.values()
+    never = sepconv.convert(net(), X, budget=sepconv.Budget(**budget), pointwise=False)
+    assert {reasons(never)[name] for name in ("mix", "call.weight", "down")} == {"1x1"}
 
 
 def test_pointwise_is_true_false_or_none() -> None:

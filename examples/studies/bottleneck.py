@@ -1,0 +1,488 @@
+"""What the bottleneck form is worth: a 1x1 convolution before the depthwise one, a split after it.
+
+    python -m examples.studies.bottleneck layers   # error of single layers at a share of their MACs
+    python -m examples.studies.bottleneck end      # whole networks at a share of their MACs
+    python -m examples.studies.bottleneck show     # tables of both into docs/bottleneck.md, figure
+
+Every figure is kept in `docs/results/bottleneck.json` as soon as it is known, so that a run which
+was stopped goes on where it was; delete a line to measure it anew. The networks are those of
+`networks.py`.
+"""
+
+import argparse
+import json
+import math
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+import sepconv
+from examples.studies.networks import NETWORKS, Batches, photos, samples
+from sepconv._util import write_atomically
+from sepconv.calibration.batches import read_batches
+from sepconv.calibration.responses import Responses
+from sepconv.factorize import Form, full_rank
+from sepconv.factorize.moments import Moments
+from sepconv.factorize.solve import solve
+from sepconv.factorize.target import damped
+from sepconv.graph import Match, capture, match
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results" / "bottleneck.json"
+PAGE = ROOT / "docs" / "bottleneck.md"
+PLOT = ROOT / "docs" / "bottleneck.png"
+GIB = 2**30
+
+# What `convert` is given beside the budget and the batches, by form.
+FORMS: dict[str, dict[str, Any]] = {"plain": {}}
+BUDGETS = {  # of the multiply-adds of the whole network
+    "resnet20": (0.55, 0.45, 0.35, 0.25),
+    "resnet32": (0.35,),
+    "realesr": (0.7, 0.55, 0.4),
+    "squeezenet": (0.7, 0.55),
+    "yolox": (0.55, 0.4),
+    "vgg": (0.3, 0.15),
+    "face": (0.55,),
+}
+
+# Forms of single layers: plain ranks, a split after the filters (rank_out), rank_in as well.
+LAYER_FORMS = ("plain",)
+SHARES = (0.115, 0.23, 0.345)  # of the dense layer's multiply-adds: about ranks 1, 2 and 3
+OVER = 1.05  # times the share that a plain rank may take, for its steps are coarse
+EIGHTHS = (1, 2, 3, 4, 6)  # of the input channels, tried as rank_in
+
+Cell = dict[str, Any]
+Cells = dict[str, Cell]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("part", choices=["layers", "end", "show"])
+    parser.add_argument("networks", nargs="*", help=f"of {', '.join(NETWORKS)}; default: all")
+    parser.add_argument("--forms", nargs="*", help="default: all that there are")
+    parser.add_argument("--budgets", type=float, nargs="*", help="default: each network's own")
+    parser.add_argument("--tests", type=int, help="test inputs; default: each network's own")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=3600, help="limit for one conversion")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--here", action="store_true", help="measure one in this very process")
+    options = parser.parse_args()
+    options.networks = options.networks or list(NETWORKS)
+    if unknown := set(options.networks) - set(NETWORKS):
+        parser.error(f"networks: expected some of {list(NETWORKS)}, got {sorted(unknown)}")
+    torch.set_num_threads(options.threads)
+    if options.here:
+        print(json.dumps(converted(options)))
+    elif options.part == "end":
+        end(options)
+    elif options.part == "layers":
+        layers(options)
+    else:
+        show(read(options.results))
+
+
+def read(path: Path) -> Cells:
+    """What is known, by cell."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def keep(path: Path, key: str, cell: Cell) -> None:
+    """Add a cell to the results, each on a line of its own."""
+    cells = read(path) | {key: cell}
+    lines = [f"{json.dumps(key)}: {json.dumps(cells[key])}" for key in sorted(cells)]
+    write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def commit() -> str:
+    """The code that measures; `+`: with changes."""
+    head = ["git", "rev-parse", "--short", "HEAD"]
+    name = subprocess.run(head, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "sepconv"], cwd=ROOT)
+    return name + "+" * bool(changed.returncode)
+
+
+# Whole networks.
+
+
+def end_key(network: str, form: str, budget: float, tests: int | None) -> str:
+    """Name of a cell; the dense network is the form `dense` at budget 1."""
+    return f"end: {network}, {form}, {budget:g}, {tests or NETWORKS[network].tests} tests"
+
+
+def end(options: argparse.Namespace) -> None:
+    """Measure what is missing, each in a process of its own."""
+    for network in options.networks:
+        budgets = options.budgets or BUDGETS[network]
+        wanted = [] if NETWORKS[network].relative else [("dense", 1.0)]
+        wanted += [(form, budget) for form in options.forms or FORMS for budget in budgets]
+        for form, budget in wanted:
+            key = end_key(network, form, budget, options.tests)
+            if key not in read(options.results):
+                cell = in_process(network, form, budget, options)
+                keep(options.results, key, cell | {"commit": commit()})
+                print(key, cell, flush=True)
+
+
+def in_process(network: str, form: str, budget: float, options: argparse.Namespace) -> Cell:
+    """The figures of one conversion, or `failed` and why."""
+    command = [sys.executable, "-m", "examples.studies.bottleneck", "end", network, "--here"]
+    command += ["--forms", *([form] if form in FORMS else []), "--budgets", str(budget)]
+    command += ["--threads", str(options.threads)]
+    command += ["--tests", str(options.tests or NETWORKS[network].tests)]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=options.seconds
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"more than {options.seconds:g} s"}
+    if done.returncode < 0:
+        return {"failed": f"ended by signal {-done.returncode}"}
+    if done.returncode:
+        raise SystemExit(f"{network}, {form}, {budget:g}: exit code {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def converted(options: argparse.Namespace) -> Cell:
+    """Convert one network, unless no form is given, and test it."""
+    network = NETWORKS[options.networks[0]]
+    model, cell = network.load(), Cell(threads=options.threads)
+    if options.forms:
+        batches = network.calibration()
+        before, clock, busy = _peak(), time.perf_counter(), time.process_time()
+        try:
+            model = sepconv.convert(
+                model,
+                batches[0][:1],
+                budget=sepconv.Budget(macs=options.budgets[0]),
+                calibration=batches,
+                **FORMS[options.forms[0]],
+            )
+        except ValueError as error:
+            return cell | {"failed": str(error)}
+        made = sepconv.report(model)
+        cell |= {
+            "calibration": samples(batches),
+            "seconds": round(time.perf_counter() - clock, 1),
+            "cpu_seconds": round(time.process_time() - busy, 1),
+            "peak_gib": round(_peak() / GIB, 2),
+            "peak_before_gib": round(before / GIB, 2),
+            "macs": round(made.macs_after / made.macs_before, 4),
+            "latency_before": made.latency_before,
+            "latency_after": made.latency_after,
+            "ranks": {layer.name: str(layer.rank) for layer in made.converted},
+        }
+    return cell | network.score(model, options.tests)
+
+
+def _peak() -> int:
+    """Bytes that the process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# Single layers, given the original's inputs.
+
+
+def layers_key(network: str, layer: str, form: str, share: float) -> str:
+    """Name of a cell."""
+    return f"layers: {network}, {layer}, {form}, {share:g}"
+
+
+def layers(options: argparse.Namespace) -> None:
+    """Measure what is missing, one network after the other."""
+    for network in options.networks:
+        model = NETWORKS[network].load()
+        fit, held_out = layer_inputs(network)
+        found = match(model, capture(model, fit[0][:1]))
+        convs = [c for c in found if isinstance(c, Match) and not c.first]
+        wanted = [
+            (conv, form)
+            for conv in convs
+            if conv.weight_2d.shape[2:] == (3, 3)
+            for form in options.forms or LAYER_FORMS
+            if layers_key(network, conv.name, form, SHARES[-1]) not in read(options.results)
+        ]
+        chosen = list(dict.fromkeys(conv for conv, _ in wanted))
+        if not wanted:
+            continue
+        moments = [moments_of(model, chosen, batches) for batches in (fit, held_out)]
+        for conv, form in track(wanted, network):
+            cells = best_forms(conv, form, *(m[conv] for m in moments))
+            for share, cell in cells.items():
+                key = layers_key(network, conv.name, form, share)
+                keep(options.results, key, cell | {"commit": commit()})
+
+
+def layer_inputs(network: str) -> tuple[Batches, Batches]:
+    """Batches to fit to, and as many other inputs to test on."""
+    if network == "vgg":  # smaller photographs than end to end: every layer is fitted twice
+        return list(photos(True, 60, 128).split(20)), list(photos(False, 60, 128).split(20))
+    fit = NETWORKS[network].calibration()
+    return fit, NETWORKS[network].inputs(samples(fit))
+
+
+def moments_of(
+    model: torch.nn.Module, convs: Sequence[Match], batches: Batches
+) -> dict[Match, Moments]:
+    """Of what each convolution reads and writes."""
+    given = read_batches(batches, None, torch.device("cpu"))
+    return Responses(model, convs, given, seed=0).inputs(convs)
+
+
+def best_forms(conv: Match, form: str, fit: Moments, held_out: Moments) -> dict[float, Cell]:
+    """For each share the form with the least error on the held-out inputs."""
+    shape, stride = tuple(conv.weight_2d.shape), conv.settings.stride
+    within = {share: candidates(form, shape, stride, share) for share in SHARES}
+    tried = list(dict.fromkeys(f for forms in within.values() for f in forms))
+    errors = layer_errors(conv.weight_2d.detach(), fit, held_out, tried)
+    cells: dict[float, Cell] = {}
+    for share, forms in within.items():
+        cell = Cell(shape=shape, stride=stride, rows=fit.count, tried=len(forms))
+        if forms:
+            best = min(forms, key=lambda f: errors[f])
+            macs = macs_share(best, shape, stride)
+            cell |= {"ranks": str(best), "error": errors[best], "macs": round(macs, 4)}
+        cells[share] = cell
+    return cells
+
+
+def candidates(
+    form: str, shape: tuple[int, ...], stride: Iterable[int], share: float
+) -> list[Form]:
+    """The forms of a weight [K, C, R, S] that take between half a share of its MACs and all of it.
+
+    Of plain ranks only the highest.
+    """
+
+    def macs(rank: int, rank_in: int | None, rank_out: int | None) -> float:
+        return macs_share(Form(rank, rank_in, rank_out), shape, stride)
+
+    out_channels, channels, *_ = shape
+    full = full_rank(shape)
+    if form == "plain":
+        found = [Form(rank) for rank in range(1, full) if macs(rank, None, None) <= OVER * share]
+        return found[-1:]
+    found = []
+    ranks_in = [max(1, channels * n // 8) for n in EIGHTHS] if form == "bottleneck" else [None]
+    for rank_in in dict.fromkeys(ranks_in):
+        for rank in range(1, full + (rank_in is not None)):
+            if form == "bottleneck" and macs(rank, rank_in, None) <= share:
+                found.append(Form(rank, rank_in))
+            # The cost is linear in rank_out, which is worth its MACs only if it is a reduction.
+            at_one, at_two = macs(rank, rank_in, 1), macs(rank, rank_in, 2)
+            rank_out = 1 + math.floor((share - at_one) / (at_two - at_one))
+            rank_out = min(rank_out, out_channels - 1, (rank_in or channels) * rank - 1)
+            if rank_out >= 1:
+                found.append(Form(rank, rank_in, rank_out).within(shape))
+    return [f for f in dict.fromkeys(found) if 2 * macs_share(f, shape, stride) >= share]
+
+
+def macs_share(form: Form, shape: tuple[int, ...], stride: Iterable[int]) -> float:
+    """Multiply-adds over the dense layer's; what reads the input runs at its resolution."""
+    before, after = form.sizes(shape)
+    return (before * math.prod(stride) + after) / math.prod(shape)
+
+
+def layer_errors(
+    weight: Tensor, fit: Moments, held_out: Moments, forms: Iterable[Form]
+) -> dict[Form, float]:
+    """Relative squared error of a layer's response to held-out inputs, for each form.
+
+    Closed forms alone, fitted to the moments of other inputs. The one place that knows how factors
+    are found: today those of plain ranks.
+    """
+    flat, taps = weight.flatten(1).double(), weight[0, 0].numel()
+    metric, scale = damped(fit.covariance), torch.ones(len(flat)).double()
+    errors = {}
+    for form in forms:
+        change = flat - solve(flat, metric, form.rank, taps, scale).dense()
+        # The bias makes the mean right where it was fitted.
+        shift = change @ (held_out.mean_x - fit.mean_x)
+        squared = ((change @ held_out.covariance) * change).sum() + shift.square().sum()
+        errors[form] = float(squared / held_out.variance_y.sum())
+    return errors
+
+
+# Tables and the figure.
+
+Rows = list[list[str]]
+BEGIN, END = "<!-- show: {} -->", "<!-- end of {} -->"
+
+
+def show(cells: Cells) -> None:
+    """Print all tables, write them into the page, draw the figure."""
+    page = PAGE.read_text()
+    for name, (header, rows) in {
+        "end": end_table(cells),
+        "cost": cost_table(cells),
+        "layers": layer_table(cells, "vgg"),
+        "others": other_table(cells),
+    }.items():
+        table = Table(*header, title=name)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
+        begin, end_ = BEGIN.format(name), END.format(name)
+        start, rest = page.split(begin)
+        page = start + "\n".join([begin, *lines, end_]) + rest.split(end_)[1]
+    write_atomically(PAGE, page)
+    draw(cells)
+
+
+def of_end(cells: Cells) -> dict[str, list[tuple[str, float, Cell]]]:
+    """By network, forms, budgets and cells of whole networks."""
+    found: dict[str, list[tuple[str, float, Cell]]] = {name: [] for name in NETWORKS}
+    for key, cell in cells.items():
+        part, _, rest = key.partition(": ")
+        if part == "end":
+            network, form, budget, _ = rest.split(", ")
+            found[network].append((form, float(budget), cell))
+    return {name: sorted(cells, key=lambda c: -c[1]) for name, cells in found.items() if cells}
+
+
+def end_table(cells: Cells) -> tuple[list[str], Rows]:
+    """Figures before and after, by budget and form."""
+    header, rows = ["network", "measure", "dense", "MACs", *FORMS], Rows()
+    for name, found in of_end(cells).items():
+        network = NETWORKS[name]
+        dense = next((f"{c[network.figure]:.4g}" for form, _, c in found if form == "dense"), "")
+        for budget in dict.fromkeys(b for form, b, _ in found if form != "dense"):
+            by_form = {form: cell for form, b, cell in found if b == budget}
+            after = [_figure(by_form.get(form), network.figure) for form in FORMS]
+            rows.append([network.title, network.measure, dense, f"{budget:g}", *after])
+    return header, rows
+
+
+def _figure(cell: Cell | None, figure: str) -> str:
+    if cell is None:
+        return ""
+    return cell["failed"] if "failed" in cell else f"{cell[figure]:.4g}"
+
+
+def cost_table(cells: Cells) -> tuple[list[str], Rows]:
+    """What each conversion took, and the latency of its result."""
+    header = ["network", "MACs", "form", "inputs", "CPU s", "s", "peak GiB", "latency, ms"]
+    rows = [
+        [
+            NETWORKS[name].title,
+            f"{cell['macs']:.3f}",
+            form,
+            str(cell["calibration"]),
+            f"{cell['cpu_seconds']:.0f}",
+            f"{cell['seconds']:.0f}",
+            f"{cell['peak_gib']:.2f}",
+            f"{1e3 * cell['latency_before']:.3g} > {1e3 * cell['latency_after']:.3g}",
+        ]
+        for name, found in of_end(cells).items()
+        for form, _, cell in found
+        if "ranks" in cell
+    ]
+    return header, rows
+
+
+def of_layers(cells: Cells, network: str) -> dict[tuple[str, float], dict[str, Cell]]:
+    """By layer and share, the cell of each form."""
+    found: dict[tuple[str, float], dict[str, Cell]] = {}
+    for key, cell in cells.items():
+        part, _, rest = key.partition(": ")
+        if part == "layers" and rest.startswith(f"{network}, "):
+            _, layer, form, share = rest.split(", ")
+            found.setdefault((layer, float(share)), {})[form] = cell
+
+    def by_number(item: tuple[tuple[str, float], Any]) -> Any:
+        (layer, share), _ = item
+        return [part.zfill(3) for part in re.split(r"(\d+)", layer)], share
+
+    return dict(sorted(found.items(), key=by_number))
+
+
+def layer_table(cells: Cells, network: str) -> tuple[list[str], Rows]:
+    """Errors and ranks of each layer."""
+    rows = Rows()
+    for (layer, share), forms in of_layers(cells, network).items():
+        out_channels, channels, *_ = next(iter(forms.values()))["shape"]
+        row = [layer, f"{channels} > {out_channels}", f"{share:g}"]
+        for form in LAYER_FORMS:
+            known = forms.get(form, {})
+            row.append(f"{known['error']:.4f} ({known['ranks']})" if "error" in known else "")
+        rows.append(row)
+    return ["layer", "channels", "share", *LAYER_FORMS], rows
+
+
+def other_table(cells: Cells) -> tuple[list[str], Rows]:
+    """Geometric mean of the layers' errors in the networks that have no table of their own."""
+    rows = Rows()
+    for network in (name for name in NETWORKS if name != "vgg"):
+        found = of_layers(cells, network)
+        for share in SHARES:
+            known = [forms for (_, s), forms in found.items() if s == share]
+            known = [f for f in known if all("error" in f.get(form, {}) for form in LAYER_FORMS)]
+            if known:
+                means = [
+                    math.exp(sum(math.log(f[form]["error"]) for f in known) / len(known))
+                    for form in LAYER_FORMS
+                ]
+                title = NETWORKS[network].title
+                rows.append([title, str(len(known)), f"{share:g}", *(f"{m:.4f}" for m in means)])
+    return ["network", "layers", "share", *LAYER_FORMS], rows
+
+
+COLOURS = {"plain": "C0", "split": "C1", "bottleneck": "C2"}
+
+
+def draw(cells: Cells) -> None:
+    """A panel for each network, then one for each share of the layers of VGG-16."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    networks = of_end(cells)
+    of_vgg = of_layers(cells, "vgg")
+    panels = len(networks) + len(SHARES) * bool(of_vgg)
+    figure, axes = pyplot.subplots(-(-panels // 3), 3, figsize=(9, 2.6 * -(-panels // 3)))
+    for panel in axes.flat[panels:]:
+        panel.axis("off")
+    for panel, (name, found) in zip(axes.flat, networks.items(), strict=False):
+        network = NETWORKS[name]
+        for form in FORMS:
+            points = [cell for f, _, cell in found if f == form and network.figure in cell]
+            x, y = [p["macs"] for p in points], [p[network.figure] for p in points]
+            panel.plot(x, y, "o-", color=COLOURS[form], markersize=4, label=form)
+        dense = [cell[network.figure] for form, _, cell in found if form == "dense"]
+        if network.figure == "error":
+            panel.set_yscale("log")
+        elif dense:
+            panel.axhline(dense[0], color="grey", linewidth=1)
+        panel.set_title(network.title, fontsize=9)
+        panel.set_xlabel("share of the network's MACs", fontsize=8)
+        panel.set_ylabel(network.measure, fontsize=8)
+    for panel, share in zip(axes.flat[len(networks) :], SHARES, strict=False):
+        here = {layer: forms for (layer, s), forms in of_vgg.items() if s == share}
+        for form in LAYER_FORMS:
+            errors = [forms.get(form, {}).get("error", math.nan) for forms in here.values()]
+            panel.semilogy(errors, "s--", color=COLOURS[form], markersize=4, label=form)
+        panel.set_xticks(range(len(here)), list(here))
+        panel.set_title(f"layers alone at {share:g} of their MACs", fontsize=9)
+        panel.set_xlabel("layer of VGG-16", fontsize=8)
+        panel.set_ylabel("relative squared error", fontsize=8)
+    for panel in axes.flat[:panels]:
+        panel.tick_params(which="both", labelsize=7)
+        panel.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(PLOT, dpi=100)
+
+
+if __name__ == "__main__":
+    main()

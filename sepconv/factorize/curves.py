@@ -1,0 +1,212 @@
+"""Errors of many forms of a layer at once, on rows that were not fitted, and the best of them."""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sepconv.factorize.form import Form
+from sepconv.factorize.moments import Moments
+from sepconv.factorize.solve import whitened_filters
+from sepconv.factorize.solve_form import Problem, input_map
+
+_SHARES_IN = (1 / 16, 1 / 12, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of the input channels
+_SHARES_OUT = (1 / 2, 3 / 4)  # of the output channels
+_LEAST = 2  # channels
+
+
+class HeldOut(NamedTuple):
+    """Rows that no factor was fitted to, as second moments about the means of the fitted rows.
+
+    Attributes:
+        covariance: [D, D].
+        cross: [K, D].
+        energy: Of all outputs about the fitted means; what a weight of zeros would miss.
+        variance: Of all outputs about their own means, which errors are relative to.
+    """
+
+    covariance: Tensor
+    cross: Tensor
+    energy: float
+    variance: float
+
+    @staticmethod
+    def of(held: Moments, fitted: Moments, scale: Tensor) -> "HeldOut":
+        """From the moments of both parts; outputs are scaled by scale [K]."""
+        step_x, step_y = held.mean_x - fitted.mean_x, held.mean_y - fitted.mean_y
+        return HeldOut(
+            held.covariance + torch.outer(step_x, step_x),
+            (held.cross + torch.outer(step_y, step_x)) * scale[:, None],
+            float(((held.variance_y + step_y.square()) * scale.square()).sum()),
+            float((held.variance_y * scale.square()).sum()),
+        )
+
+    def error(self, weight: Tensor) -> float:
+        """Relative squared error of the response of a scaled weight [K, D]."""
+        lost = ((weight @ self.covariance - 2 * self.cross) * weight).sum()
+        return (self.energy + float(lost)) / max(self.variance, 1e-300)
+
+
+def form_grid(weight_shape: tuple[int, ...]) -> list[Form]:
+    """Forms [K, C, *taps] that are worth a look: every rank, and some channels before and after.
+
+    >>> len(form_grid((128, 128, 3, 3))) > 100, form_grid((8, 4, 1, 1))
+    (True, [Form(rank=1, rank_in=2, rank_out=None), Form(rank=1, rank_in=3, rank_out=None)])
+    """
+    out_channels, channels, *taps = weight_shape
+    ranks_in = _sizes(channels, _SHARES_IN)
+    if torch.Size(taps).numel() == 1:
+        return [Form(1, rank_in) for rank_in in _sizes(min(channels, out_channels), _SHARES_IN)]
+    ranks = _ranks(torch.Size(taps).numel())
+    ranks_out = _sizes(out_channels, _SHARES_OUT)
+    forms = [
+        Form(rank, rank_in, rank_out).within(weight_shape)
+        for rank in ranks
+        for rank_in in (None, *ranks_in)
+        for rank_out in (None, *ranks_out)
+    ]
+    return list(dict.fromkeys(forms))
+
+
+def _ranks(taps: int) -> list[int]:
+    """All up to 9, then in steps of about a quarter."""
+    ranks = [1]
+    while ranks[-1] < taps:
+        ranks.append(min(taps, ranks[-1] + max(1, ranks[-1] // 4)))
+    return ranks
+
+
+def _sizes(channels: int, shares: Iterable[float]) -> list[int]:
+    """Numbers of channels near some shares, in multiples of 4 or 8 where they are many."""
+    step = 8 if channels >= 128 else 4 if channels >= 32 else 1
+    sizes = {max(step, round(share * channels / step) * step) for share in shares}
+    return sorted(size for size in sizes if _LEAST <= size < channels)
+
+
+def outline(problem: Problem, held: HeldOut, forms: Iterable[Form], taps: int) -> dict[Form, float]:
+    """Relative held-out errors of forms in closed form, without a fit of each.
+
+    The channel map and the filters of a form are the leading ones of nested bases, so that the
+    moments in those bases serve all forms. What fitting in turns gains is not in it.
+
+    Args:
+        problem: Of scaled outputs.
+        held: Likewise.
+        forms: Any.
+        taps: R*S.
+    """
+    forms = list(forms)
+    errors: dict[Form, float] = {}
+    mapped = [form for form in forms if form.rank_in is not None]
+    plain = [form for form in forms if form.rank_in is None]
+    if mapped:
+        widest = max(form.rank_in or 0 for form in mapped)
+        weight_in = input_map(problem, taps)[:widest]
+        basis = _in_filters(problem.reduced(weight_in, taps), taps)
+        moments = _mapped(held.covariance, held.cross, weight_in, taps)
+        errors |= _nested_errors(basis, moments, held, mapped)
+    if plain:
+        basis = _in_filters(problem, taps)
+        errors |= _nested_errors(basis, (held.covariance, held.cross), held, plain)
+    return errors
+
+
+class _Basis(NamedTuple):
+    """A problem in the basis of each channel's filters, the leading ones first."""
+
+    filters: Tensor  # [C, R*S, R*S]
+    gram: Tensor  # [C, R*S, C, R*S]
+    cross: Tensor  # [K, C, R*S]
+
+    def changed(self, covariance: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
+        """Other moments in this basis."""
+        channels, taps, _ = self.filters.shape
+        half = self.filters @ covariance.view(channels, taps, -1)
+        half = half.view(-1, channels, taps).transpose(0, 1) @ self.filters.mT
+        gram = half.transpose(0, 1).reshape(channels, taps, channels, taps)
+        return gram, torch.einsum(
+            "kct,cut->kcu", cross.unflatten(1, (channels, taps)), self.filters
+        )
+
+
+def _in_filters(problem: Problem, taps: int) -> _Basis:
+    ones = torch.ones(len(problem.weight), dtype=torch.float64, device=problem.weight.device)
+    filters = whitened_filters(problem.weight, problem.metric, taps, taps, ones).flip(1)
+    empty = filters.new_empty(0)
+    basis = _Basis(filters, empty, empty)
+    return _Basis(filters, *basis.changed(problem.metric, problem.weight @ problem.metric))
+
+
+def _mapped(
+    covariance: Tensor, cross: Tensor, weight_in: Tensor, taps: int
+) -> tuple[Tensor, Tensor]:
+    """Moments of the mapped channels."""
+    channels = weight_in.shape[1]
+    half = (weight_in @ covariance.view(channels, -1)).view(-1, channels, taps)
+    mapped = torch.einsum("xcs,gc->xgs", half, weight_in).flatten(1)
+    return mapped, torch.einsum(
+        "kct,gc->kgt", cross.unflatten(1, (channels, taps)), weight_in
+    ).flatten(1)
+
+
+def _nested_errors(
+    basis: _Basis, moments: tuple[Tensor, Tensor], held: HeldOut, forms: Iterable[Form]
+) -> dict[Form, float]:
+    held_gram, held_cross = basis.changed(*moments)
+    groups: dict[tuple[int | None, int], list[Form]] = {}
+    for form in forms:
+        groups.setdefault((form.rank_in, form.rank), []).append(form)
+    errors: dict[Form, float] = {}
+    for (rank_in, rank), group in groups.items():
+        here = (slice(rank_in), slice(rank))
+        gram = basis.gram[*here, *here].flatten(2).flatten(0, 1)
+        gram.diagonal().add_(1e-10 * gram.diagonal().mean().clamp(min=1e-300))
+        cross = basis.cross[:, *here].flatten(1)
+        mixing = torch.cholesky_solve(cross.mT, torch.linalg.cholesky(gram)).mT
+        energy = mixing @ held_gram[*here, *here].flatten(2).flatten(0, 1) @ mixing.mT
+        change = energy - 2 * held_cross[:, *here].flatten(1) @ mixing.mT  # [K, K]
+        if any(form.rank_out for form in group):
+            _, directions = torch.linalg.eigh(cross @ mixing.mT)
+            by_direction = ((change @ directions) * directions).sum(0).flip(0).cumsum(0)
+        else:
+            by_direction = change.diagonal().cumsum(0)
+        for form in group:
+            lost = by_direction[(form.rank_out or len(by_direction)) - 1]
+            errors[form] = (held.energy + float(lost)) / max(held.variance, 1e-300)
+    return errors
+
+
+_Point = tuple[float, float, int]  # cost, error, which
+
+
+def hull(costs: Mapping[Form, float], errors: Mapping[Form, float], dense: float) -> list[Form]:
+    """The forms on the lower convex hull of error over cost, from the cheapest on.
+
+    The dense form ends it: it costs `dense` and has no error.
+
+    >>> costs = {Form(1): 1.0, Form(2): 2.0, Form(3): 3.0, Form(4): 4.0}
+    >>> hull(costs, {Form(1): 0.9, Form(2): 0.85, Form(3): 0.2, Form(4): 0.3}, dense=9.0)
+    [Form(rank=1, rank_in=None, rank_out=None), Form(rank=3, rank_in=None, rank_out=None)]
+    """
+    points = sorted((costs[form], errors[form], i) for i, form in enumerate(errors))
+    forms = list(errors)
+    corners: list[_Point] = []
+    for point in [p for p in points if p[0] < dense] + [(dense, 0.0, -1)]:
+        while corners and corners[-1][1] <= point[1] and point[2] >= 0:
+            break
+        else:
+            while len(corners) > 1 and _is_above(corners[-1], corners[-2], point):
+                corners.pop()
+            corners.append(point)
+    return [forms[i] for _, _, i in corners if i >= 0]
+
+
+def _is_above(
+    middle: tuple[float, float, int],
+    left: tuple[float, float, int],
+    right: tuple[float, float, int],
+) -> bool:
+    """Whether a point is on or above the line between its neighbours."""
+    slope = (right[1] - left[1]) / (right[0] - left[0])
+    return middle[1] >= left[1] + slope * (middle[0] - left[0])
