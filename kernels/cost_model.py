@@ -181,6 +181,54 @@ def predicted_seconds(
     return max(floor, matrix, issue_seconds(op, shape, known, config)) + _START_SECONDS
 
 
+def predicted_form_seconds(
+    shape: ConvShape,
+    dtype: torch.dtype,
+    gpu: Gpu | str,
+    *,
+    rank_in: int | None = None,
+    rank_out: int | None = None,
+    tf32: bool = False,
+) -> float:
+    """Time of a convolution in separable form: the sum of its calls', in seconds.
+
+    Args:
+        shape: Sizes of the whole layer, with `M` filters for each channel that they read.
+        dtype: Of all tensors.
+        gpu: One of `GPUS`, or a name that `find_gpu` knows.
+        rank_in: Channels that the filters read, None for the layer's own.
+        rank_out: Channels before the last pointwise convolution, None for one that is not split.
+        tf32: Whether float32 products use TF32.
+
+    Raises:
+        ValueError: An unknown GPU.
+
+    Example:
+        >>> from sepconv.kernels.configs import ConvShape
+        >>> layer = ConvShape(256, 256, 56, 56, 256, 56, 56, 3, 3, M=3)
+        >>> plain = predicted_form_seconds(layer, torch.bfloat16, "H200")
+        >>> predicted_form_seconds(layer, torch.bfloat16, "H200", rank_in=64) < plain
+        True
+    """
+
+    def seconds(op: str, shape: ConvShape) -> float:
+        return predicted_seconds(op, shape, dtype, gpu, tf32=tf32)
+
+    N, C, H, W, K, P, Q, *_ = shape
+    read, mixed = rank_in or C, rank_out or K
+    last = seconds("pointwise_fwd", ConvShape(N, mixed, P, Q, K, P, Q)) if rank_out else 0.0
+    if shape.R * shape.S == 1 and rank_in:
+        first = seconds("pointwise_fwd", ConvShape(N, C, P, Q, read, P, Q))
+        return first + seconds("pointwise_fwd", ConvShape(N, read, P, Q, K, P, Q))
+    first = seconds("pointwise_fwd", ConvShape(N, C, H, W, read, H, W)) if rank_in else 0.0
+    core = shape._replace(C=read, K=mixed)
+    halves = (
+        seconds("depthwise_fwd", core._replace(K=read * shape.M)),
+        seconds("pointwise_fwd", ConvShape(N, read * shape.M, P, Q, mixed, P, Q)),
+    )
+    return first + min(seconds("separable_fwd", core), sum(halves)) + last
+
+
 def issue_seconds(op: str, shape: ConvShape, gpu: Gpu, config: Config | None) -> float:
     """Time in which one call's instructions are issued. Arguments as of `predicted_seconds`."""
     busy = _share_of_busy_units(op, shape, config, gpu)

@@ -376,7 +376,8 @@ def _judge(
 
 def _parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices and dense convolutions, none for the rest."""
-    depthwise = {id(m.weight_dw) for m in model.modules() if isinstance(m, SeparableConv2d)}
+    separable = [m for m in model.modules() if isinstance(m, SeparableConv2d)]
+    depthwise = {id(m.weight_dw) for m in separable if m.weight_dw is not None}
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [
         p

@@ -93,6 +93,28 @@ def test_depthwise_filters_biases_and_norms_have_no_weight_decay(student: nn.Mod
     assert decay.keys() == set(names.values())
 
 
+def test_pointwise_factors_of_a_form_decay_and_all_of_them_are_trained(x: Tensor) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 6, 1)]
+    teacher = nn.Sequential(*layers, nn.Flatten(), nn.Linear(6 * 36, 4)).eval()
+    rank = {"1": sepconv.Form(2, 4, 5), "2": sepconv.Form(1, 3)}
+    student = sepconv.convert(teacher, rank=rank)
+    names = {id(p): name for name, p in student.named_parameters()}
+    decayed, rest = ([names[id(p)] for p in g["params"]] for g in _parameter_groups(student, 0.1))
+    factors = ["1.weight_in", "1.weight_pw", "1.weight_out", "2.weight_in", "2.weight_pw"]
+    assert decayed == ["0.weight", *factors, "4.weight"]
+    assert set(rest) == {"1.weight_dw", *(f"{i}.bias" for i in (0, 1, 2, 4))}
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    apart = disagreement(student, teacher, x)
+    loader = list(x.split(16))
+    sepconv.distill(student, teacher, loader, 10, learning_rate=1e-2, layer_weight=0.1)
+    assert disagreement(student, teacher, x) < apart
+    assert not any(torch.equal(p, before[name]) for name, p in student.named_parameters())
+    student[1].requires_grad_(False)
+    with pytest.warns(UserWarning, match="got 1 frozen"):
+        sepconv.distill(student, teacher, loader[:1], 1)
+
+
 class KilledError(RuntimeError):
     pass
 

@@ -16,8 +16,9 @@ Weights = tuple[Tensor, Tensor | None]
 def folded(
     conv: Any, after: tuple[Norm, ...], modules: Modules, before: tuple[Norm, ...] = ()
 ) -> Weights:
-    """Weight and bias of a convolution, for a separable one of its pointwise factor."""
-    weight: Tensor = conv.weight_pw if isinstance(conv, SeparableConv2d) else conv.weight
+    """Weight and bias of a convolution, for a separable one of its last factor."""
+    *_, last = conv.factors.values() if isinstance(conv, SeparableConv2d) else [conv.weight]
+    weight: Tensor = last
     bias: Tensor | None = conv.bias
     for norm in reversed(before):
         weight, bias = fold_before(weight, bias, _affine(norm, modules), conv.groups)

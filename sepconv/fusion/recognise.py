@@ -80,8 +80,9 @@ def obstacle(module: nn.Module) -> Left | None:
         return Left.SUBCLASS
     if has_hooks(module):
         return Left.HOOKS
-    separable = type(module) is SeparableConv2d
-    own = {"weight_dw", "weight_pw", "bias"} if separable else {"weight", "bias"}
+    own = {"weight", "bias"}
+    if isinstance(module, SeparableConv2d):
+        own = {"weight_dw", "bias", *module.factors}
     if set(module._parameters) != own or module._buffers or module._modules:
         return Left.PARAMETRIZED
     if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":

@@ -224,6 +224,30 @@ class FusedSeparableConv2d(_FusedConvolution):
         return f"{shapes}, stride={self.stride}, activation={self.activation}"
 
 
+class FusedTuckerConv2d(nn.Sequential):
+    """Fused convolutions one after the other, in the place of a form with ranks of its channels.
+
+    Only the last of them has a bias and an activation, and adds the residual.
+
+    Shape:
+        x [N, C, H, W] or [C, H, W]; residual: anything that adds to the result.
+
+    Example:
+        >>> first, last = torch.ones(2, 8, 1, 1), torch.ones(16, 2, 1, 1)
+        >>> split = FusedTuckerConv2d(FusedConv2d(first, None), FusedConv2d(last, torch.ones(16)))
+        >>> split(torch.zeros(1, 8, 5, 5)).shape
+        torch.Size([1, 16, 5, 5])
+    """
+
+    def forward(self, x: Tensor, residual: Any = None) -> Tensor:
+        """Convolve x, add the residual, activate."""
+        *others, last = self
+        for convolution in others:
+            x = convolution(x)
+        y: Tensor = last(x, residual)
+        return y
+
+
 class FusedLinear(_Fused):
     """`activation(x @ weight.T + bias)` with frozen parameters; x [..., C], result [..., K].
 

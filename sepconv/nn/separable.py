@@ -45,8 +45,8 @@ class SeparableConv2d(SettableProperties):
     depthwise part at all: it is two pointwise convolutions.
 
     The attributes are those of `torch.nn.Conv2d`, so code that reads `stride` or `out_channels`
-    of a convolution reads the same here; `weight` is the dense weight the two factors stand for,
-    and assigning to it factorises anew.
+    of a convolution reads the same here; `weight` is the dense weight the factors stand for, and
+    assigning to it factorises anew.
 
     Args:
         in_channels: C.
@@ -66,8 +66,8 @@ class SeparableConv2d(SettableProperties):
 
     Attributes:
         weight_in: [rank_in, C, 1, 1], None without `rank_in`.
-        weight_dw: [C*M, 1, R, S], with `rank_in` its channels for C; None where a 1x1 is split.
-        weight_pw: [K, C*M, 1, 1], with `rank_in` and `rank_out` these for C and K.
+        weight_dw: [C*M, 1, R, S], with `rank_in` in the place of C; None where a 1x1 is split.
+        weight_pw: [K, C*M, 1, 1], with `rank_in` and `rank_out` in the places of C and K.
         weight_out: [K, rank_out, 1, 1], None without `rank_out`.
         bias: [K] or None.
 
@@ -274,8 +274,8 @@ class SeparableConv2d(SettableProperties):
 
     def _refactorised(self, dense: Tensor, rounding: float) -> SeparableFactors:
         """Factors of another weight, of which errors up to `rounding` are none."""
-        own = self.factors.values()
-        if self.form.is_plain or self.weight_dw is None or not all(map(is_finite, own)):
+        finite = all(map(is_finite, (dense, *self.factors.values())))
+        if self.form.is_plain or self.weight_dw is None or not finite:
             return factorize(dense, self.form)
         # Unlike the SVD of each channel, a Tucker form is not found again from its weight.
         kept = remix(dense, self.form, self.weight_in, self.weight_dw)
@@ -285,12 +285,12 @@ class SeparableConv2d(SettableProperties):
 
     @torch.no_grad()
     def _take(self, factors: SeparableFactors) -> None:
-        """Copy factors in; a rank above what the weight has leaves channels to spare."""
+        """Copy factors in; what is to spare, for the weight has lower ranks, is mixed with 0."""
         m = self.channel_multiplier
         weight_in, weight_out = factors.weight_in, factors.weight_out
         if self.weight_in is not None:
             weight_in = _identity(self.in_channels, factors) if weight_in is None else weight_in
-            self.weight_in.zero_()[: len(weight_in)].copy_(weight_in)
+            self.weight_in[: len(weight_in)].copy_(weight_in)
         channels = self.in_channels if weight_in is None else len(weight_in)
         if self.weight_dw is not None:
             filters, used = self.weight_dw.unflatten(0, (-1, m)), len(factors.weight_dw) // channels
@@ -300,7 +300,7 @@ class SeparableConv2d(SettableProperties):
         mixing[: len(mixed), :channels, : mixed.shape[2]].copy_(mixed)
         if self.weight_out is not None:
             weight_out = _identity(self.out_channels, factors) if weight_out is None else weight_out
-            self.weight_out.zero_()[:, : weight_out.shape[1]].copy_(weight_out)
+            self.weight_out[:, : weight_out.shape[1]].copy_(weight_out)
 
     @property
     def keeps_channels_last(self) -> bool:
@@ -340,12 +340,13 @@ class SeparableConv2d(SettableProperties):
             return ops.separable_conv2d(
                 x, filters, mixing, None, self.bias, stride, padding, dilation
             )
-        channels_last = (x.dim() == 4 and is_channels_last(x)) or self.keeps_channels_last
-        if filters is None and stride != (1, 1):
-            x = x[:, :, :: stride[0], :: stride[1]]
-        if x.is_cpu and x.dim() == 4:
-            # What the ops compute in there: once, not around each of them.
-            x = to_channels_last(x)
+        channels_last = self.keeps_channels_last
+        if x.dim() == 4:  # the ops refuse anything else
+            channels_last |= is_channels_last(x)
+            if filters is None and stride != (1, 1):
+                x = x[:, :, :: stride[0], :: stride[1]]
+            # What the ops compute in on a CPU: once, not around each of them.
+            x = to_channels_last(x) if x.is_cpu else x
         z = x if first is None else ops.pointwise_conv2d(x, first)
         bias = self.bias if last is None else None
         y = (

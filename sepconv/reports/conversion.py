@@ -40,7 +40,7 @@ class LayerReport:
         params_before: Parameters of the dense form.
         params_after: The same after conversion.
         error: Relative error of the weight, ||W - W'|| / ||W||, where converted; in a dry run that
-            of its SVD, which no other factors are below.
+            of the weight's own factors: with a plain form no others are below.
         latency_before: Seconds in the dense form's better memory format, None if not measured.
         latency_after: Seconds in separable form.
         method: How the factors were found: `exact` at full rank, `svd` of the weight alone, or

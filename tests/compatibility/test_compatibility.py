@@ -15,12 +15,14 @@ from examples.studies.compatibility import (
 
 NEEDS = {onnx_plain_convolutions: ("onnx", "onnxscript", "onnxruntime")}
 LAST = "converted and fused"  # which long checks are always run on
+FORM = sepconv.Form(2, rank_in=4, rank_out=6)
 OTHERS_WARNINGS = "ignore::DeprecationWarning"
 
 
 def made(how: str) -> nn.Module:
     return {
         "converted": lambda: sepconv.convert(net(), rank=2, first_conv=True),
+        "converted to a form": lambda: sepconv.convert(net(), rank=FORM, pointwise=True),
         "fused": lambda: sepconv.fuse(net()),
         LAST: lambda: sepconv.fuse(sepconv.convert(net(), rank=1)),
     }[how]()
@@ -37,7 +39,7 @@ def made(how: str) -> nn.Module:
             marks=[pytest.mark.slow] if check in SLOW or (check in LONG and how != LAST) else [],
         )
         for check in FEATURES.values()
-        for how in ("converted", "fused", LAST)
+        for how in ("converted", "converted to a form", "fused", LAST)
     ],
 )
 def test_feature(check, how, request):

@@ -159,6 +159,15 @@ class TestNumbers:
             close(compiled(model, options=options)(images()), model(images()))
 
     @pytest.mark.parametrize("options", [pytest.param(None, marks=pytest.mark.slow), FREEZING])
+    def test_of_a_model_with_forms(self, options):
+        model = nn.Sequential(net(), nn.Conv2d(C, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU())
+        rank = {"0.conv_pw": sepconv.Form(1, 3), "1": sepconv.Form(2, 3, 4)}
+        model = sepconv.convert(model, rank=rank).eval()
+        assert [str(x.form) for x in sepconv.report(model).converted] == ["3>1>", "3>2>4"]
+        with torch.no_grad():
+            close(compiled(model, options=options)(images()), model(images()))
+
+    @pytest.mark.parametrize("options", [pytest.param(None, marks=pytest.mark.slow), FREEZING])
     def test_with_every_batch_size(self, options):
         model = net()
         fast = compiled(model, options=options)

@@ -158,6 +158,25 @@ class TestTaken:
             close(got, net(x))
         assert backend.calls() == ["separable_conv2d"]
 
+    def test_converted_model_with_a_form(self):
+        net = nn.Sequential(nn.Conv2d(C, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        net = sepconv.convert(settled(net), rank=sepconv.Form(2, 3, 5)).eval()
+        check(net, frozen=True, kernels=False)
+        # What a GPU captures.
+        x, layer, ops, backend = images(), net[0], torch.ops.sepconv, Pass()
+
+        def called(x):
+            y = ops.pointwise_conv2d(x, layer.weight_in, None, None, None)
+            geometry = ((1, 1), (1, 1, 1, 1), (1, 1))
+            weights = (layer.weight_dw, layer.weight_pw, None, None)
+            y = ops.separable_conv2d(y, *weights, *geometry, None, None, None)
+            y = ops.pointwise_conv2d(y, layer.weight_out, layer.bias, None, None)
+            return net[2](net[1](y))
+
+        with torch.no_grad():
+            close(torch.compile(called, backend=backend)(x), net(x))
+        assert backend.calls() == ["pointwise_conv2d", "separable_conv2d", "pointwise_conv2d"]
+
     def test_channels_last(self):
         x = images().to(memory_format=torch.channels_last)
         check(settled(Block()), ["pointwise_conv2d", "separable_conv2d"], x)

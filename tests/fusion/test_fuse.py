@@ -15,7 +15,8 @@ from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
 
 import sepconv
-from sepconv.nn import FusedConv2d, FusedLinear, FusedSeparableConv2d
+from sepconv import Form
+from sepconv.nn import FusedConv2d, FusedLinear, FusedSeparableConv2d, FusedTuckerConv2d
 
 CHANNELS = 8
 
@@ -94,6 +95,14 @@ def pw(channels=16, **options) -> nn.Conv2d:
     return nn.Conv2d(CHANNELS, channels, 1, **options)
 
 
+def dw16() -> nn.Conv2d:
+    return nn.Conv2d(16, 16, 3, padding=1, groups=16)
+
+
+def pw16() -> nn.Conv2d:
+    return nn.Conv2d(16, CHANNELS, 1)
+
+
 class TestTaken:
     @pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU])
     def test_separable_chain(self, activation):
@@ -167,6 +176,52 @@ class TestTaken:
         converted = sepconv.convert(settled(dense), rank=rank)
         fused = check(converted, forms=["separable"])
         assert kinds(fused) == {FusedSeparableConv2d}
+
+    @pytest.mark.parametrize("form", [Form(2, 4, 6), Form(3, 4), Form(2, None, 6)], ids=str)
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_forms(self, form, stride):
+        """BatchNorm, sum and activation belong to the last factor."""
+
+        class Residual(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv = nn.Conv2d(CHANNELS, CHANNELS, 3, stride, 1, bias=False)
+                self.bn = nn.BatchNorm2d(CHANNELS)
+
+            def forward(self, x):
+                return F.relu(self.bn(self.conv(x)) + x[..., ::stride, ::stride])
+
+        converted = sepconv.convert(settled(Residual()), rank=form)
+        fused = check(converted, forms=["separable"])
+        assert sepconv.report(fused).layers[0].takes == ("bn", "+", "relu")
+        separable, pointwise = FusedSeparableConv2d, FusedConv2d
+        parts = [pointwise] * bool(form.rank_in) + [separable] + [pointwise] * bool(form.rank_out)
+        assert ran(fused, images()) == parts
+        assert [type(m) for m in fused.conv.fused] == (parts if len(parts) > 1 else [])
+        assert isinstance(fused.conv.fused, FusedTuckerConv2d)
+        activations = [part.activation for part in fused.conv.fused]
+        assert activations == [None] * (len(parts) - 1) + ["relu"]
+
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_1x1_convolutions_that_were_split(self, stride):
+        layers = [nn.Conv2d(CHANNELS, 16, 1, stride), nn.BatchNorm2d(16), nn.SiLU(), dw16(), pw16()]
+        rank = Form(1, rank_in=3)
+        converted = sepconv.convert(settled(nn.Sequential(*layers)), rank=rank, pointwise=True)
+        fused = check(converted, forms=["separable", "depthwise", "separable"])
+        assert ran(fused, images()) == [FusedConv2d] * 5
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda conv: conv.register_parameter("extra", nn.Parameter(torch.ones(1))),
+            lambda conv: parametrizations.orthogonal(conv, "weight_in"),
+        ],
+    )
+    def test_parameters_that_are_not_the_forms_are_seen(self, change):
+        dense = settled(nn.Sequential(nn.Conv2d(CHANNELS, 8, 3)))
+        converted = sepconv.convert(dense, rank=Form(2, 4))
+        change(converted[0])
+        assert [x.status for x in sepconv.report(sepconv.fuse(converted)).layers] == ["left"]
 
     def test_functional_batch_norm(self):
         class Functional(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import sepconv
 
+FORM = sepconv.Form(2, rank_in=2, rank_out=3)
 DEFAULT, FULL = 60, 5000
 ROUND = 250  # graphs for which hypothesis remembers what it drew
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -48,6 +49,7 @@ def kept(model: nn.Module, x: Tensor, taken: Counter[str]) -> float:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "convert: nothing was converted")
         converted = sepconv.convert(model, rank="full", first_conv=True)
+        split = sepconv.convert(model, rank=FORM, first_conv=True, pointwise=True)
     taken["converted"] += len(sepconv.report(converted).converted)
     forms = {
         "fused": fused,
@@ -56,6 +58,7 @@ def kept(model: nn.Module, x: Tensor, taken: Counter[str]) -> float:
         "converted and fused": sepconv.fuse(converted),
     }
     errors = [same(model, form, x) for form in forms.values()]
+    errors.append(same(split, sepconv.fuse(split), x))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     return max(errors)
 

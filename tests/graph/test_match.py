@@ -22,9 +22,9 @@ def matched(model: nn.Module, x: Tensor | None = None) -> list[Match]:
 
 
 class Functional(nn.Module):
-    def __init__(self, forward: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, forward: Callable[[Tensor, Tensor], Tensor], taps: int = 3) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+        self.weight = nn.Parameter(torch.randn(8, 8, taps, taps))
         self.call = forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -202,6 +202,65 @@ def test_shapes_of_every_execution_are_known() -> None:
     ]
     assert found.dense_macs == 2 * (35 + 15) * 8 * 8 * 9
     assert found.macs(Form(2)) == 2 * (35 + 15) * (8 * 2 * 9 + 8 * 16)
+
+
+def test_a_form_costs_what_its_factors_cost_on_the_pixels_they_run_on() -> None:
+    conv = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+    (found,) = matched(nn.Sequential(conv), torch.zeros(2, 8, 9, 7))
+    read, written = 2 * 63, 2 * 20
+    assert found.macs(Form(2, 4)) == read * 8 * 4 + written * (4 * 2 * (9 + 16))
+    assert found.macs(Form(2, 4, 5)) == read * 8 * 4 + written * (4 * 2 * (9 + 5) + 5 * 16)
+    assert found.macs(Form(2, None, 5)) == written * (8 * 2 * (9 + 5) + 5 * 16)
+    assert found.params(Form(2, 4, 5)) == 8 * 4 + 4 * 2 * (9 + 5) + 5 * 16 + 16
+
+
+# 1x1 convolutions
+
+
+class Mixes(nn.Module):
+    """1x1 convolutions of every kind, in and out of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Conv2d(8, 8, 1)
+        self.strided = nn.Conv2d(8, 8, 1, stride=2, padding="valid")
+        self.padded = nn.Conv2d(8, 8, 1, padding=1)
+        self.grouped = nn.Conv2d(8, 8, 1, groups=2)
+        self.normed = parametrizations.weight_norm(nn.Conv2d(8, 8, 1))
+        self.call = Functional(F.conv2d, 1)
+        self.padded_call = Functional(lambda x, w: F.conv2d(x, w, padding=1), 1)
+        self.sequence = nn.Conv1d(8, 6, 1, padding="same")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.padded(self.strided(self.plain(x)))
+        x = self.padded_call(self.call(self.normed(self.grouped(x))))
+        return self.sequence(x.flatten(2))
+
+
+def test_1x1_convolutions_are_matched_where_that_is_asked_for() -> None:
+    model = Mixes()
+    captured = capture(model, torch.zeros(2, 8, 9, 7))
+    left = [conv for conv in match(model, captured) if isinstance(conv, Skipped)]
+    assert len(left) == 8
+    assert [str(c.reason) for c in left].count("1x1") == 6
+    found = match(model, captured, pointwise=True)
+    assert {conv.name for conv in found if isinstance(conv, Match)} == {
+        "plain",
+        "strided",
+        "call.weight",
+        "sequence",
+    }
+    assert {conv.name: conv.reason for conv in found if isinstance(conv, Skipped)} == {
+        "padded": SkipReason.POINTWISE,
+        "padded_call.weight": SkipReason.POINTWISE,
+        "grouped": SkipReason.GROUPED,
+        "normed": SkipReason.PARAMETRIZED,
+    }
+    by_name = {conv.name: conv for conv in found if isinstance(conv, Match)}
+    strided = by_name["strided"]
+    assert strided.is_pointwise
+    assert strided.macs(Form(1, 4)) == 2 * 20 * (8 * 4 + 4 * 8), "it skips pixels first"
+    assert strided.skipped(SkipReason.POINTWISE) in left
 
 
 # The first convolution

@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from sepconv.kernels.configs import ConvShape, candidates, default
-from sepconv.kernels.cost_model import GPUS, find_gpu, moved_bytes, predicted_seconds
+from sepconv.kernels.cost_model import (
+    GPUS,
+    find_gpu,
+    moved_bytes,
+    predicted_form_seconds,
+    predicted_seconds,
+)
 
 LARGE = ConvShape(256, 128, 56, 56, 128, 56, 56, 3, 3)
 SMALL = ConvShape(256, 512, 14, 14, 512, 14, 14, 3, 3)
@@ -39,6 +45,25 @@ def test_what_grows_with_what():
     assert h200(dtype=torch.float32, tf32=True) <= h200(dtype=torch.float32)
     assert h200("conv2d", LARGE._replace(C=512, K=512)) > h200("conv2d")
     assert predicted_seconds("conv2d", LARGE, BF16, "T4") > 10 * h200("conv2d")
+
+
+def test_a_form_takes_the_sum_of_its_calls():
+    def h200(shape=LARGE, **ranks):
+        return predicted_form_seconds(shape, BF16, "H200", **ranks)
+
+    def pointwise(c, k, height=56, width=56):
+        shape = ConvShape(256, c, height, width, k, height, width)
+        return predicted_seconds("pointwise_fwd", shape, BF16, "H200")
+
+    assert h200() <= predicted_seconds("separable_fwd", LARGE, BF16, "H200")
+    inner = h200(LARGE._replace(C=32, K=39, M=5))
+    whole = pointwise(128, 32) + inner + pointwise(39, 128)
+    assert h200(LARGE._replace(M=5), rank_in=32, rank_out=39) == pytest.approx(whole)
+    strided = ConvShape(256, 128, 56, 56, 128, 28, 28)
+    split = pointwise(128, 32, 28, 28) + pointwise(32, 128, 28, 28)
+    assert h200(strided, rank_in=32) == pytest.approx(split), "it reads a quarter of the pixels"
+    with pytest.raises(ValueError, match="gpu"):
+        predicted_form_seconds(LARGE, BF16, "abacus")
 
 
 def test_small_grids_are_no_faster_than_one_wave():

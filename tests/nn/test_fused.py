@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sepconv
-from sepconv.nn import FusedConv2d, FusedLinear, FusedSeparableConv2d
+from sepconv.nn import FusedConv2d, FusedLinear, FusedSeparableConv2d, FusedTuckerConv2d
 from sepconv.ops import onednn
 from sepconv.ops.onednn import PackedConv2d
 
@@ -34,6 +34,12 @@ def images() -> Tensor:
 def separable(**options) -> FusedSeparableConv2d:
     weights = (torch.randn(4, 1, 3, 3), torch.randn(6, 4, 1, 1), torch.randn(4), torch.randn(6))
     return FusedSeparableConv2d(*weights, padding=(1, 1, 1, 1), **options)
+
+
+def split(**options) -> FusedTuckerConv2d:
+    """All the factors that there may be."""
+    first, last = FusedConv2d(torch.randn(4, 4, 1, 1) / 2, None), torch.randn(6, 6, 1, 1) / 6
+    return FusedTuckerConv2d(first, separable(), FusedConv2d(last, torch.randn(6), **options))
 
 
 def dense(**options) -> FusedConv2d:
@@ -163,7 +169,7 @@ def test_made_in_inference_mode_and_differentiated_outside():
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("make", [separable, lambda **o: dense(padding=(1, 1, 1, 1), **o)])
+@pytest.mark.parametrize("make", [separable, split, lambda **o: dense(padding=(1, 1, 1, 1), **o)])
 def test_residuals(make, activation):
     module, x = make(activation=activation), images()
     same = torch.randn(2, 6, 9, 8)
@@ -261,3 +267,9 @@ def test_replicas_of_data_parallel(activation, bias):
     close(copied(x), net(x))
     converted = sepconv.convert(net, rank=2, first_conv=True)
     assert torch.equal(replica(converted)(x), converted(x))
+    rank = {"0": sepconv.Form(2, 3, 5), "4": sepconv.Form(1, 4)}
+    converted = sepconv.convert(net, rank=rank)
+    assert torch.equal(replica(converted)(x), converted(x))
+    fused = sepconv.fuse(converted)
+    assert FusedTuckerConv2d in {type(module) for module in fused.modules()}
+    close(replica(fused)(x), converted(x))

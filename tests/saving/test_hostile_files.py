@@ -28,9 +28,9 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("hostile")
 
 
-@pytest.fixture(scope="module")
-def good(folder) -> bytes:
-    sepconv.save(sepconv.convert(dense(), rank=2), folder / "good")
+@pytest.fixture(scope="module", params=[2, sepconv.Form(2, 3, 4)], ids=str)
+def good(folder, request) -> bytes:
+    sepconv.save(sepconv.convert(dense(), rank=request.param), folder / "good")
     return (folder / "good").read_bytes()
 
 
@@ -176,6 +176,10 @@ def with_layer(good: bytes, **changes) -> bytes:
     "changes",
     [
         {"rank": 2**62},
+        {"rank_in": 2**62},
+        {"rank_out": 2**62},
+        {"rank_in": -1},
+        {"rank_in": [4]},
         {"shape": [2**31, 2**31, 3, 3]},
         {"name": "../../../etc/passwd"},
         {"name": "1.running_mean"},

@@ -1,5 +1,6 @@
 """apply_recipe: the structure again, on an original with whatever weights it has."""
 
+import copy
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from saving.nets import Net, images, net
 from torch import nn
 
 import sepconv
+from sepconv import Form
 from sepconv.saving.recipe import Recipe, recipe_of
 
 
@@ -41,6 +43,50 @@ def test_json_round_trip_and_other_forms():
         model = sepconv.apply_recipe(net(), form)
         assert model.shared.channel_multiplier == 2
         assert isinstance(model.stem, nn.Conv2d)
+
+
+FORMS = {"shared": Form(3, 5, 6), "functional.weight": Form(2, rank_in=4), "sequence": 2}
+
+
+def test_forms_and_1x1_convolutions_are_found_again():
+    """A recipe that needs the later format says so; one that does not is as it was."""
+    original = nn.Sequential(net(), nn.Unflatten(1, (6, 1)), nn.Conv1d(6, 4, 1)).eval()
+    other = copy.deepcopy(original)
+    forms = {f"0.{name}": form for name, form in FORMS.items()} | {"2": Form(1, rank_in=3)}
+    model = sepconv.convert(original, rank=forms)
+    recipe = recipe_of(model)
+    assert {layer.name: layer.form for layer in recipe.layers} == {
+        name: form if isinstance(form, Form) else Form(form) for name, form in forms.items()
+    }
+    told = json.loads(recipe.to_json())
+    assert told["format_version"] == 2
+    keys = {layer["name"]: set(layer) for layer in told["layers"]}
+    assert {"rank_in", "rank_out"} <= keys["0.shared"]
+    assert not {"rank_in", "rank_out"} & keys["0.sequence"]
+    again = sepconv.apply_recipe(other, recipe.to_json(), check_weights=True)
+    assert torch.equal(again(images()), model(images()))
+    assert recipe_of(again) == recipe
+    assert {x.name: x.form for x in sepconv.report(again).converted} == {
+        layer.name: layer.form for layer in recipe.layers
+    }
+    later = sepconv.apply_recipe(other, recipe, inplace=True)
+    later.load_state_dict(model.state_dict())
+    assert torch.equal(later(images()), model(images()))
+
+
+def test_a_recipe_of_plain_forms_is_one_that_older_versions_read():
+    told = json.loads(recipe_at(2).to_json())
+    assert told["format_version"] == 1
+    keys = {"name", "shape", "rank", "bias", "channels_last", "method", "error", "weight_crc32"}
+    assert all(set(layer) == keys | {"part"} for layer in told["layers"])
+
+
+def test_1x1_convolutions_that_it_does_not_name_are_left():
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3))
+    rank = {"1": Form(1, 4), "2": 2}
+    again = sepconv.apply_recipe(model, recipe_of(sepconv.convert(model, rank=rank)))
+    told = {x.name: (x.status, x.reason) for x in sepconv.report(again).layers}
+    assert told == {"0": ("skipped", "1x1"), "1": ("converted", ""), "2": ("converted", "")}
 
 
 def test_copy_unless_inplace():
@@ -89,6 +135,15 @@ def entry(**changes):
         ({"rank": 0}, "rank: expected a positive int"),
         ({"rank": True}, "rank: expected a positive int"),
         ({"rank": "full"}, "rank: expected a positive int"),
+        ({"rank_in": 0}, "rank_in: expected a positive int or null, got 0"),
+        ({"rank_in": "4"}, "rank_in: expected a positive int or null, got '4'"),
+        ({"rank_out": True}, "rank_out: expected a positive int or null, got True"),
+        ({"rank_out": 2.0}, "rank_out: expected a positive int or null, got 2.0"),
+        ({"rank_in": 9}, "ranks of shared: expected 8>1>, got '9>1>'"),
+        ({"rank_in": 10**30}, "ranks of shared: expected 8>1>"),
+        ({"rank_in": 8, "rank": 8}, "ranks of shared: expected 8, got '8>8>'"),
+        ({"rank_out": 10**30}, "ranks of shared: expected 1, got"),
+        ({"rank_in": 4, "rank": 9}, "at most its full rank 8, got 9"),
         ({"shape": [8, 8, 5, 5]}, r"expected \[8, 8, 5, 5\], got \[8, 8, 3, 3\]"),
         ({"shape": [8, 8]}, "three or four positive ints"),
         ({"shape": "8833"}, "three or four positive ints"),
@@ -125,6 +180,27 @@ def test_later_format_and_doubled_name():
     doubled["layers"] *= 2
     with pytest.raises(ValueError, match="each name once, got 'shared'"):
         Recipe.from_dict(doubled)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "0 cannot be converted: 1x1"),
+        ({"rank_out": 4}, "0 cannot be converted: 1x1"),
+        ({"rank_in": 8}, "ranks of 0: expected 1, got '8>1>'"),
+        ({"rank_in": 10**30}, "ranks of 0: expected 1, got"),
+        ({"rank_in": 4, "rank_out": 4}, "ranks of 0: expected 4>1>, got '4>1>4'"),
+        ({"rank_in": 4, "rank": 2}, "at most its full rank 1, got 2"),
+    ],
+)
+def test_1x1_convolutions_that_do_not_fit(changes, message):
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1, padding=1))
+    shape = {"name": "0", "shape": [8, 8, 1, 1]}
+    with pytest.raises(ValueError, match=message):
+        sepconv.apply_recipe(model, entry(**shape, **changes))
+    with pytest.raises(ValueError, match="1 cannot be converted: 1x1"):
+        sepconv.apply_recipe(model, entry(**{**shape, "name": "1", "rank_in": 4}))
+    assert sepconv.apply_recipe(model, entry(**shape, rank_in=4))[0].form == Form(1, 4)
 
 
 def test_convolution_that_cannot_be_converted():

@@ -11,6 +11,7 @@ from saving.nets import Net, images, net
 from torch import nn
 
 import sepconv
+from sepconv import Form
 
 # Networks as small as these do not get faster.
 pytestmark = pytest.mark.filterwarnings("ignore:convert. the model did not get faster")
@@ -20,7 +21,10 @@ def converted(rank="full") -> nn.Module:
     return sepconv.convert(net(), rank=rank, first_conv=True)
 
 
-@pytest.mark.parametrize("rank", [1, 2, "full", {"shared": 2}])
+FORMS = {"stem": Form(2, 2), "shared": Form(3, 5, 6), "functional.weight": Form(2, None, 4)}
+
+
+@pytest.mark.parametrize("rank", [1, 2, "full", {"shared": 2}, FORMS])
 def test_loads_the_same_model(tmp_path, rank):
     model = converted(rank)
     path = tmp_path / "net.safetensors"
@@ -30,6 +34,7 @@ def test_loads_the_same_model(tmp_path, rank):
     ours, theirs = sepconv.report(loaded), sepconv.report(model)
     assert [x.name for x in ours.converted] == [x.name for x in theirs.converted]
     for mine, original in zip(ours.converted, theirs.converted, strict=True):
+        assert mine.form == original.form
         assert (mine.rank, mine.method, mine.error, mine.weight_crc32) == (
             original.rank,
             original.method,
@@ -96,6 +101,23 @@ def test_parts_converted_separately(tmp_path):
     loaded = sepconv.load(tmp_path / "a", lambda: nn.ModuleDict({"a": net(), "b": net()}))
     for part in ("a", "b"):
         assert torch.equal(loaded[part](images()), model[part](images()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_split_1x1_and_a_form_in_their_dtype(tmp_path, dtype):
+    def dense() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1))
+
+    rank = {"0": Form(1, 3), "1": Form(2, 4, 5)}
+    model = sepconv.convert(dense(), rank=rank).to(dtype)
+    sepconv.save(model, tmp_path / "a")
+    loaded = sepconv.load(tmp_path / "a", dense)
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    x = torch.randn(1, 8, 6, 6, dtype=dtype)
+    assert torch.equal(loaded(x), model(x))
+    strides = [p.stride() for p in model.parameters()]
+    assert [p.stride() for p in loaded.parameters()] == strides
+    assert [layer.form for layer in sepconv.read_recipe(tmp_path / "a").layers] == [*rank.values()]
 
 
 def test_a_root_that_is_the_convolution(tmp_path):

@@ -118,6 +118,23 @@ def test_a_model_is_tuned_and_left_as_it_was():
 
 
 @pytest.mark.usefixtures("few")
+def test_every_call_of_a_form_is_tuned():
+    device = "cuda" if DEVICE >= 0 else "cpu"
+    form = {"channel_multiplier": 2, "rank_in": 3, "rank_out": 5}
+    model = nn.Sequential(
+        sepconv.nn.SeparableConv2d(4, 6, 3, padding=1, **form),
+        sepconv.nn.SeparableConv2d(6, 4, 1, stride=2, rank_in=2),
+    ).to(device)
+    x = torch.randn(1, 4, 5, 5, device=device)
+    with sepconv.backend("triton"):
+        found = tune(model, x, timer=preferring(FEW[0]))
+    calls = [tuned.key.split("_float32") for tuned in found]
+    ops = sorted(op for op, _ in calls)
+    assert ops == ["depthwise_fwd", *["pointwise_fwd"] * 5, "separable_fwd"], "also the two halves"
+    assert len({tuned.key for tuned in found}) == 7
+
+
+@pytest.mark.usefixtures("few")
 def test_retune_measures_again():
     problem = depthwise()
     tune_problems([problem], timer=preferring(FEW[0]))
