@@ -6,17 +6,16 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from sepconv.factorize.curves import HeldOut, hull, outline
 from sepconv.factorize.form import Form
 from sepconv.factorize.solve_form import Problem
 
 # The forms that are fitted and put into the model, to learn about all others from.
-_PROBED_RANKS = (1, 3, 6)
+_PROBED_RANKS = (1, 4)
 _PROBED_SHARES = (1 / 8, 3 / 8, 1)  # of the input channels
 
-_LOOKS = 2  # at the forms that look best and were not fitted yet
+_LOOKS = 1  # at the forms that look best and were not fitted yet
 PROBES = len(_PROBED_RANKS) * (1 + len(_PROBED_SHARES))  # at most, of each layer
 
 Costs = Mapping[Form | None, float]  # of each form, and of the dense layer
@@ -27,17 +26,13 @@ class Layer(NamedTuple):
     """A layer as its forms are judged.
 
     Attributes:
-        weight: W [K, C*R*S].
-        metric: S of the rows to fit [C*R*S, C*R*S].
-        held_out: Of the other rows, outputs scaled by `scale`.
-        scale: Weights of the outputs, [K].
+        problem: Its weight, and the metric of the rows to fit.
+        held_out: The other rows.
         taps: R*S.
     """
 
-    weight: Tensor
-    metric: Tensor
+    problem: Problem
     held_out: HeldOut
-    scale: Tensor
     taps: int
 
 
@@ -65,8 +60,7 @@ def output_curve(
     forms = [form for form in costs if form is not None]
     if not forms:
         return {}
-    problem = Problem(layer.weight * layer.scale[:, None], layer.metric)
-    predicted = outline(problem, layer.held_out, forms, layer.taps)
+    predicted = outline(layer.problem, layer.held_out, forms, layer.taps)
     probes = _probes(forms)
     known = {form: layer_error(form) for form in probes}
     by_cost = {form: costs[form] for form in forms}

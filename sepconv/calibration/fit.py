@@ -44,7 +44,7 @@ class Effort(NamedTuple):
     steps: int
 
 
-PLANNING = Effort(sweeps=1, steps=40)
+PLANNING = Effort(sweeps=1, steps=30)
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ class Calibration:
         self._batches = read_batches(batches, example_inputs, device)
         self._responses = Responses(model, matches, self._batches, seed)
         self._output = OutputError(self._responses, MAX_SAMPLES)
+        self._metrics: dict[Match, Tensor] | None = None
         sweeps = self._method.sweeps
         self._effort = Effort(sweeps, SEARCH_STEPS if sweeps else 0)
 
@@ -154,16 +155,15 @@ class Calibration:
     def _curve(
         self, conv: Match, fitted: Moments, held: Moments, costs: Costs, output: "OutputError"
     ) -> Curve:
-        problem = self._unchanged(conv, fitted)
-        scale = self._scale(conv)
-        held_out = HeldOut.of(held, fitted, scale)
-        layer = Layer(problem.target, problem.metric, held_out, scale, _taps(conv))
-
+        problem, root = self._unchanged(conv, fitted), self._root(conv)
+        weight = root @ problem.target
+        held_out = HeldOut.of(weight, held, fitted)
+        layer = Layer(Problem(weight, problem.metric), held_out, _taps(conv))
         fits: dict[Form, Fitted] = {}
 
         def layer_error(form: Form) -> float:
             fits[form] = self._fitted(conv, problem, form, PLANNING)
-            return held_out.error(fits[form].factors.dense() * scale[:, None])
+            return held_out.error(root @ fits[form].factors.dense())
 
         def output_error(form: Form) -> float:
             return output.of(self._substitutes({conv.name: fits[form]}))
@@ -261,17 +261,33 @@ class Calibration:
         target, metric = asymmetric_target(weight, moments.covariance, moments.cross)
         return _problem(target, metric, moments)
 
-    def _scale(self, conv: Match) -> Tensor:
-        scale = self._responses.scale(conv)
-        return scale if self._method.norm_metric else torch.ones_like(scale)
-
     def _fitted(self, conv: Match, problem: _Problem, form: Form, effort: Effort) -> Fitted:
-        weight, metric, scale, taps = problem.target, problem.metric, self._scale(conv), _taps(conv)
+        weight, metric, taps = problem.target, problem.metric, _taps(conv)
         if form.is_plain:
+            scale = self._responses.scale(conv)
+            if not self._method.norm_metric:
+                scale = torch.ones_like(scale)
             factors = solve(weight, metric, form.rank, taps, scale, effort.sweeps)
         else:
-            factors = solve_form(Problem(weight, metric), form, taps, scale, effort.steps)
+            root = self._root(conv)
+            factors = solve_form(Problem(root @ weight, metric), form, taps, effort.steps)
+            factors = factors.scaled(torch.linalg.inv(root))
         return self._with_bias(conv, problem, factors)
+
+    def _root(self, conv: Match) -> Tensor:
+        """Weights of the responses [K, K]: a symmetric root of what the model's outputs feel.
+
+        Forms that keep a subspace of the channels leave out directions of little variance, and
+        these may matter as much as others.
+        """
+        if self._metrics is None:
+            self._metrics = self._responses.output_metrics(self.layers)
+        metric = self._metrics.get(conv)
+        if metric is None:
+            return torch.diag(self._responses.scale(conv))
+        values, vectors = torch.linalg.eigh(damped(metric))
+        values = values / values.mean()
+        return (vectors * values.sqrt()) @ vectors.mT
 
     def _with_bias(self, conv: Match, problem: _Problem, factors: Factors) -> Fitted:
         if self._method.correct_bias:

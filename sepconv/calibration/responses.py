@@ -19,6 +19,8 @@ from sepconv.graph.state import seed_generators, untouched
 # Patches per layer: more change nothing (docs/accuracy.md).
 MIN_ROWS, ROWS_PER_DIMENSION = 40_000, 40
 
+METRIC_SAMPLES = 16  # to differentiate the outputs on
+
 # Of each batch's samples the last share is not fitted where errors are to be predicted.
 HELD_OUT = 1 / 4
 
@@ -123,6 +125,34 @@ class Responses:
                     y = y + _divided(before.addend - after.addend, scale)
                 moments.add(after.x, y)
         return moments
+
+    def output_metrics(self, layers: Sequence[Match]) -> dict[Match, Tensor]:
+        """How much the model's outputs feel a change of each layer's response, [K, K] in float64.
+
+        The mean of g g' over pixels, where g is the gradient with respect to a response of a random
+        projection of the outputs: what a small error of the response does to them is, in the mean,
+        e' (g g') e. From a few samples of every batch; layers that no gradient reaches are left
+        out.
+        """
+        metrics = {conv: _Mean() for conv in layers}
+        by_key = {id(conv.weight): conv for conv in layers}
+        draw = torch.Generator().manual_seed(self._seed)
+
+        def see(key: int, x: Tensor, y: Tensor) -> None:
+            conv = by_key[key]
+            # A hook is for the values as they are now, also where a ReLU then writes over them.
+            y.register_hook(lambda gradient: metrics[conv].add(_as_images(gradient, conv)))
+
+        samples = -(-METRIC_SAMPLES // len(self._batches))
+        free = {id(conv.weight): _as_it_is(conv) for conv in layers}
+        with self.quiet(), torch.enable_grad():
+            for batch in self._batches:
+                outputs = self._run(Probe(by_key, free, see), batch.part(0, samples))
+                projected = [_projection(t, draw) for t in outputs if t.requires_grad]
+                if projected:
+                    weights = [dense.weight for dense in free.values()]
+                    torch.autograd.grad(torch.stack(projected).sum(), weights, allow_unused=True)
+        return {conv: mean.value() for conv, mean in metrics.items() if mean.count}
 
     def outputs(
         self, samples: int, substitutes: Substitutes, held_out: float = 0.0
@@ -288,6 +318,34 @@ class _Sampler:
         count = self._responses.rows_per_call(conv)
         chosen = torch.randperm(total, generator=self._generators[conv])[:count]
         self._positions[conv] = chosen.sort().values.to(y.device)
+
+
+class _Mean:
+    """The mean of g g' over all pixels of gradients [N, K, P, Q]."""
+
+    def __init__(self) -> None:
+        self.count, self._sum = 0, torch.zeros(())
+
+    def add(self, gradient: Tensor) -> None:
+        rows = gradient.detach().transpose(0, 1).flatten(1).double()
+        self._sum = self._sum.to(rows) + rows @ rows.mT
+        self.count += rows.shape[1]
+
+    def value(self) -> Tensor:
+        return self._sum / self.count
+
+
+def _as_it_is(conv: Match) -> Dense:
+    """A convolution's own parameters, to be differentiated by."""
+    bias = conv.weight.new_zeros(len(conv.weight)) if conv.bias is None else conv.bias
+    return Dense(conv.weight.detach().requires_grad_(), bias.detach())
+
+
+def _projection(output: Tensor, draw: torch.Generator) -> Tensor:
+    """On a random direction, relative to the output's own variance."""
+    direction = torch.randn(output.shape, generator=draw).to(output)
+    size = output.detach().float().var(correction=0).clamp(min=1e-12) * output.numel()
+    return (output * direction).sum() / size.sqrt().to(output)
 
 
 def _part(batch: Batch, samples: int, held_out: float) -> Batch:

@@ -11,7 +11,7 @@ from sepconv.factorize.moments import Moments
 from sepconv.factorize.solve import whitened_filters
 from sepconv.factorize.solve_form import Problem, input_map, mapped
 
-_SHARES_IN = (1 / 16, 1 / 12, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the input channels
+_SHARES_IN = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the input channels
 _SHARES_OUT = (1 / 2, 3 / 4)  # of the output channels
 _LEAST = 2  # channels
 
@@ -20,32 +20,27 @@ class HeldOut(NamedTuple):
     """Rows that no factor was fitted to, as second moments about the means of the fitted rows.
 
     Attributes:
-        covariance: [D, D].
-        cross: [K, D].
-        energy: Of all outputs about the fitted means; what a weight of zeros would miss.
-        variance: Of all outputs about their own means, which errors are relative to.
+        covariance: Of the inputs [D, D].
+        cross: Of responses and inputs [K, D].
+        energy: Of all responses: what a weight of zeros would miss.
     """
 
     covariance: Tensor
     cross: Tensor
     energy: float
-    variance: float
 
     @staticmethod
-    def of(held: Moments, fitted: Moments, scale: Tensor) -> "HeldOut":
-        """From the moments of both parts; outputs are scaled by scale [K]."""
-        step_x, step_y = held.mean_x - fitted.mean_x, held.mean_y - fitted.mean_y
-        return HeldOut(
-            held.covariance + torch.outer(step_x, step_x),
-            (held.cross + torch.outer(step_y, step_x)) * scale[:, None],
-            float(((held.variance_y + step_y.square()) * scale.square()).sum()),
-            float((held.variance_y * scale.square()).sum()),
-        )
+    def of(weight: Tensor, held: Moments, fitted: Moments) -> "HeldOut":
+        """Responses of a weight [K, D] to the inputs of both parts."""
+        step = held.mean_x - fitted.mean_x
+        covariance = held.covariance + torch.outer(step, step)
+        cross = weight @ covariance
+        return HeldOut(covariance, cross, float((cross * weight).sum()))
 
     def error(self, weight: Tensor) -> float:
-        """Relative squared error of the response of a scaled weight [K, D]."""
-        lost = ((weight @ self.covariance - 2 * self.cross) * weight).sum()
-        return (self.energy + float(lost)) / max(self.variance, 1e-300)
+        """Relative squared error of the response of another weight."""
+        change = ((weight @ self.covariance - 2 * self.cross) * weight).sum()
+        return (self.energy + float(change)) / max(self.energy, 1e-300)
 
 
 def form_grid(weight_shape: tuple[int, ...]) -> list[Form]:
@@ -91,8 +86,8 @@ def outline(problem: Problem, held: HeldOut, forms: Iterable[Form], taps: int) -
     moments in those bases serve all forms. What fitting in turns gains is not in it.
 
     Args:
-        problem: Of scaled outputs.
-        held: Likewise.
+        problem: The layer, and what it reads of the rows to fit.
+        held: The other rows.
         forms: Any.
         taps: R*S.
     """
@@ -161,7 +156,7 @@ def _nested_errors(
             by_direction = change.diagonal().cumsum(0)
         for form in group:
             lost = by_direction[(form.rank_out or len(by_direction)) - 1]
-            errors[form] = (held.energy + float(lost)) / max(held.variance, 1e-300)
+            errors[form] = (held.energy + float(lost)) / max(held.energy, 1e-300)
     return errors
 
 

@@ -54,10 +54,11 @@ class Factors(NamedTuple):
         }
 
     def scaled(self, scale: Tensor) -> "Factors":
-        """With outputs multiplied by scale [K]."""
+        """With outputs multiplied by scale [K], or mixed by it [K, K]."""
+        mix = torch.diag(scale) if scale.dim() == 1 else scale
         if self.weight_out is not None:
-            return self._replace(weight_out=self.weight_out * scale[:, None])
-        return self._replace(mixing=self.mixing * scale[:, None, None])
+            return self._replace(weight_out=mix @ self.weight_out)
+        return self._replace(mixing=torch.einsum("jk,kct->jct", mix, self.mixing))
 
 
 def solve(

@@ -1,9 +1,8 @@
 """Separable factors between two channel maps: a Tucker decomposition whose core is separable.
 
-With W [K, C*R*S] flattened, S the covariance of its input patches and L a positive scale per output
-channel, the factors minimise
+With W [K, C*R*S] flattened and S the covariance of its input patches, the factors minimise
 
-    J(A, D, P, E) = || L (W - E P D (A x I)) S^(1/2) ||_F^2
+    J(A, D, P, E) = || (W - E P D (A x I)) S^(1/2) ||_F^2
 
 A [rank_in, C] maps the input's channels at every tap, D holds T filters [R*S] for each mapped
 channel, P mixes them to rank_out channels and E [K, rank_out] gives the K outputs. The inputs and
@@ -24,7 +23,7 @@ from torch import Tensor
 from sepconv.factorize.form import Form
 from sepconv.factorize.solve import Factors, whitened_filters
 
-STEPS = 200  # of L-BFGS at most
+STEPS = 100  # of L-BFGS at most
 _CHECKED = 10  # steps between two looks at the gain
 _ENOUGH = 2e-3  # of the error: a smaller gain over that many steps ends the search
 _HISTORY = 10
@@ -57,29 +56,25 @@ def mapped(metric: Tensor, cross: Tensor, weight_in: Tensor, taps: int) -> tuple
     return (covariance + covariance.mT) / 2, read
 
 
-def solve_form(problem: Problem, form: Form, taps: int, scale: Tensor, steps: int) -> Factors:
+def solve_form(problem: Problem, form: Form, taps: int, steps: int) -> Factors:
     """Factors of a weight in a form with `rank_in` or `rank_out`.
 
     Args:
         problem: The weight and the metric, which is positive definite.
         form: As `Form.within` gives it.
         taps: R*S.
-        scale: The diagonal of L, [K] and positive.
         steps: At most so many of L-BFGS; 0 for the closed forms.
 
     Example:
         >>> problem = Problem(torch.randn(8, 36).double(), torch.eye(36).double())
-        >>> factors = solve_form(problem, Form(2, 3, 5), 9, torch.ones(8).double(), steps=10)
+        >>> factors = solve_form(problem, Form(2, 3, 5), 9, steps=10)
         >>> [tuple(f.shape) for f in factors]
         [(3, 2, 9), (5, 3, 2), (3, 4), (8, 5)]
     """
-    scaled = Problem(problem.weight * scale[:, None], problem.metric)
     if taps == 1:
         assert form.rank_in is not None, "Form.within() leaves no other"
-        factors = _two_pointwise(scaled, form.rank_in)
-    else:
-        factors = _Search(scaled, form, taps).run(steps)
-    return factors.scaled(1 / scale)
+        return _two_pointwise(problem, form.rank_in)
+    return _Search(problem, form, taps).run(steps)
 
 
 def input_map(problem: Problem, taps: int) -> Tensor:
@@ -92,7 +87,7 @@ def input_map(problem: Problem, taps: int) -> Tensor:
     channels = len(problem.metric) // taps
     by_tap = problem.weight.unflatten(1, (channels, taps))
     matter = torch.einsum("kct,kdt->cd", by_tap, by_tap)
-    root, inverse = _roots(_mean_block(problem.metric, channels, taps, of_channels=True))
+    root, inverse = _roots(_mean_block(problem.metric, channels, taps, True))
     _, leading = torch.linalg.eigh(root @ matter @ root)
     return leading.flip(1).mT @ inverse
 
@@ -106,10 +101,13 @@ def _two_pointwise(problem: Problem, rank: int) -> Factors:
 
 
 class _Search:
-    """J and its gradient in the whitened coordinates of A and D.
+    """J and its gradient, as functions of A and D.
+
+    Coordinates are white, and scaled by how much each part is used, so that J bends alike along all
+    of them: that makes the search ten times as short.
 
     Args:
-        problem: Of scaled outputs.
+        problem: What to come near to.
         form: With `rank_in`, `rank_out` or both.
         taps: R*S.
     """
@@ -119,38 +117,62 @@ class _Search:
         self._channels = len(problem.metric) // taps
         self._metric = problem.metric
         self._cross = problem.cross().unflatten(1, (self._channels, taps))  # [K, C, R*S]
-        self._energy = float((self._cross.flatten(1) * problem.weight).sum())
-        weight_in = None
-        if form.rank_in is not None:
-            weight_in = input_map(problem, taps)[: form.rank_in]
-            problem = problem.reduced(weight_in, taps)
+        self._energy = max(float((self._cross.flatten(1) * problem.weight).sum()), 1e-300)
+        self._weight_in = self._first_map(problem)
+        if self._weight_in is not None:
+            problem = problem.reduced(self._weight_in, taps)
         self._whole = form.rank >= taps  # any filter: the taps themselves, nothing to search
         if self._whole:
             eye = torch.eye(taps, dtype=torch.float64, device=problem.metric.device)
-            filters = eye.expand(len(problem.metric) // taps, -1, -1)
+            self._filters = eye.expand(len(problem.metric) // taps, -1, -1)
         else:
             ones = problem.weight.new_ones(len(problem.weight))
-            filters = whitened_filters(problem.weight, problem.metric, form.rank, taps, ones)
-        roots = _roots(_mean_block(self._metric, self._channels, taps, of_channels=True))
-        self._to_white_in, self._from_white_in = roots
-        roots = _roots(_mean_block(self._metric, self._channels, taps, of_channels=False))
-        self._to_white, self._from_white = roots
-        self._weight_in, self._filters = weight_in, filters
+            self._filters = whitened_filters(*problem, form.rank, taps, ones)
+
+    def _first_map(self, problem: Problem) -> Tensor | None:
+        rank_in = self._form.rank_in
+        if rank_in is None:
+            return None
+        if rank_in == self._channels:  # as they are: the filters of plain ranks fit them
+            return torch.eye(rank_in, dtype=torch.float64, device=problem.metric.device)
+        return input_map(problem, self._taps)[:rank_in]
 
     def run(self, steps: int) -> Factors:
         """Search, and the factors at the end of it."""
-        free: list[Tensor] = []
-        if self._weight_in is not None:
-            free.append(_unit(self._weight_in @ self._to_white_in))
-        if not self._whole:
-            free.append(_unit(self._filters @ self._to_white))
-        if free and steps > 0:
-            self._search(free, steps)
-        return self._factors()
+        if steps > 0 and not (self._whole and self._weight_in is None):
+            self._set_coordinates()
+            self._search(steps)
+        _, mixing, _ = self._best_mixing()
+        if self._form.rank_out is None:
+            return Factors(self._filters, mixing, self._weight_in)
+        left, _, _ = torch.linalg.svd(mixing.flatten(1), full_matrices=False)
+        weight_out = left[:, : self._form.rank_out]
+        mixing = torch.einsum("ko,kct->oct", weight_out, mixing)
+        return Factors(self._filters, mixing, self._weight_in, weight_out)
 
-    def _search(self, free: list[Tensor], steps: int) -> None:
+    def _set_coordinates(self) -> None:
+        """Rows of norm 1 in white coordinates; how much of them is used is their length."""
+        sizes = (self._channels, self._taps)
+        to_white_in, self._from_white_in = _roots(_mean_block(self._metric, *sizes, True))
+        to_white, self._from_white = _roots(_mean_block(self._metric, *sizes, False))
+        filters = _unit(self._filters @ to_white)
+        self._filters = filters @ self._from_white if not self._whole else self._filters
+        weight_in = None
+        if self._weight_in is not None:
+            weight_in = _unit(self._weight_in @ to_white_in)
+            self._weight_in = weight_in @ self._from_white_in
+        _, mixing, _ = self._best_mixing()
+        used = mixing.square().sum(0)  # [rank_in, T]
+        self._used, self._used_in = _lengths(used), _lengths(used.sum(1))
+        self._free: list[Tensor] = []
+        if weight_in is not None:
+            self._free.append(weight_in * self._used_in[:, None])
+        if not self._whole:
+            self._free.append(filters * self._used[..., None])
+
+    def _search(self, steps: int) -> None:
         optimizer = torch.optim.LBFGS(
-            free,
+            self._free,
             max_iter=_CHECKED,
             tolerance_grad=0.0,
             tolerance_change=0.0,
@@ -159,35 +181,35 @@ class _Search:
         )
         before = float("inf")
         for _ in range(-(-steps // _CHECKED)):
-            error = float(optimizer.step(lambda: self._evaluate(free)))
+            error = float(optimizer.step(self._evaluate))
             if before - error <= _ENOUGH * max(error, 1e-9):
                 break
             before = error
-        self._set(free)
+        self._take_free()
 
-    def _set(self, free: list[Tensor]) -> None:
-        rest = list(free)
+    def _take_free(self) -> None:
+        rest = list(self._free)
         if self._weight_in is not None:
-            self._weight_in = rest.pop(0) @ self._from_white_in
+            self._weight_in = rest.pop(0) / self._used_in[:, None] @ self._from_white_in
         if rest:
-            self._filters = rest.pop(0) @ self._from_white
+            self._filters = rest.pop(0) / self._used[..., None] @ self._from_white
 
     @torch.no_grad()
-    def _evaluate(self, free: list[Tensor]) -> Tensor:
-        """J over the energy of the response; leaves the gradient in `free`."""
-        self._set(free)
+    def _evaluate(self) -> Tensor:
+        """J over the energy of the response; leaves its gradient."""
+        self._take_free()
         read, mixing, error = self._best_mixing()
         made = (mixing.flatten(1) @ read.flatten(0, 1)).view_as(self._cross)  # W' S
         core = torch.einsum("kgt,gtr->kgr", mixing, self._filters)
         surplus = made - self._cross
         gradients = []
         if self._weight_in is not None:
-            by_channel = torch.einsum("kgr,kcr->gc", core, surplus)
-            gradients.append(by_channel @ self._from_white_in)
+            of_map = torch.einsum("kgr,kcr->gc", core, surplus) @ self._from_white_in
+            gradients.append(of_map / self._used_in[:, None])
         if not self._whole:
-            seen = self._through(surplus)  # [K, g, R*S]
-            gradients.append(torch.einsum("kgt,kgr->gtr", mixing, seen) @ self._from_white)
-        for parameter, gradient in zip(free, gradients, strict=True):
+            of_filters = torch.einsum("kgt,kgr->gtr", mixing, self._through(surplus))
+            gradients.append(of_filters @ self._from_white / self._used[..., None])
+        for parameter, gradient in zip(self._free, gradients, strict=True):
             parameter.grad = 2 / self._energy * gradient
         return error / self._energy
 
@@ -215,15 +237,6 @@ class _Search:
         """[n, C, R*S] through A: [n, rank_in, R*S]."""
         return t if self._weight_in is None else torch.einsum("ncr,gc->ngr", t, self._weight_in)
 
-    def _factors(self) -> Factors:
-        _, mixing, _ = self._best_mixing()
-        if self._form.rank_out is None:
-            return Factors(self._filters, mixing, self._weight_in)
-        left, _, _ = torch.linalg.svd(mixing.flatten(1), full_matrices=False)
-        weight_out = left[:, : self._form.rank_out]
-        mixing = torch.einsum("ko,kct->oct", weight_out, mixing)
-        return Factors(self._filters, mixing, self._weight_in, weight_out)
-
 
 def _leading(covariance: Tensor, rank: int) -> Tensor:
     """Orthonormal directions [K, rank] that hold the most of a response's covariance [K, K].
@@ -233,6 +246,12 @@ def _leading(covariance: Tensor, rank: int) -> Tensor:
     """
     _, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
     return vectors[:, -rank:].flip(1)
+
+
+def _lengths(squares: Tensor) -> Tensor:
+    """Their roots, of mean 1 and not too small."""
+    lengths = squares.sqrt()
+    return (lengths / lengths.mean().clamp(min=1e-150)).clamp(min=1e-3)
 
 
 def _mean_block(metric: Tensor, channels: int, taps: int, of_channels: bool) -> Tensor:
