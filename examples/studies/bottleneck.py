@@ -25,7 +25,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 import sepconv
 from examples.studies.networks import NETWORKS, Batches, photos, samples
@@ -33,8 +32,10 @@ from sepconv._util import write_atomically
 from sepconv.calibration.batches import read_batches
 from sepconv.calibration.responses import Responses
 from sepconv.factorize import Form, full_rank
+from sepconv.factorize.curves import HeldOut, outline
 from sepconv.factorize.moments import Moments
 from sepconv.factorize.solve import solve
+from sepconv.factorize.solve_form import STEPS, Problem, solve_form
 from sepconv.factorize.target import damped
 from sepconv.graph import Match, capture, match
 
@@ -45,7 +46,7 @@ PLOT = ROOT / "docs" / "bottleneck.png"
 GIB = 2**30
 
 # What `convert` is given beside the budget and the batches, by form.
-FORMS: dict[str, dict[str, Any]] = {"plain": {}}
+FORMS: dict[str, dict[str, Any]] = {"plain": {"bottleneck": False}, "bottleneck": {}}
 BUDGETS = {  # of the multiply-adds of the whole network
     "resnet20": (0.55, 0.45, 0.35, 0.25),
     "resnet32": (0.35,),
@@ -57,10 +58,11 @@ BUDGETS = {  # of the multiply-adds of the whole network
 }
 
 # Forms of single layers: plain ranks, a split after the filters (rank_out), rank_in as well.
-LAYER_FORMS = ("plain",)
+LAYER_FORMS = ("plain", "split", "bottleneck")
 SHARES = (0.115, 0.23, 0.345)  # of the dense layer's multiply-adds: about ranks 1, 2 and 3
 OVER = 1.05  # times the share that a plain rank may take, for its steps are coarse
-EIGHTHS = (1, 2, 3, 4, 6)  # of the input channels, tried as rank_in
+SIXTEENTHS = (2, 3, 4, 5, 6, 8, 12, 16)  # of the input channels, tried as rank_in
+SEARCHED = 6  # of the forms at a share: those with the least error in closed form
 
 Cell = dict[str, Any]
 Cells = dict[str, Cell]
@@ -180,7 +182,7 @@ def converted(options: argparse.Namespace) -> Cell:
             "macs": round(made.macs_after / made.macs_before, 4),
             "latency_before": made.latency_before,
             "latency_after": made.latency_after,
-            "ranks": {layer.name: str(layer.rank) for layer in made.converted},
+            "ranks": {layer.name: str(layer.form) for layer in made.converted},
         }
     return cell | network.score(model, options.tests)
 
@@ -243,8 +245,15 @@ def best_forms(conv: Match, form: str, fit: Moments, held_out: Moments) -> dict[
     """For each share the form with the least error on the held-out inputs."""
     shape, stride = tuple(conv.weight_2d.shape), conv.settings.stride
     within = {share: candidates(form, shape, stride, share) for share in SHARES}
-    tried = list(dict.fromkeys(f for forms in within.values() for f in forms))
-    errors = layer_errors(conv.weight_2d.detach(), fit, held_out, tried)
+    flat, taps = conv.weight_2d.detach().flatten(1).double(), conv.weight_2d[0, 0].numel()
+    layer = (Problem(flat, damped(fit.covariance)), HeldOut.of(flat, held_out, fit), taps)
+    if form != "plain":
+        predicted = outline(*layer, [f for forms in within.values() for f in forms])
+        within = {
+            share: sorted(forms, key=lambda f: predicted[f])[:SEARCHED]
+            for share, forms in within.items()
+        }
+    errors = layer_errors(*layer, [f for forms in within.values() for f in forms])
     cells: dict[float, Cell] = {}
     for share, forms in within.items():
         cell = Cell(shape=shape, stride=stride, rows=fit.count, tried=len(forms))
@@ -273,7 +282,7 @@ def candidates(
         found = [Form(rank) for rank in range(1, full) if macs(rank, None, None) <= OVER * share]
         return found[-1:]
     found = []
-    ranks_in = [max(1, channels * n // 8) for n in EIGHTHS] if form == "bottleneck" else [None]
+    ranks_in = [max(1, channels * n // 16) for n in SIXTEENTHS] if form == "bottleneck" else [None]
     for rank_in in dict.fromkeys(ranks_in):
         for rank in range(1, full + (rank_in is not None)):
             if form == "bottleneck" and macs(rank, rank_in, None) <= share:
@@ -294,22 +303,17 @@ def macs_share(form: Form, shape: tuple[int, ...], stride: Iterable[int]) -> flo
 
 
 def layer_errors(
-    weight: Tensor, fit: Moments, held_out: Moments, forms: Iterable[Form]
+    problem: Problem, held_out: HeldOut, taps: int, forms: Iterable[Form]
 ) -> dict[Form, float]:
-    """Relative squared error of a layer's response to held-out inputs, for each form.
-
-    Closed forms alone, fitted to the moments of other inputs. The one place that knows how factors
-    are found: today those of plain ranks.
-    """
-    flat, taps = weight.flatten(1).double(), weight[0, 0].numel()
-    metric, scale = damped(fit.covariance), torch.ones(len(flat)).double()
+    """Relative squared error of a layer's response to held-out inputs, for each form."""
     errors = {}
-    for form in forms:
-        change = flat - solve(flat, metric, form.rank, taps, scale).dense()
-        # The bias makes the mean right where it was fitted.
-        shift = change @ (held_out.mean_x - fit.mean_x)
-        squared = ((change @ held_out.covariance) * change).sum() + shift.square().sum()
-        errors[form] = float(squared / held_out.variance_y.sum())
+    for form in dict.fromkeys(forms):
+        if form.is_plain:
+            ones = problem.weight.new_ones(len(problem.weight))
+            factors = solve(*problem, form.rank, taps, ones)
+        else:
+            factors = solve_form(problem, form, taps, STEPS)
+        errors[form] = held_out.error(factors.dense())
     return errors
 
 
