@@ -60,7 +60,7 @@ def output_curve(
     forms = [form for form in costs if form is not None]
     if not forms:
         return {}
-    predicted = outline(layer.problem, layer.held_out, forms, layer.taps)
+    predicted = outline(*layer, forms)
     probes = _probes(forms)
     known = {form: layer_error(form) for form in probes}
     by_cost = {form: costs[form] for form in forms}

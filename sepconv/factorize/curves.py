@@ -79,17 +79,17 @@ def _sizes(channels: int, shares: Iterable[float]) -> list[int]:
     return sorted(size for size in sizes if _LEAST <= size <= channels)
 
 
-def outline(problem: Problem, held: HeldOut, forms: Iterable[Form], taps: int) -> dict[Form, float]:
+def outline(problem: Problem, held: HeldOut, taps: int, forms: Iterable[Form]) -> dict[Form, float]:
     """Relative held-out errors of forms in closed form, without a fit of each.
 
     The channel map and the filters of a form are the leading ones of nested bases, so that the
-    moments in those bases serve all forms. What fitting in turns gains is not in it.
+    moments in those bases serve all forms. What a search for the factors gains is not in it.
 
     Args:
         problem: The layer, and what it reads of the rows to fit.
         held: The other rows.
-        forms: Any.
         taps: R*S.
+        forms: Any.
     """
     forms = list(forms)
     errors: dict[Form, float] = {}
