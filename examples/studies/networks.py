@@ -60,6 +60,8 @@ def _file(name: str) -> Path:
 def _code(name: str) -> Any:
     """The module `nets/NAME.py` of the data."""
     spec = importlib.util.spec_from_file_location(f"sepconv_data_{name}", _file(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

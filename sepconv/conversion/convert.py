@@ -41,7 +41,7 @@ def convert(
     exclude: Iterable[str] | None = None,
     filter_fn: FilterFn | None = None,
     first_conv: bool = False,
-    bottleneck: bool = True,
+    bottleneck: bool | None = None,
     pointwise: bool | None = None,
     only_if_faster: bool = False,
     optimizers: Optimizer | Iterable[Optimizer] | None = None,
@@ -75,7 +75,8 @@ def convert(
         first_conv: Whether to convert the network's first convolution too (at most 4 channels).
             There is little to gain there and accuracy to lose.
         bottleneck: Whether a budget may choose forms with a 1x1 convolution before the depthwise
-            filters, or two after them (docs/bottleneck.md), or plain ranks alone.
+            filters, or two after them (docs/bottleneck.md), or plain ranks alone. Default: with
+            `calibration` it may; from the weights alone such forms gain nothing.
         pointwise: Whether 1x1 convolutions may be split into two: True, those that `rank` gives a
             `Form` with `rank_in` or that a budget is planned for; False, none. Default: those
             that a mapping of ranks names, without wildcards, with such a form; and with a budget
@@ -111,7 +112,8 @@ def convert(
     """
     model = checked_model(model)
     listed = check_optimizers(optimizers)
-    check_options(rank, budget, example_inputs, only_if_faster, filter_fn)
+    flags = (bottleneck, pointwise)
+    check_options(rank, budget, example_inputs, only_if_faster, filter_fn, *flags)
     if rank is None and budget is None:
         rank = 1
     if not (inplace or dryrun):
@@ -120,6 +122,8 @@ def convert(
     model = trainable(model, itself=inplace or bool(listed))
 
     captured = capture(model, example_inputs)
+    if bottleneck is None:
+        bottleneck = calibration is not None
     choice = (rank, include, exclude, filter_fn, first_conv)
     found = match(model, captured, pointwise=wants_pointwise(rank, pointwise))
     asked, found = select(model, found, *choice, pointwise)

@@ -37,12 +37,12 @@ def counted_costs(
         matches: The layers to choose for.
         kind: `macs` or `params`.
         new_biases: Whether layers without a bias get one, as calibration gives them.
-        bottleneck: Whether to look at more than plain ranks.
+        bottleneck: Whether to look at more than plain ranks; of 1x1 convolutions, at more anyway.
     """
     costs: Costs = {}
     for conv in matches:
         forms = form_grid(tuple(conv.weight_2d.shape))
-        forms = [form for form in forms if form.is_plain or bottleneck]
+        forms = [form for form in forms if form.is_plain or bottleneck or conv.is_pointwise]
         if kind == "macs":
             counted: dict[Form | None, float] = {form: conv.macs(form) for form in forms}
             counted[DENSE] = conv.dense_macs

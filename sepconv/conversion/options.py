@@ -65,9 +65,18 @@ class Budget:
 
 
 def check_options(
-    rank: object, budget: object, example_inputs: object, only_if_faster: bool, filter_fn: object
+    rank: object,
+    budget: object,
+    example_inputs: object,
+    only_if_faster: bool,
+    filter_fn: object,
+    bottleneck: object = None,
+    pointwise: object = None,
 ) -> None:
     """Raise `ValueError` for options that contradict each other or lack what they need."""
+    for name, flag in (("bottleneck", bottleneck), ("pointwise", pointwise)):
+        if flag is not None and not isinstance(flag, bool):
+            raise ValueError(f"{name}: expected True, False or None, got {flag!r}")
     if filter_fn is not None and not callable(filter_fn):
         raise ValueError(
             f"filter_fn: expected a function (module, name) -> bool, got {filter_fn!r}"
@@ -101,13 +110,7 @@ def check_rank(rank: object, where: str = "rank") -> None:
 
 
 def wants_pointwise(rank: object, pointwise: bool | None) -> bool:
-    """Whether 1x1 convolutions may take part: they are asked for, or a mapping may name some.
-
-    Raises:
-        ValueError: `pointwise` is not True, False or None.
-    """
-    if pointwise is not None and not isinstance(pointwise, bool):
-        raise ValueError(f"pointwise: expected True, False or None, got {pointwise!r}")
+    """Whether 1x1 convolutions may take part: they are asked for, or a mapping may name some."""
     if pointwise is None and isinstance(rank, Mapping):
         return any(_splits(value) for value in rank.values())
     return pointwise is True
