@@ -52,7 +52,8 @@ def form_grid(weight_shape: tuple[int, ...]) -> list[Form]:
     out_channels, channels, *taps = weight_shape
     ranks_in = _sizes(channels, _SHARES_IN)
     if torch.Size(taps).numel() == 1:
-        return [Form(1, rank_in) for rank_in in _sizes(min(channels, out_channels), _SHARES_IN)]
+        least = min(channels, out_channels)
+        return [Form(1, rank_in) for rank_in in _sizes(least, _SHARES_IN) if rank_in < least]
     ranks = _ranks(torch.Size(taps).numel())
     ranks_out = _sizes(out_channels, _SHARES_OUT)
     forms = [
