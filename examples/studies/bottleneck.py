@@ -62,7 +62,8 @@ LAYER_FORMS = ("plain", "split", "bottleneck")
 SHARES = (0.115, 0.23, 0.345)  # of the dense layer's multiply-adds: about ranks 1, 2 and 3
 OVER = 1.05  # times the share that a plain rank may take, for its steps are coarse
 SIXTEENTHS = (2, 3, 4, 5, 6, 8, 12, 16)  # of the input channels, tried as rank_in
-SEARCHED = 6  # of the forms at a share: those with the least error in closed form
+SEARCHED = 3  # of the forms at a share: those with the least error in closed form
+LONG, FEW_STEPS = 2500, 40  # numbers in a patch from which on a search is cut short, and to what
 
 Cell = dict[str, Any]
 Cells = dict[str, Cell]
@@ -312,7 +313,8 @@ def layer_errors(
             ones = problem.weight.new_ones(len(problem.weight))
             factors = solve(*problem, form.rank, taps, ones)
         else:
-            factors = solve_form(problem, form, taps, STEPS)
+            steps = STEPS if len(problem.metric) < LONG else FEW_STEPS
+            factors = solve_form(problem, form, taps, steps)
         errors[form] = held_out.error(factors.dense())
     return errors
 
