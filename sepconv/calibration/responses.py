@@ -146,8 +146,8 @@ class Responses:
         samples = -(-METRIC_SAMPLES // len(self._batches))
         free = {id(conv.weight): _as_it_is(conv) for conv in layers}
         with self.quiet(), torch.enable_grad():
-            for batch in self._batches:
-                outputs = self._run(Probe(by_key, free, see), batch.part(0, samples))
+            for part in [p for b in self._batches for p in b.part(0, samples).parts(2)]:
+                outputs = self._run(Probe(by_key, free, see), part)
                 projected = [_projection(t, draw) for t in outputs if t.requires_grad]
                 if projected:
                     weights = [dense.weight for dense in free.values()]
