@@ -44,7 +44,7 @@ class Effort(NamedTuple):
     steps: int
 
 
-PLANNING = Effort(sweeps=1, steps=30)
+PLANNING = Effort(sweeps=1, steps=20)
 
 
 @dataclass(frozen=True)
