@@ -19,7 +19,7 @@ from sepconv.factorize.curves import HeldOut
 from sepconv.factorize.moments import Moments
 from sepconv.factorize.solve import SWEEPS, Factors, solve
 from sepconv.factorize.solve_form import STEPS as SEARCH_STEPS
-from sepconv.factorize.solve_form import Problem, solve_form
+from sepconv.factorize.solve_form import Problem, solve_form, step_macs
 from sepconv.factorize.target import asymmetric_target, damped
 from sepconv.graph import ExampleInputs, Match
 
@@ -29,6 +29,7 @@ MIN_SAMPLES, MAX_SAMPLES = 8, 128  # to measure the output's error on
 CURVE_MACS = 1.5e12  # what measuring the error curves may cost before samples are saved
 REFINE_SAMPLES, REFINE_EPOCHS = 32, 16
 REFINE_MACS = 1e12  # of the layers' forwards while refining; a larger network is not refined
+SEARCH_MACS, LEAST_STEPS = 3e11, 5  # of the search for the factors of one layer
 MOMENTS_BYTES = 2**30  # of the layers whose errors are predicted from one pass over the batches
 
 
@@ -38,13 +39,15 @@ class Effort(NamedTuple):
     Attributes:
         sweeps: Over the channels, where the form is a plain rank.
         steps: Of the search for the factors of other forms.
+        macs: That a search may cost; long filters and many channels get fewer steps.
     """
 
     sweeps: int
     steps: int
+    macs: float
 
 
-PLANNING = Effort(sweeps=1, steps=20)
+PLANNING = Effort(sweeps=1, steps=20, macs=5e10)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Calibration:
         self._output = OutputError(self._responses, MAX_SAMPLES)
         self._metrics: dict[Match, Tensor] | None = None
         sweeps = self._method.sweeps
-        self._effort = Effort(sweeps, SEARCH_STEPS if sweeps else 0)
+        self._effort = Effort(sweeps, SEARCH_STEPS if sweeps else 0, SEARCH_MACS)
 
     @property
     def layers(self) -> list[Match]:
@@ -270,7 +273,9 @@ class Calibration:
             factors = solve(weight, metric, form.rank, taps, scale, effort.sweeps)
         else:
             root = self._root(conv)
-            factors = solve_form(Problem(root @ weight, metric), form, taps, effort.steps)
+            affordable = int(effort.macs / step_macs(form, tuple(conv.weight_2d.shape)))
+            steps = min(effort.steps, max(affordable, LEAST_STEPS))
+            factors = solve_form(Problem(root @ weight, metric), form, taps, steps)
             factors = factors.scaled(torch.linalg.inv(root))
         return self._with_bias(conv, problem, factors)
 

@@ -15,6 +15,7 @@ which L-BFGS lowers from where closed forms begin: ten to twenty times as fast a
 factors in turns.
 """
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,14 @@ def solve_form(problem: Problem, form: Form, taps: int, steps: int) -> Factors:
         assert form.rank_in is not None, "Form.within() leaves no other"
         return _two_pointwise(problem, form.rank_in)
     return _Search(problem, form, taps).run(steps)
+
+
+def step_macs(form: Form, weight_shape: tuple[int, ...]) -> int:
+    """About how many multiply-adds a step of the search takes, for a weight [K, C, R, S]."""
+    out_channels, channels, *taps = weight_shape
+    read = channels if form.rank_in is None else form.rank_in
+    size = channels * prod(taps)
+    return read * size * (size + form.rank * out_channels)
 
 
 def input_map(problem: Problem, taps: int) -> Tensor:
@@ -173,7 +182,7 @@ class _Search:
     def _search(self, steps: int) -> None:
         optimizer = torch.optim.LBFGS(
             self._free,
-            max_iter=_CHECKED,
+            max_iter=min(steps, _CHECKED),
             tolerance_grad=0.0,
             tolerance_change=0.0,
             history_size=_HISTORY,
