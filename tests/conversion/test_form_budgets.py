@@ -154,8 +154,10 @@ def test_forms_to_choose_from_never_make_it_worse(kind: str, fraction: float) ->
     count = {"macs": macs, "params": params}[kind]
     model = net()
     budget = sepconv.Budget(**{kind: fraction})
-    free = sepconv.convert(model, X, budget=budget)
+    free = sepconv.convert(model, X, budget=budget, bottleneck=True)
     plain = sepconv.convert(model, X, budget=budget, bottleneck=False)
+    by_default = sepconv.convert(model, X, budget=budget)
+    assert forms(by_default) == forms(plain), "without inputs"
     assert all(form.is_plain for form in forms(plain).values())
     assert count(free) <= fraction * count(model)
     assert count(plain) <= fraction * count(model)
@@ -202,7 +204,8 @@ def test_a_latency_budget_takes_the_best_of_the_fast_forms(
     x = torch.zeros(1, 24, 8, 8)
     curve = weight_curve(model.weight, form_grid((16, 24, 3, 3)))
     for limit in (0.15, 0.35, 0.55, 0.7):
-        small = sepconv.convert(nn.Sequential(model), x, budget=sepconv.Budget(latency=limit))
+        budget = sepconv.Budget(latency=limit)
+        small = sepconv.convert(nn.Sequential(model), x, budget=budget, bottleneck=True)
         (form,) = forms(small).values()
         fast = {f: e for f, e in curve.items() if seconds(f) <= limit * 10e-3 + 1e-12}
         counted = {f for f in fast if f in asked}  # forms that cost most of the dense one are not
@@ -241,6 +244,7 @@ def test_only_what_is_faster_is_kept_of_a_plan(monkeypatch: pytest.MonkeyPatch, 
     small = sepconv.convert(net(), X, rank=rank, only_if_faster=True)
     assert set(forms(small)) == ({"2"} if slow == "plain" else {"6"})
     options: dict[str, Any] = {"budget": sepconv.Budget(macs=0.35), "only_if_faster": True}
+    options["bottleneck"] = True
     model = net()
     if slow == "plain":
         small = sepconv.convert(model, X, **options)
@@ -257,7 +261,7 @@ def test_only_what_is_faster_is_kept_of_a_plan(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("calibrated", [False, True], ids=["weight", "calibrated"])
 @pytest.mark.parametrize("model", [net, of_1x1])
 def test_a_dry_run_plans_what_is_done(model: Any, calibrated: bool) -> None:
-    options: dict[str, Any] = {"budget": sepconv.Budget(macs=0.5)}
+    options: dict[str, Any] = {"budget": sepconv.Budget(macs=0.5), "bottleneck": True}
     if calibrated:
         options["calibration"] = batches()
     dense = model()
