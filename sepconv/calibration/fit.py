@@ -29,7 +29,7 @@ MIN_SAMPLES, MAX_SAMPLES = 8, 128  # to measure the output's error on
 CURVE_MACS = 1.5e12  # what measuring the error curves may cost before samples are saved
 REFINE_SAMPLES, REFINE_EPOCHS = 32, 16
 REFINE_MACS = 1e12  # of the layers' forwards while refining; a larger network is not refined
-SEARCH_MACS, LEAST_STEPS = 3e11, 5  # of the search for the factors of one layer
+SEARCH_MACS, LEAST_STEPS = 2e11, 5  # of the search for the factors of one layer
 MOMENTS_BYTES = 2**30  # of the layers whose errors are predicted from one pass over the batches
 
 
@@ -47,7 +47,7 @@ class Effort(NamedTuple):
     macs: float
 
 
-PLANNING = Effort(sweeps=1, steps=20, macs=5e10)
+PLANNING = Effort(sweeps=1, steps=30, macs=2e10)
 
 
 @dataclass(frozen=True)
