@@ -1,14 +1,13 @@
 """Calibrated conversion of a small trained network, of odd models, and with bad input."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -74,27 +73,8 @@ class Functional(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def digits() -> tuple[Tensor, Tensor]:
-    data = load_digits()
-    x = torch.from_numpy(data.images).float().unsqueeze(1) / 8 - 1
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return x[order], torch.from_numpy(data.target)[order]
-
-
-@pytest.fixture(scope="module")
-def net(digits: tuple[Tensor, Tensor]) -> Digits:
-    """Trained for some seconds on the first 1,200 images."""
-    x, labels = digits
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Digits()
-        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-        for _ in range(5):
-            for batch in torch.randperm(1200).split(50):
-                optimizer.zero_grad()
-                F.cross_entropy(model(x[batch]), labels[batch]).backward()
-                optimizer.step()
-    return model.eval()
+def net(trained: Callable[..., Digits]) -> Digits:
+    return trained(Digits, 3e-3, epochs=5, batch=50)
 
 
 @pytest.fixture(scope="module")

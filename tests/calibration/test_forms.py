@@ -1,5 +1,6 @@
 """Layers with ranks of their channels that are fitted to a model's responses."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from itertools import pairwise
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import sepconv
@@ -44,27 +44,8 @@ class Net(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def digits() -> tuple[Tensor, Tensor]:
-    data = load_digits()
-    x = torch.from_numpy(data.images).float().unsqueeze(1) / 8 - 1
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return x[order], torch.from_numpy(data.target)[order]
-
-
-@pytest.fixture(scope="module")
-def net(digits: tuple[Tensor, Tensor]) -> Net:
-    """Trained for a second or two."""
-    x, labels = digits
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Net()
-        optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
-        for _ in range(3):
-            for batch in torch.randperm(1200).split(60):
-                optimizer.zero_grad()
-                F.cross_entropy(model(x[batch]), labels[batch]).backward()
-                optimizer.step()
-    return model.eval()
+def net(trained: Callable[..., Net]) -> Net:
+    return trained(Net, 5e-3, epochs=3, batch=60)
 
 
 @pytest.fixture(scope="module")
