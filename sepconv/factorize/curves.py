@@ -9,7 +9,7 @@ from torch import Tensor
 from sepconv.factorize.form import Form
 from sepconv.factorize.moments import Moments
 from sepconv.factorize.solve import whitened_filters
-from sepconv.factorize.solve_form import Problem, input_map, mapped
+from sepconv.factorize.solve_form import Problem, input_map, mapped, regular
 
 _SHARES_IN = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the input channels
 _SHARES_OUT = (1 / 2, 3 / 4)  # of the output channels
@@ -99,57 +99,63 @@ def outline(problem: Problem, held: HeldOut, taps: int, forms: Iterable[Form]) -
     if through:
         widest = max(form.rank_in or 0 for form in through)
         weight_in = input_map(problem, taps)[:widest]
-        basis = _in_filters(problem.reduced(weight_in, taps), taps)
-        moments = mapped(held.covariance, held.cross, weight_in, taps)
-        errors |= _nested_errors(basis, moments, held, through)
+        others = mapped(held.covariance, held.cross, weight_in, taps)
+        errors |= _nested_errors(problem.reduced(weight_in, taps), others, held, taps, through)
     if plain:
-        basis = _in_filters(problem, taps)
-        errors |= _nested_errors(basis, (held.covariance, held.cross), held, plain)
+        others = (held.covariance, held.cross)
+        errors |= _nested_errors(problem, others, held, taps, plain)
     return errors
 
 
-class _Basis(NamedTuple):
-    """A problem in the basis of each channel's filters, the leading ones first."""
+class _Moments(NamedTuple):
+    """Second moments in the basis of each channel's filters, the leading ones first."""
 
-    filters: Tensor  # [C, R*S, R*S]
     gram: Tensor  # [C, R*S, C, R*S]
     cross: Tensor  # [K, C, R*S]
 
-    def changed(self, covariance: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
-        """Other moments in this basis."""
-        channels, taps, _ = self.filters.shape
-        half = self.filters @ covariance.view(channels, taps, -1)
-        half = half.view(-1, channels, taps).transpose(0, 1) @ self.filters.mT
-        gram = half.transpose(0, 1).reshape(channels, taps, channels, taps)
-        return gram, torch.einsum(
-            "kct,cut->kcu", cross.unflatten(1, (channels, taps)), self.filters
-        )
 
-
-def _in_filters(problem: Problem, taps: int) -> _Basis:
-    ones = torch.ones(len(problem.weight), dtype=torch.float64, device=problem.weight.device)
-    filters = whitened_filters(problem.weight, problem.metric, taps, taps, ones).flip(1)
-    empty = filters.new_empty(0)
-    basis = _Basis(filters, empty, empty)
-    return _Basis(filters, *basis.changed(problem.metric, problem.cross()))
+def _in_basis(filters: Tensor, covariance: Tensor, cross: Tensor) -> _Moments:
+    """Covariance and cross-covariance of patches, in filters [C, R*S, R*S]."""
+    channels, taps, _ = filters.shape
+    half = filters @ covariance.view(channels, taps, -1)
+    half = half.view(-1, channels, taps).transpose(0, 1) @ filters.mT
+    gram = half.transpose(0, 1).reshape(channels, taps, channels, taps)
+    cross = cross.unflatten(1, (channels, taps))
+    return _Moments(gram, torch.einsum("kct,cut->kcu", cross, filters))
 
 
 def _nested_errors(
-    basis: _Basis, moments: tuple[Tensor, Tensor], held: HeldOut, forms: Iterable[Form]
+    problem: Problem,
+    others: tuple[Tensor, Tensor],
+    held: HeldOut,
+    taps: int,
+    forms: Iterable[Form],
 ) -> dict[Form, float]:
-    held_gram, held_cross = basis.changed(*moments)
+    """Errors of forms whose filters and channels are the first ones of the same.
+
+    Args:
+        problem: Of the channels that the filters read.
+        others: Covariance and cross-covariance of the same channels in the held-out rows.
+        held: What errors are relative to.
+        taps: R*S.
+        forms: Any.
+    """
+    ones = problem.weight.new_ones(len(problem.weight))
+    filters = whitened_filters(*problem, taps, taps, ones).flip(1)
+    fitted = _in_basis(filters, problem.metric, problem.cross())
+    judged = _in_basis(filters, *others)
     groups: dict[tuple[int | None, int], list[Form]] = {}
     for form in forms:
         groups.setdefault((form.rank_in, form.rank), []).append(form)
     errors: dict[Form, float] = {}
     for (rank_in, rank), group in groups.items():
         here = (slice(rank_in), slice(rank))
-        gram = basis.gram[*here, *here].flatten(2).flatten(0, 1)
-        gram.diagonal().add_(1e-10 * gram.diagonal().mean().clamp(min=1e-300))
-        cross = basis.cross[:, *here].flatten(1)
-        mixing = torch.cholesky_solve(cross.mT, torch.linalg.cholesky(gram)).mT
-        energy = mixing @ held_gram[*here, *here].flatten(2).flatten(0, 1) @ mixing.mT
-        change = energy - 2 * held_cross[:, *here].flatten(1) @ mixing.mT  # [K, K]
+        gram = fitted.gram[*here, *here].flatten(2).flatten(0, 1)
+        cross = fitted.cross[:, *here].flatten(1)
+        root = torch.linalg.cholesky(regular(gram))
+        mixing = torch.cholesky_solve(cross.mT, root).mT
+        energy = mixing @ judged.gram[*here, *here].flatten(2).flatten(0, 1) @ mixing.mT
+        change = energy - 2 * judged.cross[:, *here].flatten(1) @ mixing.mT  # [K, K]
         if any(form.rank_out for form in group):
             _, directions = torch.linalg.eigh(cross @ mixing.mT)
             by_direction = ((change @ directions) * directions).sum(0).flip(0).cumsum(0)
@@ -177,12 +183,11 @@ def hull(costs: Mapping[Form, float], errors: Mapping[Form, float], dense: float
     forms = list(errors)
     corners: list[_Point] = []
     for point in [p for p in points if p[0] < dense] + [(dense, 0.0, -1)]:
-        while corners and corners[-1][1] <= point[1] and point[2] >= 0:
-            break
-        else:
-            while len(corners) > 1 and _is_above(corners[-1], corners[-2], point):
-                corners.pop()
-            corners.append(point)
+        if corners and corners[-1][1] <= point[1] and point[2] >= 0:
+            continue  # costs more, and is no better
+        while len(corners) > 1 and _is_above(corners[-1], corners[-2], point):
+            corners.pop()
+        corners.append(point)
     return [forms[i] for _, _, i in corners if i >= 0]
 
 

@@ -28,7 +28,7 @@ STEPS = 100  # of L-BFGS at most
 _CHECKED = 10  # steps between two looks at the gain
 _ENOUGH = 2e-3  # of the error: a smaller gain over that many steps ends the search
 _HISTORY = 10
-_REGULAR = 1e-9  # added to each variance, so that filters that come near to each other do no harm
+_REGULAR = 1e-9  # of each variance
 
 
 class Problem(NamedTuple):
@@ -44,7 +44,7 @@ class Problem(NamedTuple):
     def reduced(self, weight_in: Tensor, taps: int) -> "Problem":
         """The same for channels z = A x: the best weight that reads them, and their covariance."""
         metric, cross = mapped(self.metric, self.cross(), weight_in, taps)
-        factor = torch.linalg.cholesky(_regular(metric))
+        factor = torch.linalg.cholesky(regular(metric))
         return Problem(torch.cholesky_solve(cross.mT, factor).mT, metric)
 
 
@@ -234,7 +234,7 @@ class _Search:
             "xgr,gtr->xgt", self._through(read.view(count, channels, taps)), self._filters
         ).flatten(1)
         cross = torch.einsum("kgr,gtr->kgt", self._through(self._cross), self._filters).flatten(1)
-        root = torch.linalg.cholesky(_regular((gram + gram.mT) / 2))
+        root = torch.linalg.cholesky(regular((gram + gram.mT) / 2))
         mixing = torch.cholesky_solve(cross.mT, root).mT
         if self._form.rank_out is not None:
             kept = _leading(cross @ mixing.mT, self._form.rank_out)
@@ -277,7 +277,8 @@ def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
 
 
-def _regular(covariance: Tensor) -> Tensor:
+def regular(covariance: Tensor) -> Tensor:
+    """The same with a little more variance: filters that come near to each other do no harm."""
     return covariance + torch.diag_embed(_REGULAR * covariance.diagonal().clamp(min=1e-300))
 
 
