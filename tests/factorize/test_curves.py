@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sepconv.factorize import Form
-from sepconv.factorize.curves import HeldOut, _in_filters, form_grid, hull, outline
+from sepconv.factorize.curves import HeldOut, form_grid, hull, outline
 from sepconv.factorize.knapsack import Option, knapsack
 from sepconv.factorize.moments import Moments
-from sepconv.factorize.solve import solve
+from sepconv.factorize.solve import solve, whitened_filters
 from sepconv.factorize.solve_form import Problem, input_map, solve_form
 from sepconv.factorize.target import damped
 
@@ -109,7 +109,9 @@ def test_forms_together_have_the_least_error_in_their_nested_bases(
     for form in FORMS:
         mapped = form.rank_in is not None
         reduced = problem.reduced(widest, TAPS) if mapped else problem
-        filters = _in_filters(reduced, TAPS).filters[: form.rank_in, : form.rank]
+        ones = torch.ones(K, dtype=torch.float64)
+        filters = whitened_filters(*reduced, TAPS, TAPS, ones).flip(1)
+        filters = filters[: form.rank_in, : form.rank]
         maps = widest[: form.rank_in] if mapped else torch.eye(C, dtype=torch.float64)
         basis = torch.einsum("gtr,gc->gtcr", filters, maps).flatten(2).flatten(0, 1)
         target = weight @ root
