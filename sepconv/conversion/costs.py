@@ -23,6 +23,7 @@ _LONG = 0.02  # seconds of one turn of both forms, from which on one may be enou
 _SECONDS = 0.1  # of further turns where it is not
 _CLEAR = 1.25  # a ratio of times that no noise explains
 
+_LONGEST_PATCH = 5000  # numbers; beyond it a search for the factors takes minutes a layer
 _WORTH = 0.75  # of the dense cost: above it forms that are not plain gain nothing
 
 Costs = dict[str, dict[Form | None, float]]  # by layer, of each form and of dense
@@ -42,7 +43,8 @@ def counted_costs(
     costs: Costs = {}
     for conv in matches:
         forms = form_grid(tuple(conv.weight_2d.shape))
-        forms = [form for form in forms if form.is_plain or bottleneck or conv.is_pointwise]
+        searched = bottleneck and conv.weight[0].numel() <= _LONGEST_PATCH
+        forms = [form for form in forms if form.is_plain or searched or conv.is_pointwise]
         if kind == "macs":
             counted: dict[Form | None, float] = {form: conv.macs(form) for form in forms}
             counted[DENSE] = conv.dense_macs
