@@ -247,7 +247,7 @@ def best_forms(conv: Match, form: str, fit: Moments, held_out: Moments) -> dict[
     shape, stride = tuple(conv.weight_2d.shape), conv.settings.stride
     within = {share: candidates(form, shape, stride, share) for share in SHARES}
     flat, taps = conv.weight_2d.detach().flatten(1).double(), conv.weight_2d[0, 0].numel()
-    layer = (Problem(flat, damped(fit.covariance)), HeldOut.of(flat, held_out, fit), taps)
+    layer = (Problem.of(flat, damped(fit.covariance)), HeldOut.of(flat, held_out, fit), taps)
     if form != "plain":
         predicted = outline(*layer, [f for forms in within.values() for f in forms])
         within = {
@@ -311,7 +311,7 @@ def layer_errors(
     for form in dict.fromkeys(forms):
         if form.is_plain:
             ones = problem.weight.new_ones(len(problem.weight))
-            factors = solve(*problem, form.rank, taps, ones)
+            factors = solve(problem.weight, problem.metric, form.rank, taps, ones)
         else:
             steps = STEPS if len(problem.metric) < LONG else FEW_STEPS
             factors = solve_form(problem, form, taps, steps)

@@ -15,7 +15,6 @@ from sepconv.factorize.solve_form import Problem
 _PROBED_RANKS = (1, 4)
 _PROBED_SHARES = (1 / 8, 3 / 8, 1)  # of the input channels
 
-_LOOKS = 1  # at the forms that look best and were not fitted yet
 PROBES = len(_PROBED_RANKS) * (1 + len(_PROBED_SHARES))  # at most, of each layer
 
 Costs = Mapping[Form | None, float]  # of each form, and of the dense layer
@@ -64,10 +63,8 @@ def output_curve(
     probes = _probes(forms)
     known = {form: layer_error(form) for form in probes}
     by_cost = {form: costs[form] for form in forms}
-    for _ in range(_LOOKS):
-        errors = _searched(predicted, known)
-        best = hull(by_cost, errors, costs[None])
-        known |= {form: layer_error(form) for form in best if form not in known}
+    best = hull(by_cost, _searched(predicted, known), costs[None])
+    known |= {form: layer_error(form) for form in best if form not in known}
     errors = _searched(predicted, known)
     best = hull(by_cost, errors, costs[None])
     effects = sorted((_log(known[form]), _log(output_error(form))) for form in probes)

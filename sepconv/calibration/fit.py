@@ -8,18 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sepconv._util import relative_error, track
+from sepconv._util import track
 from sepconv.calibration.batches import read_batches
 from sepconv.calibration.curves import PROBES, Costs, Curve, Layer, output_curve
 from sepconv.calibration.observe import Dense
-from sepconv.calibration.refine import STEPS, Fitted, ShapesDifferError, check_same_shapes, refine
-from sepconv.calibration.responses import HELD_OUT, Responses, Substitutes
+from sepconv.calibration.output import OutputError
+from sepconv.calibration.refine import STEPS, Fitted, ShapesDifferError, refine
+from sepconv.calibration.responses import Responses, Substitutes
 from sepconv.factorize import Form
 from sepconv.factorize.curves import HeldOut
 from sepconv.factorize.moments import Moments
 from sepconv.factorize.solve import SWEEPS, Factors, solve
 from sepconv.factorize.solve_form import STEPS as SEARCH_STEPS
 from sepconv.factorize.solve_form import Problem, solve_form, step_macs
+from sepconv.factorize.symmetric import roots
 from sepconv.factorize.target import asymmetric_target, damped
 from sepconv.graph import ExampleInputs, Match
 
@@ -116,7 +118,7 @@ class Calibration:
         self._batches = read_batches(batches, example_inputs, device)
         self._responses = Responses(model, matches, self._batches, seed)
         self._output = OutputError(self._responses, MAX_SAMPLES)
-        self._metrics: dict[Match, Tensor] | None = None
+        self._roots: dict[Match, tuple[Tensor, Tensor]] | None = None
         sweeps = self._method.sweeps
         self._effort = Effort(sweeps, SEARCH_STEPS if sweeps else 0, SEARCH_MACS)
 
@@ -132,7 +134,7 @@ class Calibration:
     def error_curves(self, costs: Mapping[str, Costs]) -> dict[str, Curve]:
         """Relative squared change of the output when one layer alone is converted.
 
-        Judged on the last share of each batch, which the factors are not fitted to.
+        Judged on samples that the factors are not fitted to.
 
         Args:
             costs: By layer, of every form that it may take, and dense.
@@ -141,7 +143,7 @@ class Calibration:
             By layer, of the forms that are worth their cost.
         """
         layers = [conv for conv in self.layers if len(costs.get(conv.name, {})) > 1]
-        output = OutputError(self._responses, self._affordable(PROBES * len(layers)), HELD_OUT)
+        output = OutputError(self._responses, self._affordable(PROBES * len(layers)), held_out=True)
         curves: dict[str, Curve] = {}
         parts = track(self._parts(layers), "measuring what each form costs", len(layers))
         for conv, fitted, held in parts:
@@ -156,16 +158,16 @@ class Calibration:
                 yield conv, *moments.pop(conv)
 
     def _curve(
-        self, conv: Match, fitted: Moments, held: Moments, costs: Costs, output: "OutputError"
+        self, conv: Match, fitted: Moments, held: Moments, costs: Costs, output: OutputError
     ) -> Curve:
-        problem, root = self._unchanged(conv, fitted), self._root(conv)
-        weight = root @ problem.target
-        held_out = HeldOut.of(weight, held, fitted)
-        layer = Layer(Problem(weight, problem.metric), held_out, _taps(conv))
+        problem, (root, _) = self._unchanged(conv, fitted), self._roots_of(conv)
+        felt = Problem.of(root @ problem.target, problem.metric)
+        held_out = HeldOut.of(felt.weight, held, fitted)
+        layer = Layer(felt, held_out, _taps(conv))
         fits: dict[Form, Fitted] = {}
 
         def layer_error(form: Form) -> float:
-            fits[form] = self._fitted(conv, problem, form, PLANNING)
+            fits[form] = self._fitted(conv, problem, form, PLANNING, felt)
             return held_out.error(root @ fits[form].factors.dense())
 
         def output_error(form: Form) -> float:
@@ -182,8 +184,9 @@ class Calibration:
         """
         fitted, spreads = self._closed_forms(forms)
         if self._method.refine and fitted:
-            # Without comparable outputs there is nothing to aim at: the closed forms stand.
-            with suppress(ShapesDifferError):
+            # Without comparable outputs, or gradients, there is nothing to aim at or no way to do
+            # it: what is there stands.
+            with suppress(ShapesDifferError, RuntimeError):
                 fitted = self._better(self._refined(fitted, spreads), fitted)
         return fitted
 
@@ -264,7 +267,15 @@ class Calibration:
         target, metric = asymmetric_target(weight, moments.covariance, moments.cross)
         return _problem(target, metric, moments)
 
-    def _fitted(self, conv: Match, problem: _Problem, form: Form, effort: Effort) -> Fitted:
+    def _fitted(
+        self,
+        conv: Match,
+        problem: _Problem,
+        form: Form,
+        effort: Effort,
+        felt: Problem | None = None,
+    ) -> Fitted:
+        """Factors in a form; `felt` is the problem as the outputs feel it, if it is known."""
         weight, metric, taps = problem.target, problem.metric, _taps(conv)
         if form.is_plain:
             scale = self._responses.scale(conv)
@@ -272,27 +283,27 @@ class Calibration:
                 scale = torch.ones_like(scale)
             factors = solve(weight, metric, form.rank, taps, scale, effort.sweeps)
         else:
-            root = self._root(conv)
+            root, inverse = self._roots_of(conv)
             affordable = int(effort.macs / step_macs(form, tuple(conv.weight_2d.shape)))
             steps = min(effort.steps, max(affordable, LEAST_STEPS))
-            factors = solve_form(Problem(root @ weight, metric), form, taps, steps)
-            factors = factors.scaled(torch.linalg.inv(root))
+            felt = felt or Problem.of(root @ weight, metric)
+            factors = solve_form(felt, form, taps, steps).scaled(inverse)
         return self._with_bias(conv, problem, factors)
 
-    def _root(self, conv: Match) -> Tensor:
-        """Weights of the responses [K, K]: a symmetric root of what the model's outputs feel.
+    def _roots_of(self, conv: Match) -> tuple[Tensor, Tensor]:
+        """Weights of the responses [K, K], the root of what the model's outputs feel; the inverse.
 
         Forms that keep a subspace of the channels leave out directions of little variance, and
         these may matter as much as others.
         """
-        if self._metrics is None:
-            self._metrics = self._responses.output_metrics(self.layers)
-        metric = self._metrics.get(conv)
-        if metric is None:
-            return torch.diag(self._responses.scale(conv))
-        values, vectors = torch.linalg.eigh(damped(metric))
-        values = values / values.mean()
-        return (vectors * values.sqrt()) @ vectors.mT
+        if self._roots is None:
+            metrics = self._responses.output_metrics(self.layers)
+            scales = {c: self._responses.scale(c) for c in self.layers if c not in metrics}
+            self._roots = {c: (torch.diag(s), torch.diag(1 / s)) for c, s in scales.items()}
+            for c, metric in metrics.items():
+                metric = damped(metric)
+                self._roots[c] = roots(metric / metric.diagonal().mean())
+        return self._roots[conv]
 
     def _with_bias(self, conv: Match, problem: _Problem, factors: Factors) -> Fitted:
         if self._method.correct_bias:
@@ -348,39 +359,3 @@ def _in_groups(layers: Sequence[Match]) -> Iterator[list[Match]]:
         size += own
     if group:
         yield group
-
-
-class OutputError:
-    """What replaced convolutions do to a model's output.
-
-    Args:
-        responses: Of the model.
-        samples: To measure on, about.
-        held_out: Take them from the last share of each batch.
-    """
-
-    def __init__(self, responses: Responses, samples: int, held_out: float = 0.0) -> None:
-        self._responses, self._samples, self._held_out = responses, samples, held_out
-        self._wanted: list[list[Tensor]] | None = None
-
-    def of(self, substitutes: Substitutes) -> float:
-        """Relative squared error of each output over all batches, averaged over the outputs.
-
-        Raises:
-            ShapesDifferError: The outputs' shapes depend on the weights.
-        """
-        if self._wanted is None:
-            self._wanted = self._outputs({})
-        outputs = self._outputs(substitutes)
-        for ours, theirs in zip(outputs, self._wanted, strict=True):
-            check_same_shapes(ours, theirs)
-        errors = list(map(relative_error, _joined(outputs), _joined(self._wanted)))
-        return float(torch.stack(errors).mean()) if errors else 0.0
-
-    def _outputs(self, substitutes: Substitutes) -> list[list[Tensor]]:
-        return self._responses.outputs(self._samples, substitutes, self._held_out)
-
-
-def _joined(batches: list[list[Tensor]]) -> list[Tensor]:
-    tensors = zip(*batches, strict=True)
-    return [torch.cat([t.double().reshape(-1) for t in parts]) for parts in tensors]

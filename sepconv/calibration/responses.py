@@ -1,7 +1,7 @@
 """What a model answers to calibration batches, as it is and with some convolutions replaced."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import torch
@@ -19,10 +19,9 @@ from sepconv.graph.state import seed_generators, untouched
 # Patches per layer: more change nothing (docs/accuracy.md).
 MIN_ROWS, ROWS_PER_DIMENSION = 40_000, 40
 
-METRIC_SAMPLES = 16  # to differentiate the outputs on
+METRIC_SAMPLES, _AT_A_TIME = 16, 2  # to differentiate the outputs on
 
-# Of each batch's samples the last share is not fitted where errors are to be predicted.
-HELD_OUT = 1 / 4
+_QUARTER = 4  # of so many samples one is not fitted where errors are to be predicted
 
 Substitutes = Mapping[int, Dense]
 
@@ -84,27 +83,50 @@ class Responses:
 
     def inputs(self, layers: Sequence[Match]) -> dict[Match, Moments]:
         """Moments of the original's inputs and outputs, all layers in one pass."""
-        both = self.inputs_in_parts(layers, held_out=0.0)
-        return {conv: fitted for conv, (fitted, _) in both.items()}
+        parts = self.inputs_in_parts(layers, lambda index: 1.0)
+        return {conv: fitted for conv, (fitted, _) in parts.items()}
 
     def inputs_in_parts(
-        self, layers: Sequence[Match], held_out: float = HELD_OUT
+        self, layers: Sequence[Match], fitted_share: Callable[[int], float] | None = None
     ) -> dict[Match, tuple[Moments, Moments]]:
-        """The same of the rows to fit and of those held out: the last share of each batch's."""
+        """The same of the rows to fit and of those held out, which are never none.
+
+        Args:
+            layers: To look at.
+            fitted_share: Of a batch by its index: how much of it, from its start on, is to be
+                fitted; default: a quarter of the samples is held out.
+        """
+        share_of = fitted_share or self._fitted_share
         moments = {conv: (Moments(), Moments()) for conv in layers}
         with self.quiet():
             for index, batch in enumerate(self._batches):
-                sampler = _Sampler(self, layers, index)
+                sampler, share = _Sampler(self, layers, index), share_of(index)
 
-                def see(key: int, x: Tensor, y: Tensor, sampler: "_Sampler" = sampler) -> None:
+                def see(
+                    key: int,
+                    x: Tensor,
+                    y: Tensor,
+                    sampler: "_Sampler" = sampler,
+                    share: float = share,
+                ) -> None:
                     conv, rows = sampler.sample(key, x, y, want_x=True)
                     assert rows.x is not None
-                    first = sampler.count_before(conv, 1 - held_out)
+                    first = sampler.count_before(conv, share)
                     moments[conv][0].add(rows.x[:first], rows.y[:first])
                     moments[conv][1].add(rows.x[first:], rows.y[first:])
 
                 self._run(Probe([id(c.weight) for c in layers], {}, see), batch)
-        return moments
+        # With a single pixel there is nothing to hold out.
+        return {c: (a if a.count else b, b if b.count else a) for c, (a, b) in moments.items()}
+
+    def _fitted_share(self, index: int) -> float:
+        """Of a batch: all but a quarter of its samples; of small ones three batches in four."""
+        samples = self._batches[index].samples
+        if samples < _QUARTER and len(self._batches) >= _QUARTER:
+            return float(index % _QUARTER != _QUARTER - 1)
+        if samples == 1:
+            return 1 - 1 / _QUARTER  # of its pixels
+        return 1 - max(1, samples // _QUARTER) / samples
 
     def asymmetric(self, conv: Match, substitutes: Substitutes, branch_sum: bool) -> Moments:
         """Moments of a layer's inputs as they are with `substitutes`, and the wanted outputs.
@@ -131,8 +153,8 @@ class Responses:
 
         The mean of g g' over pixels, where g is the gradient with respect to a response of a random
         projection of the outputs: what a small error of the response does to them is, in the mean,
-        e' (g g') e. From a few samples of every batch; layers that no gradient reaches are left
-        out.
+        e' (g g') e. From a few samples of every batch. Layers that no gradient reaches are left
+        out: all of them in a model that only inference was thought of for.
         """
         metrics = {conv: _Mean() for conv in layers}
         by_key = {id(conv.weight): conv for conv in layers}
@@ -140,13 +162,17 @@ class Responses:
 
         def see(key: int, x: Tensor, y: Tensor) -> None:
             conv = by_key[key]
-            # A hook is for the values as they are now, also where a ReLU then writes over them.
-            y.register_hook(lambda gradient: metrics[conv].add(_as_images(gradient, conv)))
+            if y.requires_grad:  # not where the model turned gradients off
+                # For the values as they are now, also where a ReLU then writes over them.
+                y.register_hook(lambda gradient: metrics[conv].add(_as_images(gradient, conv)))
 
         samples = -(-METRIC_SAMPLES // len(self._batches))
         free = {id(conv.weight): _as_it_is(conv) for conv in layers}
-        with self.quiet(), torch.enable_grad():
-            for part in [p for b in self._batches for p in b.part(0, samples).parts(2)]:
+        parts = [p for b in self._batches for p in b.part(0, samples).parts(_AT_A_TIME)]
+        # A forward that runs may still not be differentiable: it writes over what the backward
+        # pass needs, or asks a tensor for its numbers.
+        with self.quiet(), torch.enable_grad(), suppress(RuntimeError):
+            for part in parts:
                 outputs = self._run(Probe(by_key, free, see), part)
                 projected = [_projection(t, draw) for t in outputs if t.requires_grad]
                 if projected:
@@ -155,21 +181,29 @@ class Responses:
         return {conv: mean.value() for conv, mean in metrics.items() if mean.count}
 
     def outputs(
-        self, samples: int, substitutes: Substitutes, held_out: float = 0.0
+        self, samples: int, substitutes: Substitutes, held_out: bool = False
     ) -> list[list[Tensor]]:
         """The floating-point tensors that the model returns, for a share of every batch.
 
         Args:
             samples: How many together, about.
             substitutes: What the convolutions run with.
-            held_out: Take them from the last share of each batch.
+            held_out: Whether of the samples that `inputs_in_parts` holds out, if there are any.
         """
-        share = -(-samples // len(self._batches))
+        starts = [self._held_out_from(i) if held_out else 0 for i in range(len(self._batches))]
+        pairs = zip(self._batches, starts, strict=True)
+        chosen = [(batch, start) for batch, start in pairs if start < batch.samples]
+        share = -(-samples // len(chosen))
         with self.quiet():
             return [
-                self._run(Substitution(substitutes), _part(batch, share, held_out))
-                for batch in self._batches
+                self._run(Substitution(substitutes), batch.part(start, share))
+                for batch, start in chosen
             ]
+
+    def _held_out_from(self, index: int) -> int:
+        """The first sample of a batch that is held out; 0 too where only pixels of one are."""
+        samples, share = self._batches[index].samples, self._fitted_share(index)
+        return int(share) if samples == 1 else round(share * samples)
 
     def inner(
         self, layers: Sequence[Match], batch: Batch, substitutes: Substitutes
@@ -346,12 +380,6 @@ def _projection(output: Tensor, draw: torch.Generator) -> Tensor:
     direction = torch.randn(output.shape, generator=draw).to(output)
     size = output.detach().float().var(correction=0).clamp(min=1e-12) * output.numel()
     return (output * direction).sum() / size.sqrt().to(output)
-
-
-def _part(batch: Batch, samples: int, held_out: float) -> Batch:
-    """The first samples of a batch, or of its last share where there is more than one in that."""
-    start = batch.samples - int(held_out * batch.samples)
-    return batch.part(start % batch.samples, samples)
 
 
 def _as_images(t: Tensor, conv: Match) -> Tensor:

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from sepconv.calibration.refine import Fitted
-from sepconv.factorize import Form, SeparableFactors, factorize, weight_errors
+from sepconv.factorize import Form, factorize, weight_errors
 from sepconv.graph import Match, rewrite, separable_module
 from sepconv.nn import SeparableConv2d
-from sepconv.nn.separable import FACTORS
 from sepconv.reports.conversion import LayerReport
 
 
@@ -54,12 +53,7 @@ def factored(
         else:
             made = factorize(conv.weight_2d, layer.form)
             layer.error = made.error
-            yield conv, NewLayer(layer.form, channels_last, named(made))
-
-
-def named(factors: SeparableFactors) -> dict[str, Tensor | None]:
-    """Factors by the names of the parameters that they are for."""
-    return {name: getattr(factors, name) for name in FACTORS}
+            yield conv, NewLayer(layer.form, channels_last, made.named())
 
 
 def weight_error(conv: Match, form: Form | None) -> float | None:

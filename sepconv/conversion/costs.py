@@ -66,7 +66,7 @@ def latency_costs(
     costs: Costs = {}
     for conv in track(matches, "measuring latency"):
         spec = conv.spec(channels_last)
-        measured = {form: table.seconds(spec, form) for form in (*forms[conv.name], DENSE)}
+        measured = {form: table.seconds(spec, form) for form in (*forms.get(conv.name, ()), DENSE)}
         costs[conv.name] = _cheaper_than_dense(measured)
     return costs
 

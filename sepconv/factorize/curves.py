@@ -9,7 +9,8 @@ from torch import Tensor
 from sepconv.factorize.form import Form
 from sepconv.factorize.moments import Moments
 from sepconv.factorize.solve import whitened_filters
-from sepconv.factorize.solve_form import Problem, input_map, mapped, regular
+from sepconv.factorize.solve_form import Problem, input_map, mapped
+from sepconv.factorize.symmetric import leading, regular
 
 _SHARES_IN = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the input channels
 _SHARES_OUT = (1 / 2, 3 / 4)  # of the output channels
@@ -141,8 +142,8 @@ def _nested_errors(
         forms: Any.
     """
     ones = problem.weight.new_ones(len(problem.weight))
-    filters = whitened_filters(*problem, taps, taps, ones).flip(1)
-    fitted = _in_basis(filters, problem.metric, problem.cross())
+    filters = whitened_filters(problem.weight, problem.metric, taps, taps, ones).flip(1)
+    fitted = _in_basis(filters, problem.metric, problem.cross)
     judged = _in_basis(filters, *others)
     groups: dict[tuple[int | None, int], list[Form]] = {}
     for form in forms:
@@ -157,8 +158,8 @@ def _nested_errors(
         energy = mixing @ judged.gram[*here, *here].flatten(2).flatten(0, 1) @ mixing.mT
         change = energy - 2 * judged.cross[:, *here].flatten(1) @ mixing.mT  # [K, K]
         if any(form.rank_out for form in group):
-            _, directions = torch.linalg.eigh(cross @ mixing.mT)
-            by_direction = ((change @ directions) * directions).sum(0).flip(0).cumsum(0)
+            directions = leading(cross @ mixing.mT, len(cross))
+            by_direction = ((change @ directions) * directions).sum(0).cumsum(0)
         else:
             by_direction = change.diagonal().cumsum(0)
         for form in group:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from sepconv.factorize.form import Form
 
+FACTORS = ("weight_in", "weight_dw", "weight_pw", "weight_out")  # in the order in which they run
+
 
 class SeparableFactors(NamedTuple):
     """Factors of a dense weight [K, C, R, S] at rank T.
@@ -26,6 +28,10 @@ class SeparableFactors(NamedTuple):
     error: float
     weight_in: Tensor | None = None
     weight_out: Tensor | None = None
+
+    def named(self) -> dict[str, Tensor | None]:
+        """The factors by their names."""
+        return {name: getattr(self, name) for name in FACTORS}
 
 
 def dense_weight(

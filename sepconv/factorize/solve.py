@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sepconv.factorize.symmetric import roots
+
 SWEEPS = 2  # later sweeps gain almost nothing (docs/accuracy.md)
 
 
@@ -55,10 +57,14 @@ class Factors(NamedTuple):
 
     def scaled(self, scale: Tensor) -> "Factors":
         """With outputs multiplied by scale [K], or mixed by it [K, K]."""
-        mix = torch.diag(scale) if scale.dim() == 1 else scale
+
+        def changed(last: Tensor) -> Tensor:
+            flat = last.flatten(1)
+            return (scale[:, None] * flat if scale.dim() == 1 else scale @ flat).view_as(last)
+
         if self.weight_out is not None:
-            return self._replace(weight_out=mix @ self.weight_out)
-        return self._replace(mixing=torch.einsum("jk,kct->jct", mix, self.mixing))
+            return self._replace(weight_out=changed(self.weight_out))
+        return self._replace(mixing=changed(self.mixing))
 
 
 def solve(
@@ -92,7 +98,7 @@ def whitened_filters(weight: Tensor, metric: Tensor, rank: int, taps: int, scale
     The singular vectors of L W_c S_cc^(1/2), from its R*S x R*S Gram matrix (the whitening of
     SVD-LLM, Wang et al. 2024, one channel at a time).
     """
-    root, inverse = _roots(channel_blocks(metric, taps))
+    root, inverse = roots(channel_blocks(metric, taps))
     channels = (weight * scale[:, None]).unflatten(1, (-1, taps)).transpose(0, 1)  # [C, K, R*S]
     whitened = channels @ root
     _, vectors = torch.linalg.eigh(whitened.mT @ whitened)
@@ -121,7 +127,7 @@ def update_channels(weight: Tensor, metric: Tensor, factors: Factors, scale: Ten
     filters, mixing = factors.filters.clone(), factors.mixing.clone()
     channels, rank, taps = filters.shape
     blocks = channel_blocks(metric, taps)
-    _, inverses = _roots(blocks)
+    _, inverses = roots(blocks)
     residual = (weight - factors.dense()) @ metric  # E S
     for c in range(channels):
         here = slice(c * taps, (c + 1) * taps)
@@ -140,10 +146,3 @@ def channel_blocks(metric: Tensor, taps: int) -> Tensor:
     """The diagonal blocks S_cc [C, R*S, R*S]."""
     blocks = metric.unflatten(1, (-1, taps)).unflatten(0, (-1, taps))
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-
-
-def _roots(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric square roots [C, R*S, R*S] of positive definite blocks, and their inverses."""
-    values, vectors = torch.linalg.eigh(blocks)
-    roots = values.clamp(min=1e-300).sqrt().unsqueeze(-2)
-    return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT

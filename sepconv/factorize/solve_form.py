@@ -23,29 +23,37 @@ from torch import Tensor
 
 from sepconv.factorize.form import Form
 from sepconv.factorize.solve import Factors, whitened_filters
+from sepconv.factorize.symmetric import leading, regular, roots
 
 STEPS = 100  # of L-BFGS at most
 _CHECKED = 10  # steps between two looks at the gain
 _ENOUGH = 2e-3  # of the error: a smaller gain over that many steps ends the search
 _HISTORY = 10
-_REGULAR = 1e-9  # of each variance
 
 
 class Problem(NamedTuple):
-    """A dense weight W [K, C*R*S] to come near to, and the metric S [C*R*S, C*R*S], float64."""
+    """A dense weight to come near to, in the metric of the data; all float64.
+
+    Attributes:
+        weight: W [K, C*R*S].
+        metric: S [C*R*S, C*R*S].
+        cross: W S [K, C*R*S].
+    """
 
     weight: Tensor
     metric: Tensor
+    cross: Tensor
 
-    def cross(self) -> Tensor:
-        """W S [K, C*R*S]."""
-        return self.weight @ self.metric
+    @staticmethod
+    def of(weight: Tensor, metric: Tensor) -> "Problem":
+        """Of a weight and a metric."""
+        return Problem(weight, metric, weight @ metric)
 
     def reduced(self, weight_in: Tensor, taps: int) -> "Problem":
         """The same for channels z = A x: the best weight that reads them, and their covariance."""
-        metric, cross = mapped(self.metric, self.cross(), weight_in, taps)
+        metric, cross = mapped(self.metric, self.cross, weight_in, taps)
         factor = torch.linalg.cholesky(regular(metric))
-        return Problem(torch.cholesky_solve(cross.mT, factor).mT, metric)
+        return Problem(torch.cholesky_solve(cross.mT, factor).mT, metric, cross)
 
 
 def mapped(metric: Tensor, cross: Tensor, weight_in: Tensor, taps: int) -> tuple[Tensor, Tensor]:
@@ -67,7 +75,7 @@ def solve_form(problem: Problem, form: Form, taps: int, steps: int) -> Factors:
         steps: At most so many of L-BFGS; 0 for the closed forms.
 
     Example:
-        >>> problem = Problem(torch.randn(8, 36).double(), torch.eye(36).double())
+        >>> problem = Problem.of(torch.randn(8, 36).double(), torch.eye(36).double())
         >>> factors = solve_form(problem, Form(2, 3, 5), 9, steps=10)
         >>> [tuple(f.shape) for f in factors]
         [(3, 2, 9), (5, 3, 2), (3, 4), (8, 5)]
@@ -96,15 +104,15 @@ def input_map(problem: Problem, taps: int) -> Tensor:
     channels = len(problem.metric) // taps
     by_tap = problem.weight.unflatten(1, (channels, taps))
     matter = torch.einsum("kct,kdt->cd", by_tap, by_tap)
-    root, inverse = _roots(_mean_block(problem.metric, channels, taps, True))
-    _, leading = torch.linalg.eigh(root @ matter @ root)
-    return leading.flip(1).mT @ inverse
+    root, inverse = roots(_mean_block(problem.metric, channels, taps, True))
+    return leading(root @ matter @ root, channels).mT @ inverse
 
 
 def _two_pointwise(problem: Problem, rank: int) -> Factors:
     """A 1x1 convolution as two: the exact minimum, by reduced-rank regression."""
     weight = problem.weight
-    directions = _leading(problem.cross() @ weight.mT, rank)
+    # No other directions of the responses leave less error (Izenman 1975).
+    directions = leading(problem.cross @ weight.mT, rank)
     filters = weight.new_ones(rank, 1, 1)
     return Factors(filters, directions[:, :, None], weight_in=directions.mT @ weight)
 
@@ -113,7 +121,7 @@ class _Search:
     """J and its gradient, as functions of A and D.
 
     Coordinates are white, and scaled by how much each part is used, so that J bends alike along all
-    of them: that makes the search ten times as short.
+    of them: that makes the search some five times as short (docs/bottleneck.md).
 
     Args:
         problem: What to come near to.
@@ -125,7 +133,7 @@ class _Search:
         self._form, self._taps = form, taps
         self._channels = len(problem.metric) // taps
         self._metric = problem.metric
-        self._cross = problem.cross().unflatten(1, (self._channels, taps))  # [K, C, R*S]
+        self._cross = problem.cross.unflatten(1, (self._channels, taps))  # [K, C, R*S]
         self._energy = max(float((self._cross.flatten(1) * problem.weight).sum()), 1e-300)
         self._weight_in = self._first_map(problem)
         if self._weight_in is not None:
@@ -136,7 +144,7 @@ class _Search:
             self._filters = eye.expand(len(problem.metric) // taps, -1, -1)
         else:
             ones = problem.weight.new_ones(len(problem.weight))
-            self._filters = whitened_filters(*problem, form.rank, taps, ones)
+            self._filters = whitened_filters(problem.weight, problem.metric, form.rank, taps, ones)
 
     def _first_map(self, problem: Problem) -> Tensor | None:
         rank_in = self._form.rank_in
@@ -162,8 +170,8 @@ class _Search:
     def _set_coordinates(self) -> None:
         """Rows of norm 1 in white coordinates; how much of them is used is their length."""
         sizes = (self._channels, self._taps)
-        to_white_in, self._from_white_in = _roots(_mean_block(self._metric, *sizes, True))
-        to_white, self._from_white = _roots(_mean_block(self._metric, *sizes, False))
+        to_white_in, self._from_white_in = roots(_mean_block(self._metric, *sizes, True))
+        to_white, self._from_white = roots(_mean_block(self._metric, *sizes, False))
         filters = _unit(self._filters @ to_white)
         self._filters = filters @ self._from_white if not self._whole else self._filters
         weight_in = None
@@ -237,7 +245,7 @@ class _Search:
         root = torch.linalg.cholesky(regular((gram + gram.mT) / 2))
         mixing = torch.cholesky_solve(cross.mT, root).mT
         if self._form.rank_out is not None:
-            kept = _leading(cross @ mixing.mT, self._form.rank_out)
+            kept = leading(cross @ mixing.mT, self._form.rank_out)
             mixing = kept @ (kept.mT @ mixing)
         error = self._energy - 2 * (mixing * cross).sum() + ((mixing @ gram) * mixing).sum()
         return read, mixing.view(len(mixing), *read.shape[:2]), error
@@ -245,16 +253,6 @@ class _Search:
     def _through(self, t: Tensor) -> Tensor:
         """[n, C, R*S] through A: [n, rank_in, R*S]."""
         return t if self._weight_in is None else torch.einsum("ncr,gc->ngr", t, self._weight_in)
-
-
-def _leading(covariance: Tensor, rank: int) -> Tensor:
-    """Orthonormal directions [K, rank] that hold the most of a response's covariance [K, K].
-
-    With the best mixing weights for their filters, no other `rank` directions leave less error
-    (reduced-rank regression, Izenman 1975).
-    """
-    _, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
-    return vectors[:, -rank:].flip(1)
 
 
 def _lengths(squares: Tensor) -> Tensor:
@@ -268,18 +266,6 @@ def _mean_block(metric: Tensor, channels: int, taps: int, of_channels: bool) -> 
     blocks = metric.view(channels, taps, channels, taps)
     dims = (1, 3) if of_channels else (0, 2)
     return blocks.diagonal(dim1=dims[0], dim2=dims[1]).mean(-1)
-
-
-def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric square root of a positive definite matrix, and its inverse."""
-    values, vectors = torch.linalg.eigh(covariance)
-    root = values.clamp(min=1e-12 * float(values[-1])).sqrt()
-    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
-
-
-def regular(covariance: Tensor) -> Tensor:
-    """The same with a little more variance: filters that come near to each other do no harm."""
-    return covariance + torch.diag_embed(_REGULAR * covariance.diagonal().clamp(min=1e-300))
 
 
 def _unit(t: Tensor) -> Tensor:

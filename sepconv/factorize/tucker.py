@@ -14,6 +14,7 @@ from torch import Tensor
 from sepconv.factorize.factors import SeparableFactors, dense_weight
 from sepconv.factorize.form import Form
 from sepconv.factorize.svd import energies, factorize_rank
+from sepconv.factorize.symmetric import leading
 
 _PASSES = 3  # of a solve with a ridge, each for what the one before left
 
@@ -36,13 +37,13 @@ def factorize_form(weight: Tensor, form: Form) -> SeparableFactors:
     weight_in, core = None, wide
     if form.rank_in is not None:
         taps = wide.flatten(2)
-        weight_in = _leading(torch.einsum("kct,kdt->cd", taps, taps), form.rank_in).T
+        weight_in = leading(torch.einsum("kct,kdt->cd", taps, taps), form.rank_in).T
         core = torch.einsum("kcrs,gc->kgrs", wide, weight_in).contiguous()
     weight_dw, weight_pw, *_ = factorize_rank(core, form.rank)
     weight_out = None
     if form.rank_out is not None:
         reached = dense_weight(core.shape, Form(form.rank), weight_dw, weight_pw).flatten(1)
-        weight_out = _leading(reached @ reached.T, form.rank_out)
+        weight_out = leading(reached @ reached.T, form.rank_out)
         weight_pw = weight_out.T @ weight_pw.flatten(1)
     return _finished(weight, form, weight_dw, weight_pw, weight_in, weight_out)
 
@@ -55,8 +56,8 @@ def form_energies(weight: Tensor) -> Tensor:
         what `factorize_form` keeps, without `rank_out`.
     """
     taps = weight.detach().double().flatten(2)
-    rotation = _leading(torch.einsum("kct,kdt->cd", taps, taps), taps.shape[1])
-    rotated = torch.einsum("kct,cg->kgt", taps, rotation.flip(1))
+    rotation = leading(torch.einsum("kct,kdt->cd", taps, taps), taps.shape[1])
+    rotated = torch.einsum("kct,cg->kgt", taps, rotation)
     return energies(rotated[..., None])
 
 
@@ -97,7 +98,7 @@ def remix(
     if form.rank_out is None:
         return _finished(weight, form, filters, weight_pw, first, None)
     rank_out = min(form.rank_out, len(weight))
-    weight_out = _leading(weight_pw @ gram @ weight_pw.T, rank_out)
+    weight_out = leading(weight_pw @ gram @ weight_pw.T, rank_out)
     made = replace(form, rank_out=rank_out)
     return _finished(weight, made, filters, weight_out.T @ weight_pw, first, weight_out)
 
@@ -114,11 +115,6 @@ def _low_rank(weight: Tensor, form: Form) -> SeparableFactors:
 
 def _gram(factor: Tensor) -> Tensor:
     return factor.flatten(1) @ factor.flatten(1).T
-
-
-def _leading(gram: Tensor, count: int) -> Tensor:
-    """Eigenvectors [n, count] of the largest eigenvalues of a symmetric matrix [n, n]."""
-    return torch.linalg.eigh(gram).eigenvectors[:, -count:]
 
 
 def _finished(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]  # documented, not exported
 
 from sepconv import ops
-from sepconv.factorize import Form, SeparableFactors, dense_weight, factorize, is_finite
+from sepconv.factorize import FACTORS, Form, SeparableFactors, dense_weight, factorize, is_finite
 from sepconv.factorize.tucker import remix
 from sepconv.nn.weight import DenseWeight, SettableProperties
 from sepconv.ops.arguments import pair
@@ -18,8 +18,6 @@ from sepconv.ops.layout import is_channels_last, to_channels_last, to_layout
 
 IntPair = int | tuple[int, int]
 Padding = IntPair | Literal["same", "valid"]
-
-FACTORS = ("weight_in", "weight_dw", "weight_pw", "weight_out")  # in the order in which they run
 
 
 def _word(padding: str, stride: tuple[int, ...]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sepconv._util import closest, crc32, package_version
-from sepconv.conversion.apply import NewLayer, apply_plan, named
+from sepconv.conversion.apply import NewLayer, apply_plan
 from sepconv.factorize import Form, factorize, full_rank
 from sepconv.graph import Capture, Match, Skipped, SkipReason, capture, match
 from sepconv.graph.checked import checked_model
@@ -253,7 +253,7 @@ def _convert(part: nn.Module, layers: list[RecipeLayer], values: bool) -> None:
         if layer.bias and conv.bias is None:
             bias = conv.weight.new_zeros(len(conv.weight))
             entries[conv.name].params_after += len(bias)
-        weights = None if factors is None else named(factors)
+        weights = None if factors is None else factors.named()
         plan.append((conv, NewLayer(layer.form, layer.channels_last, weights, bias)))
         if factors is not None:
             entries[conv.name].error = factors.error

@@ -346,3 +346,76 @@ def test_errors_of_the_output_are_near_what_is_measured(net: Net, batches: list[
             alone = study_of(net, batches, Method(refine=False, restore_variance=False))
             measured = alone.output_error(alone.fit({name: form}))
             assert measured / 4 < curve[form] < 4 * measured
+
+
+# Few samples, few pixels, and code that only inference was thought of for
+
+
+@pytest.mark.parametrize(
+    ("batches", "size"),
+    [
+        ([1] * 6, 3),  # each convolution ends in one pixel a sample
+        ([3, 3], 3),
+        ([1], 3),
+        ([1], 8),
+        ([2] * 9, 8),
+        ([9, 1], 3),
+    ],
+    ids=str,
+)
+def test_a_budget_with_hardly_any_samples(batches: list[int], size: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=size, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 16, 3, padding=1),
+    ).eval()
+    given = [torch.randn(n, 3, size, size) for n in batches]
+    options: dict[str, Any] = {"budget": sepconv.Budget(macs=0.5), "calibration": given}
+    small = sepconv.convert(model, given[0][:1], **options)
+    assert forms(small)
+    assert all(torch.isfinite(small(x)).all() for x in given)
+    study = study_of(model, given, Method(refine=False))
+    parts = study._responses.inputs_in_parts(study.layers)
+    assert all(part.count for both in parts.values() for part in both)
+    total = sum(batches)
+    if total >= 4 and size == 3:  # a pixel for each sample: none is in both parts
+        for fitted, held in parts.values():
+            assert fitted.count + held.count == total
+            assert held.count >= total // 4
+
+
+class ForInference(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.a = nn.Conv2d(3, 16, 3, padding=1)
+        self.b = nn.Conv2d(16, 16, 3, padding=1)
+        self.c = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.how == "no_grad":
+            with torch.no_grad():
+                return self.c(self.b(x))
+        y = torch.sigmoid(self.b(x))
+        if self.how == "numbers":
+            y = y * float(y.numpy().mean())
+        elif self.how == "written over":
+            z = y * y
+            y[:, 0] = 0
+            return self.c(z + y)
+        return self.c(y)
+
+
+@pytest.mark.parametrize("how", ["no_grad", "numbers", "written over"])
+def test_forwards_that_cannot_be_differentiated(how: str) -> None:
+    model, x = ForInference(how).eval(), torch.randn(8, 3, 9, 9)
+    with torch.no_grad():
+        small = sepconv.convert(model, x[:1], rank=Form(2, 6), calibration=[x])
+        assert set(forms(small)) == {"b", "c"}
+        plain = sepconv.convert(model, x[:1], rank=Form(2, 6))
+        assert error(small, model, x) < error(plain, model, x)

@@ -274,3 +274,13 @@ def test_a_dry_run_plans_what_is_done(model: Any, calibrated: bool) -> None:
     assert (plan.macs_after, plan.params_after) == (done.macs_after, done.params_after)
     assert [x.method for x in plan.layers] == [x.method for x in done.layers]
     assert any(form.rank_in for form in planned.values())
+
+
+def test_a_layer_that_nothing_makes_cheaper_has_no_part_in_a_latency_budget() -> None:
+    """One output channel: every form multiplies more than the dense one."""
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3), nn.Conv2d(32, 1, 3)]
+    x = torch.randn(8, 3, 24, 24)
+    options: dict[str, Any] = {"budget": sepconv.Budget(latency=1.0), "calibration": [x]}
+    small = sepconv.convert(nn.Sequential(*parts), x, bottleneck=False, **options)
+    assert "2" not in forms(small)

@@ -53,7 +53,7 @@ def rows() -> tuple[Tensor, Tensor]:
 
 
 def in_sample(problem: Problem) -> HeldOut:
-    cross = problem.cross()
+    cross = problem.cross
     return HeldOut(problem.metric, cross, float((cross * problem.weight).sum()))
 
 
@@ -85,10 +85,10 @@ def test_a_form_alone_has_the_error_of_its_closed_form(
     form: Form, weight: Tensor, rows: tuple[Tensor, Tensor]
 ) -> None:
     fitted, held = (moments_of(x, weight) for x in rows)
-    problem = Problem(weight, damped(fitted.covariance))
+    problem = Problem.of(weight, damped(fitted.covariance))
     if form.is_plain:
         ones = torch.ones(K, dtype=torch.float64)
-        factors = solve(*problem, form.rank, TAPS, ones, sweeps=0)
+        factors = solve(problem.weight, problem.metric, form.rank, TAPS, ones, sweeps=0)
     else:
         factors = solve_form(problem, form, TAPS, 0)
     for part in (in_sample(problem), HeldOut.of(weight, held, fitted)):
@@ -100,7 +100,7 @@ def test_forms_together_have_the_least_error_in_their_nested_bases(
     weight: Tensor, rows: tuple[Tensor, Tensor]
 ) -> None:
     fitted, held = (moments_of(x, weight) for x in rows)
-    problem = Problem(weight, damped(fitted.covariance))
+    problem = Problem.of(weight, damped(fitted.covariance))
     held_out = HeldOut.of(weight, held, fitted)
     found = outline(problem, held_out, TAPS, FORMS)
     assert set(found) == set(FORMS)
@@ -110,7 +110,7 @@ def test_forms_together_have_the_least_error_in_their_nested_bases(
         mapped = form.rank_in is not None
         reduced = problem.reduced(widest, TAPS) if mapped else problem
         ones = torch.ones(K, dtype=torch.float64)
-        filters = whitened_filters(*reduced, TAPS, TAPS, ones).flip(1)
+        filters = whitened_filters(reduced.weight, reduced.metric, TAPS, TAPS, ones).flip(1)
         filters = filters[: form.rank_in, : form.rank]
         maps = widest[: form.rank_in] if mapped else torch.eye(C, dtype=torch.float64)
         basis = torch.einsum("gtr,gc->gtcr", filters, maps).flatten(2).flatten(0, 1)
@@ -128,7 +128,7 @@ def test_a_few_rows_look_better_than_others_do(weight: Tensor) -> None:
     """What the errors are held out for."""
     mixing = random(1, C * TAPS, C * TAPS)
     few, many = (moments_of(random(n, n, C * TAPS) @ mixing, weight) for n in (10, 2000))
-    problem = Problem(weight, damped(few.covariance))
+    problem = Problem.of(weight, damped(few.covariance))
     forms = [Form(1, 2), Form(2, 2), Form(1), Form(2, 3, 3)]
     apart = outline(problem, HeldOut.of(weight, many, few), TAPS, forms)
     same = outline(problem, HeldOut.of(weight, few, few), TAPS, forms)
@@ -139,7 +139,7 @@ def test_a_few_rows_look_better_than_others_do(weight: Tensor) -> None:
 def test_1x1_convolutions_are_outlined_too(rank_in: int) -> None:
     weight = random(0, 5, 4)
     metric = damped(random(1, 4, 4) @ random(1, 4, 4).T)
-    problem = Problem(weight, metric)
+    problem = Problem.of(weight, metric)
     forms = [Form(1, g) for g in (1, 2, 3)]
     found = outline(problem, in_sample(problem), 1, forms)[Form(1, rank_in)]
     values = torch.linalg.svdvals(weight @ torch.linalg.cholesky(metric)).square()

@@ -1,0 +1,33 @@
+"""Symmetric matrices: roots, leading directions, and a solve that stays regular."""
+
+import torch
+from torch import Tensor
+
+_REGULAR = 1e-9  # of each variance
+
+
+def roots(covariances: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square roots [..., n, n] of positive definite matrices, and their inverses.
+
+    >>> root, inverse = roots(torch.eye(2) * 4)
+    >>> root.diagonal(), inverse.diagonal()
+    (tensor([2., 2.]), tensor([0.5000, 0.5000]))
+    """
+    values, vectors = torch.linalg.eigh(covariances)
+    lengths = values.clamp(min=1e-300).sqrt().unsqueeze(-2)
+    return (vectors * lengths) @ vectors.mT, (vectors / lengths) @ vectors.mT
+
+
+def leading(gram: Tensor, count: int) -> Tensor:
+    """Eigenvectors [n, count] of the largest eigenvalues of a matrix [n, n], the largest first.
+
+    >>> leading(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 2).abs().argmax(0)
+    tensor([1, 2])
+    """
+    _, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    return vectors[:, -count:].flip(1)
+
+
+def regular(covariance: Tensor) -> Tensor:
+    """The same with a little more variance: rows that come near to each other do no harm."""
+    return covariance + torch.diag_embed(_REGULAR * covariance.diagonal().clamp(min=1e-300))
