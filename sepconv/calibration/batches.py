@@ -1,7 +1,7 @@
 """Calibration data as a caller has it, turned into arguments of the model's forward."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sepconv.graph import ExampleInputs, split_inputs
 
 MAX_SAMPLES = 4096  # far beyond what helps; keeps an endless generator from hanging
+HELD_OUT, MOST_HELD_OUT = 1 / 5, 128  # share of the samples that nothing is fitted to; at most
 
 
 class Batch(NamedTuple):
@@ -138,6 +139,31 @@ def read_batches(
             "only once)"
         )
     return batches
+
+
+def hold_out(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """The samples to fit to, and those to judge by: the last ones of each batch.
+
+    A fifth, at most `MOST_HELD_OUT`; of batches of one sample every fifth. Neither is empty: a
+    single sample is both.
+    """
+    total = sum(batch.samples for batch in batches)
+    if total == 1:
+        return list(batches), list(batches)
+    wanted = max(1, min(MOST_HELD_OUT, round(HELD_OUT * total)))
+    fitted: list[Batch] = []
+    held: list[Batch] = []
+    seen = taken = 0
+    for batch in batches:
+        seen += batch.samples
+        count = min(wanted * seen // total - taken, batch.samples)
+        taken += count
+        rest = batch.samples - count
+        if rest:
+            fitted.append(batch.part(0, rest))
+        if count:
+            held.append(batch.part(rest, count))
+    return fitted, held
 
 
 def _arguments(given: Any, example_inputs: ExampleInputs | None, where: str) -> Batch:

@@ -1,8 +1,7 @@
 """What a layer's error does to the model's output, for every form that is worth its cost."""
 
 import math
-from collections.abc import Callable, Mapping
-from itertools import product
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,11 +10,10 @@ from sepconv.factorize.curves import HeldOut, hull, outline
 from sepconv.factorize.form import Form
 from sepconv.factorize.solve_form import Problem
 
-# The forms that are fitted and put into the model, to learn about all others from.
+# The forms that are fitted to learn about all others from: some plain ranks, and one rank behind
+# some shares of the input channels.
 _PROBED_RANKS = (1, 4)
-_PROBED_SHARES = (1 / 8, 3 / 8, 1)  # of the input channels
-
-PROBES = len(_PROBED_RANKS) * (1 + len(_PROBED_SHARES))  # at most, of each layer
+_PROBED_SHARES = (1 / 8, 3 / 8, 1)
 
 Costs = Mapping[Form | None, float]  # of each form, and of the dense layer
 Curve = dict[Form, float]  # relative squared change of the output
@@ -35,55 +33,64 @@ class Layer(NamedTuple):
     taps: int
 
 
-def output_curve(
-    layer: Layer,
-    costs: Costs,
-    layer_error: Callable[[Form], float],
-    output_error: Callable[[Form], float],
-) -> Curve:
-    """The output's errors for the forms on the convex hull of the layer's error over its cost.
+class LayerErrors(NamedTuple):
+    """A layer's own errors, for the forms that are worth their cost.
+
+    Attributes:
+        errors: Relative squared errors of the response.
+        probes: The forms that were fitted first, with their errors.
+    """
+
+    errors: Curve
+    probes: Curve
+
+    def of_output(self, effects: Sequence[float]) -> Curve:
+        """The output's errors, from those of the probes: errors of a layer are amplified alike."""
+        pairs = zip(self.probes.values(), effects, strict=True)
+        known = sorted((_log(error), _log(effect)) for error, effect in pairs)
+        return {form: _along(known, error) for form, error in self.errors.items()}
+
+
+def layer_errors(layer: Layer, costs: Costs, fit: Callable[[Form], float]) -> LayerErrors:
+    """Errors of the forms on the convex hull of the layer's error over its cost.
 
     The error of every form is predicted in closed form from moments. What a search for the factors
     takes off it changes slowly from one form to the next: it is measured for a few, and then for
-    those that look best. What an error of this layer does to the output is measured for the few.
+    those that look best.
 
     Args:
         layer: Where its errors are predicted.
         costs: The forms to choose from.
-        layer_error: Fits a form; its error in the layer.
-        output_error: Puts a form into the model; its error in the output.
+        fit: Fits a form; its error in the layer.
 
     Returns:
         The errors of the forms on the hull, and of all plain ranks: a limit on time may prefer one.
     """
     forms = [form for form in costs if form is not None]
-    if not forms:
-        return {}
     predicted = outline(*layer, forms)
-    probes = _probes(forms)
-    known = {form: layer_error(form) for form in probes}
+    probes = {form: fit(form) for form in _probes(forms)}
     by_cost = {form: costs[form] for form in forms}
-    best = hull(by_cost, _searched(predicted, known), costs[None])
-    known |= {form: layer_error(form) for form in best if form not in known}
+    best = hull(by_cost, _searched(predicted, probes), costs[None])
+    known = probes | {form: fit(form) for form in best if form not in probes}
     errors = _searched(predicted, known)
     best = hull(by_cost, errors, costs[None])
-    effects = sorted((_log(known[form]), _log(output_error(form))) for form in probes)
     kept = dict.fromkeys([*best, *(form for form in forms if form.is_plain)])
-    return {form: _along(effects, errors[form]) for form in kept}
+    return LayerErrors({form: errors[form] for form in kept}, probes)
 
 
 def _probes(forms: list[Form]) -> list[Form]:
-    """The forms nearest to some ranks and shares of the channels, and some plain ranks."""
+    """The forms nearest to some ranks and shares of the channels."""
     plain = [form for form in forms if form.is_plain]
     mapped = [form for form in forms if form.rank_in is not None and form.rank_out is None]
     widest = max((form.rank_in or 1 for form in mapped), default=1)
-    shares = (None, *_PROBED_SHARES)
-    found: dict[Form, None] = {}
-    for share, rank in product(shares, _PROBED_RANKS):
-        some, width = (plain, None) if share is None else (mapped, share * widest)
-        if some:
-            found[min(some, key=lambda form: _apart(form, rank, width))] = None
-    return list(found)
+    wanted: list[tuple[list[Form], int, float | None]] = [(plain, r, None) for r in _PROBED_RANKS]
+    wanted += [(mapped, _PROBED_RANKS[-1], share * widest) for share in _PROBED_SHARES]
+    nearest = (
+        min(some, key=lambda form: _apart(form, rank, width))
+        for some, rank, width in wanted
+        if some
+    )
+    return list(dict.fromkeys(nearest))
 
 
 def _apart(form: Form, rank: float, rank_in: float | None) -> float:

@@ -9,33 +9,34 @@ import torch
 from torch import Tensor, nn
 
 from sepconv._util import track
-from sepconv.calibration.batches import read_batches
-from sepconv.calibration.curves import PROBES, Costs, Curve, Layer, output_curve
+from sepconv.calibration.batches import hold_out, read_batches
+from sepconv.calibration.curves import Costs, Curve, Layer, LayerErrors, layer_errors
+from sepconv.calibration.effort import Effort
 from sepconv.calibration.observe import Dense
 from sepconv.calibration.output import OutputError
-from sepconv.calibration.refine import STEPS, Fitted, ShapesDifferError, refine
+from sepconv.calibration.refine import Fitted, ShapesDifferError, refine
 from sepconv.calibration.responses import Responses, Substitutes
-from sepconv.factorize import Form
-from sepconv.factorize.curves import HeldOut
+from sepconv.calibration.sensitivity import Sensitivity
+from sepconv.factorize import Form, full_rank
+from sepconv.factorize.curves import HeldOut, outline
 from sepconv.factorize.moments import Moments
 from sepconv.factorize.solve import SWEEPS, Factors, solve
 from sepconv.factorize.solve_form import STEPS as SEARCH_STEPS
 from sepconv.factorize.solve_form import Problem, solve_form, step_macs
 from sepconv.factorize.symmetric import roots
-from sepconv.factorize.target import asymmetric_target, damped
+from sepconv.factorize.target import RIDGE, asymmetric_target, damped
 from sepconv.graph import ExampleInputs, Match
 
 Forms = Mapping[str, Form | None]  # None: dense
 
-MIN_SAMPLES, MAX_SAMPLES = 8, 128  # to measure the output's error on
-CURVE_MACS = 1.5e12  # what measuring the error curves may cost before samples are saved
-REFINE_SAMPLES, REFINE_EPOCHS = 32, 16
-REFINE_MACS = 1e12  # of the layers' forwards while refining; a larger network is not refined
 SEARCH_MACS, LEAST_STEPS = 2e11, 5  # of the search for the factors of one layer
 MOMENTS_BYTES = 2**30  # of the layers whose errors are predicted from one pass over the batches
 
+# Below so many pixels for each number of a patch the ridge is chosen on samples held out.
+ENOUGH_ROWS, RIDGES = 20, (RIDGE, 0.03, 0.1, 0.3, 1.0, 3.0)
 
-class Effort(NamedTuple):
+
+class Search(NamedTuple):
     """How often factors are improved in turns.
 
     Attributes:
@@ -49,7 +50,7 @@ class Effort(NamedTuple):
     macs: float
 
 
-PLANNING = Effort(sweeps=1, steps=30, macs=2e10)
+PLANNING = Search(sweeps=1, steps=30, macs=2e10)
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,6 @@ class Method:
         norm_metric: Weigh outputs by the BatchNorm after them.
         sweeps: Block updates over the channels; without any, closed forms alone.
         correct_bias: Give outputs the original's mean.
-        restore_variance: Give outputs the original's variance where that lowers the error.
-        refine: Follow the closed forms by gradient steps on all layers at once.
     """
 
     sequential: bool = True
@@ -71,8 +70,6 @@ class Method:
     norm_metric: bool = True
     sweeps: int = SWEEPS
     correct_bias: bool = True
-    restore_variance: bool = True
-    refine: bool = True
 
 
 class _Problem(NamedTuple):
@@ -85,11 +82,24 @@ class _Problem(NamedTuple):
     variance_y: Tensor  # [K]
 
 
+class _Study(NamedTuple):
+    """A layer's errors, and what to learn the outputs' errors from."""
+
+    errors: LayerErrors
+    probes: list[Fitted]
+    changes: Tensor  # of the weight by the probes, [n, K, C*R*S]
+    mean_x: Tensor  # [C*R*S]
+
+
 class Calibration:
     """Fits separable factors to a model's responses to unlabelled batches.
 
-    Memory: the batches, the activations of one forward of one batch, and for each layer the
-    covariance of its input patches, (C*R*S)^2 numbers of 8 bytes.
+    A fifth of the samples is held out: nothing is fitted to them, and they decide (which forms are
+    planned, how much the moments of a layer with few pixels are damped, whether a step is kept).
+
+    Memory: the batches, the activations of the forwards that wait for one another
+    (`lockstep.MOST_BYTES`), and for each layer the covariance of its input patches, (C*R*S)^2
+    numbers of 8 bytes.
 
     Args:
         model: The original; never changed.
@@ -98,6 +108,7 @@ class Calibration:
         example_inputs: As `convert` is given them; they say which part of a batch is input.
         seed: Of the choice of pixels.
         method: What to leave out.
+        effort: How much to refine.
 
     Raises:
         ValueError: The batches cannot be used.
@@ -111,16 +122,18 @@ class Calibration:
         example_inputs: ExampleInputs | None = None,
         seed: int = 0,
         method: Method | None = None,
+        effort: Effort | None = None,
     ) -> None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self._method = method or Method()
+        self._method, self._effort = method or Method(), effort or Effort.named("default")
         self._seed = seed
-        self._batches = read_batches(batches, example_inputs, device)
-        self._responses = Responses(model, matches, self._batches, seed)
-        self._output = OutputError(self._responses, MAX_SAMPLES)
+        parts = hold_out(read_batches(batches, example_inputs, device))
+        self._responses = Responses(model, matches, *parts, seed)
+        self._output = OutputError(self._responses)
         self._roots: dict[Match, tuple[Tensor, Tensor]] | None = None
+        self._ridges: dict[Match, float] = {}
         sweeps = self._method.sweeps
-        self._effort = Effort(sweeps, SEARCH_STEPS if sweeps else 0, SEARCH_MACS)
+        self._search = Search(sweeps, SEARCH_STEPS if sweeps else 0, SEARCH_MACS)
 
     @property
     def layers(self) -> list[Match]:
@@ -129,7 +142,7 @@ class Calibration:
 
     def reached(self, forms: Forms) -> list[str]:
         """The names of the layers that `fit` finds factors for, in order of execution."""
-        return [conv.name for conv in self.layers if _is_inexact(conv, forms.get(conv.name))]
+        return [conv.name for conv in self._inexact(forms)]
 
     def error_curves(self, costs: Mapping[str, Costs]) -> dict[str, Curve]:
         """Relative squared change of the output when one layer alone is converted.
@@ -143,37 +156,75 @@ class Calibration:
             By layer, of the forms that are worth their cost.
         """
         layers = [conv for conv in self.layers if len(costs.get(conv.name, {})) > 1]
-        output = OutputError(self._responses, self._affordable(PROBES * len(layers)), held_out=True)
-        curves: dict[str, Curve] = {}
-        parts = track(self._parts(layers), "measuring what each form costs", len(layers))
-        for conv, fitted, held in parts:
-            curves[conv.name] = self._curve(conv, fitted, held, costs[conv.name], output)
-        return curves
+        parts = track(self._parts(layers), "planning: what each form costs", len(layers))
+        studies = {c: self._studied(c, fit, held, costs[c.name]) for c, fit, held in parts}
+        changes = {conv: study.changes for conv, study in studies.items()}
+        means = {conv: study.mean_x for conv, study in studies.items()}
+        effects = self._sensitivity().errors(changes, means)
+        return {
+            conv.name: study.errors.of_output(effects.get(conv) or self._measured(conv, study))
+            for conv, study in studies.items()
+        }
 
     def _parts(self, layers: Sequence[Match]) -> Iterator[tuple[Match, Moments, Moments]]:
-        """Each layer's moments of the rows to fit and of those held out."""
+        """Each layer's moments of the samples to fit to and of those held out."""
         for group in _in_groups(layers):
-            moments = self._responses.inputs_in_parts(group)
+            fitted = self._responses.moments(group)
+            held = self._responses.moments(group, held_out=True)
             for conv in group:
-                yield conv, *moments.pop(conv)
+                yield conv, fitted.pop(conv), held.pop(conv)
 
-    def _curve(
-        self, conv: Match, fitted: Moments, held: Moments, costs: Costs, output: OutputError
-    ) -> Curve:
-        problem, (root, _) = self._unchanged(conv, fitted), self._roots_of(conv)
+    def _studied(self, conv: Match, fitted: Moments, held: Moments, costs: Costs) -> _Study:
+        root, _ = self._roots_of(conv)
+        self._ridges[conv] = self._best_ridge(conv, fitted, held)
+        problem = self._unchanged(conv, fitted)
         felt = Problem.of(root @ problem.target, problem.metric)
         held_out = HeldOut.of(felt.weight, held, fitted)
-        layer = Layer(felt, held_out, _taps(conv))
         fits: dict[Form, Fitted] = {}
 
-        def layer_error(form: Form) -> float:
+        def fit(form: Form) -> float:
             fits[form] = self._fitted(conv, problem, form, PLANNING, felt)
             return held_out.error(root @ fits[form].factors.dense())
 
-        def output_error(form: Form) -> float:
-            return output.of(self._substitutes({conv.name: fits[form]}))
+        errors = layer_errors(Layer(felt, held_out, _taps(conv)), costs, fit)
+        probes = [fits[form] for form in errors.probes]
+        changes = [(probe.factors.dense() - problem.target).float() for probe in probes]
+        return _Study(errors, probes, torch.stack(changes), problem.mean_x)
 
-        return output_curve(layer, costs, layer_error, output_error)
+    def _measured(self, conv: Match, study: _Study) -> list[float]:
+        """The output's errors by forwards with the probes, where it cannot be differentiated."""
+        return [self.output_error({conv.name: probe}) for probe in study.probes]
+
+    def _sensitivity(self) -> Sensitivity:
+        return Sensitivity(self._responses, self._output.variances(), self._seed)
+
+    def _ridge(self, conv: Match) -> float:
+        """How much the moments of a layer's inputs are damped."""
+        if conv not in self._ridges:
+            few = [c for c in self.layers if c not in self._ridges and self._has_few_rows(c)]
+            for c, fitted, held in self._parts(few):
+                self._ridges[c] = self._best_ridge(c, fitted, held)
+        return self._ridges.get(conv, RIDGE)
+
+    def _has_few_rows(self, conv: Match) -> bool:
+        return self._responses.pixels(conv) < ENOUGH_ROWS * conv.weight[0].numel()
+
+    def _best_ridge(self, conv: Match, fitted: Moments, held: Moments) -> float:
+        """The ridge with the least error of a middle rank on samples held out."""
+        if not self._has_few_rows(conv):
+            return RIDGE
+        shape, taps = tuple(conv.weight_2d.shape), _taps(conv)
+        form = Form(
+            max(1, full_rank(shape) // 3), max(1, min(shape[:2]) // 2) if taps == 1 else None
+        )
+        weight = _weight(conv)
+        held_out = HeldOut.of(weight, held, fitted)
+
+        def error(ridge: float) -> float:
+            problem = Problem.of(weight, damped(fitted.covariance, ridge))
+            return outline(problem, held_out, taps, [form])[form]
+
+        return min(RIDGES, key=error)
 
     def fit(self, forms: Forms) -> dict[str, Fitted]:
         """Calibrated factors by name, for every form that is not exact.
@@ -183,66 +234,67 @@ class Calibration:
                 a fit and is left out.
         """
         fitted, spreads = self._closed_forms(forms)
-        if self._method.refine and fitted:
-            # Without comparable outputs, or gradients, there is nothing to aim at or no way to do
-            # it: what is there stands.
-            with suppress(ShapesDifferError, RuntimeError):
-                fitted = self._better(self._refined(fitted, spreads), fitted)
+        # Without comparable outputs, or gradients, there is nothing to aim at or no way to do it:
+        # what is there stands.
+        with suppress(ShapesDifferError, RuntimeError):
+            fitted = self._refined(fitted, spreads)
         return fitted
 
     def _closed_forms(self, forms: Forms) -> tuple[dict[str, Fitted], dict[str, float]]:
         """Layer by layer in order of execution; and the spread of each layer's output."""
-        layers = [conv for conv in self.layers if _is_inexact(conv, forms.get(conv.name))]
+        layers = self._inexact(forms)
+        for conv in layers:  # now, for it takes forwards of its own
+            self._ridge(conv)
+            self._roots_of(conv)
         fitted: dict[str, Fitted] = {}
-        rescaled: dict[str, Fitted] = {}
         spreads: dict[str, float] = {}
-        given = {} if self._method.sequential else self._responses.inputs(layers)
-        for conv in track(layers, "calibrating"):
-            if self._method.sequential:
-                problem = self._changed(conv, self._substitutes(fitted))
-            else:
-                problem = self._unchanged(conv, given.pop(conv))
+        for conv, problem in track(self._problems(layers, fitted), "fitting", len(layers)):
             form = forms[conv.name]
-            assert form is not None, "_is_inexact() says so"
-            fitted[conv.name] = self._fitted(conv, problem, form, self._effort)
-            factors = _with_variance(fitted[conv.name].factors, problem)
-            rescaled[conv.name] = self._with_bias(conv, problem, factors)
+            assert form is not None, "_inexact() says so"
+            fitted[conv.name] = self._fitted(conv, problem, form, self._search)
             spreads[conv.name] = float(problem.variance_y.mean().sqrt())
-        if self._method.restore_variance and fitted:
-            fitted = self._better(rescaled, fitted)
         return fitted, spreads
 
-    def _better(self, new: dict[str, Fitted], old: dict[str, Fitted]) -> dict[str, Fitted]:
-        """`new` where it changes the model's output less, else `old`."""
-        try:
-            return new if self.output_error(new) < self.output_error(old) else old
-        except ShapesDifferError:
-            return old
+    def _problems(
+        self, layers: Sequence[Match], fitted: Mapping[str, Fitted]
+    ) -> Iterator[tuple[Match, _Problem]]:
+        """What each layer is to be fitted to, in turn; `fitted` gets the result of each."""
+        if not self._method.sequential:
+            for conv, moments in self._responses.moments(layers).items():
+                yield conv, self._unchanged(conv, moments)
+            return
+        substitutes: dict[int, Dense] = {}
+        branch_sum = self._method.branch_sum
+        for conv, moments in self._responses.in_turn(layers, substitutes, branch_sum):
+            yield conv, self._changed(conv, moments)
+            substitutes |= self._substitutes({conv.name: fitted[conv.name]})
 
     def _refined(
-        self, fitted: Mapping[str, Fitted], spreads: Mapping[str, float]
+        self, fitted: dict[str, Fitted], spreads: Mapping[str, float]
     ) -> dict[str, Fitted]:
-        """The layers after gradient steps on all of them at once, if those are affordable."""
+        """The layers after gradient steps on all of them at once, as far as those help."""
         layers = [conv for conv in self.layers if conv.name in fitted]
-        parts = [part for batch in self._batches for part in batch.parts(REFINE_SAMPLES)]
-        steps = min(STEPS, REFINE_EPOCHS * len(parts))
+        macs = sum(self._responses.macs(conv) for conv in self.layers)
+        samples = self._effort.samples(macs)
+        parts = [part for batch in self._responses.fitted for part in batch.parts(samples)]
+        steps = self._effort.steps(macs, len(parts))
         # The original answers for mirrored images too: as good as new ones, and free.
         parts += [part.mirrored() for part in parts]
-        macs = sum(self._responses.macs(conv) for conv in self.layers) * REFINE_SAMPLES
-        if steps * macs > REFINE_MACS:
-            return dict(fitted)
+        if not steps or not layers:
+            return fitted
 
         def respond(index: int, weights: Mapping[str, Fitted]) -> tuple[list[Tensor], list[Tensor]]:
             return self._responses.inner(layers, parts[index], self._substitutes(weights))
 
         with self._responses.quiet():
-            return refine(fitted, spreads, respond, len(parts), self._seed, steps)
+            given = (fitted, spreads, respond, self.output_error)
+            return refine(*given, len(parts), self._seed, steps)
 
     def output_error(self, fitted: Mapping[str, Fitted]) -> float:
-        """Mean squared change of the model's outputs, relative to their variance.
+        """Mean squared change of the model's outputs on held-out samples, over their variance.
 
         Raises:
-            ValueError: The outputs' shapes depend on the weights (detections, say).
+            ShapesDifferError: The outputs' shapes depend on the weights (detections, say).
         """
         return self._output.of(self._substitutes(fitted))
 
@@ -250,29 +302,26 @@ class Calibration:
         """`output_error` of the closed forms alone, which refining only lowers."""
         return self.output_error(self._closed_forms(forms)[0])
 
-    def _affordable(self, forwards: int) -> int:
-        """On how many samples the given number of forwards may be run."""
-        macs = forwards * sum(self._responses.macs(conv) for conv in self.layers)
-        return max(MIN_SAMPLES, min(MAX_SAMPLES, int(CURVE_MACS / max(macs, 1))))
+    def _inexact(self, forms: Forms) -> list[Match]:
+        """The layers with forms that are not exact."""
+        return [conv for conv in self.layers if _is_inexact(conv, forms.get(conv.name))]
 
     def _unchanged(self, conv: Match, moments: Moments) -> _Problem:
         """The layer's own weight, on the original's inputs."""
-        weight = conv.weight_2d.detach().flatten(1).double()
-        return _problem(weight, damped(moments.covariance), moments)
+        metric = damped(moments.covariance, self._ridge(conv))
+        return _problem(_weight(conv), metric, moments)
 
-    def _changed(self, conv: Match, substitutes: Substitutes) -> _Problem:
+    def _changed(self, conv: Match, moments: Moments) -> _Problem:
         """The weight that reproduces the wanted outputs from changed inputs."""
-        moments = self._responses.asymmetric(conv, substitutes, self._method.branch_sum)
-        weight = conv.weight_2d.detach().flatten(1).double()
-        target, metric = asymmetric_target(weight, moments.covariance, moments.cross)
-        return _problem(target, metric, moments)
+        given = (_weight(conv), moments.covariance, moments.cross, self._ridge(conv))
+        return _problem(*asymmetric_target(*given), moments)
 
     def _fitted(
         self,
         conv: Match,
         problem: _Problem,
         form: Form,
-        effort: Effort,
+        search: Search,
         felt: Problem | None = None,
     ) -> Fitted:
         """Factors in a form; `felt` is the problem as the outputs feel it, if it is known."""
@@ -281,11 +330,11 @@ class Calibration:
             scale = self._responses.scale(conv)
             if not self._method.norm_metric:
                 scale = torch.ones_like(scale)
-            factors = solve(weight, metric, form.rank, taps, scale, effort.sweeps)
+            factors = solve(weight, metric, form.rank, taps, scale, search.sweeps)
         else:
             root, inverse = self._roots_of(conv)
-            affordable = int(effort.macs / step_macs(form, tuple(conv.weight_2d.shape)))
-            steps = min(effort.steps, max(affordable, LEAST_STEPS))
+            affordable = int(search.macs / step_macs(form, tuple(conv.weight_2d.shape)))
+            steps = min(search.steps, max(affordable, LEAST_STEPS))
             felt = felt or Problem.of(root @ weight, metric)
             factors = solve_form(felt, form, taps, steps).scaled(inverse)
         return self._with_bias(conv, problem, factors)
@@ -297,7 +346,7 @@ class Calibration:
         these may matter as much as others.
         """
         if self._roots is None:
-            metrics = self._responses.output_metrics(self.layers)
+            metrics = self._sensitivity().metrics()
             scales = {c: self._responses.scale(c) for c in self.layers if c not in metrics}
             self._roots = {c: (torch.diag(s), torch.diag(1 / s)) for c, s in scales.items()}
             for c, metric in metrics.items():
@@ -328,14 +377,8 @@ def _problem(target: Tensor, metric: Tensor, moments: Moments) -> _Problem:
     return _Problem(target, metric, moments.mean_x, moments.mean_y, moments.variance_y)
 
 
-def _with_variance(factors: Factors, problem: _Problem) -> Factors:
-    """Factors with outputs of the wanted variance, which least squares always falls short of.
-
-    The same as estimating the statistics of a BatchNorm after it anew, without touching it.
-    """
-    weight = factors.dense()
-    variance = ((weight @ problem.metric) * weight).sum(1)
-    return factors.scaled((problem.variance_y / variance.clamp(min=1e-30)).sqrt().clamp(max=2.0))
+def _weight(conv: Match) -> Tensor:
+    return conv.weight_2d.detach().flatten(1).double()
 
 
 def _is_inexact(conv: Match, form: Form | None) -> bool:

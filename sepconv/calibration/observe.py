@@ -25,6 +25,10 @@ _ADDITIONS = (
 )
 
 
+Run = Callable[[Tensor, Tensor | None], Tensor]  # a convolution of one input, by its parameters
+See = Callable[[int, Tensor, Tensor], None]  # a convolution's key, input and output
+
+
 class Dense(NamedTuple):
     """What stands in for a convolution's parameters: a weight of its shape and a bias [K]."""
 
@@ -69,23 +73,29 @@ class Substitution(TorchFunctionMode):
             return self.other(func, args, kwargs)
         names = ("input", "weight", "bias")
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        key, rest = id(kwargs["weight"]), args[len(names) :]
-        if key in self._substitutes:
-            kwargs.update(self._substitutes[key]._asdict())
         x, weight, bias = (kwargs.pop(name, None) for name in names)
-        y = func(x, weight, bias, *rest, **kwargs)
-        self.convolved(key, x, y)
+        key, rest = id(weight), args[len(names) :]
+
+        def run(weight: Tensor, bias: Tensor | None) -> Tensor:
+            return func(x, weight, bias, *rest, **kwargs)
+
+        y = run(*(self.substitute(key, x) or (weight, bias)))
+        self.convolved(key, x, y, run)
         return y
 
-    def convolved(self, key: int, x: Tensor, y: Tensor) -> None:
-        """Called after each convolution."""
+    def substitute(self, key: int, x: Tensor) -> Dense | None:
+        """What a convolution is about to run with, None for its own."""
+        return self._substitutes.get(key)
+
+    def convolved(self, key: int, x: Tensor, y: Tensor, run: Run) -> None:
+        """Called after each convolution; `run` runs it again."""
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Called in the place of every other function."""
         return func(*args, **kwargs)
 
 
-class _Follow(Substitution):
+class Follow(Substitution):
     """Follows the outputs of chosen convolutions to the BatchNorm and the sum after them."""
 
     def __init__(self, keys: Iterable[int], substitutes: Mapping[int, Dense]) -> None:
@@ -93,18 +103,20 @@ class _Follow(Substitution):
         self._keys = frozenset(keys)
         self._followed: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
-    def convolved(self, key: int, x: Tensor, y: Tensor) -> None:
+    def convolved(self, key: int, x: Tensor, y: Tensor, run: Run) -> None:
+        """Follow the outputs of the chosen ones."""
         if key in self._keys:
             self._follow(y, key)
-            self._saw_convolution(key, x, y)
+            self._saw_convolution(key, x, y, run)
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Follow through a BatchNorm, to a sum, or to whatever else reads them."""
         read = self._read(args, kwargs)
         if not read:
             return func(*args, **kwargs)
         tensor, key = read[0]
         if func in _ADDITIONS and (addend := _addend(tensor, args, kwargs)) is not None:
-            self._saw_sum(key, addend)
+            self._saw_sum(key, tensor, addend)
             result = func(*args, **kwargs)
             if result is tensor:
                 del self._followed[id(tensor)]
@@ -112,7 +124,7 @@ class _Follow(Substitution):
         result = func(*args, **kwargs)
         if func is F.batch_norm and isinstance(result, Tensor):
             self._follow(result, key)
-            self._saw_norm(key, _scale(*args, **kwargs))
+            self._saw_norm(key, _scale(*args, **kwargs), _of_another(func, args, kwargs))
         elif isinstance(result, Tensor):
             for _, key in read:
                 self._saw_other_use(key)
@@ -133,20 +145,22 @@ class _Follow(Substitution):
                 found.append((alive, key))
         return found
 
-    def _saw_convolution(self, key: int, x: Tensor, y: Tensor) -> None:
+    def _saw_convolution(self, key: int, x: Tensor, y: Tensor, run: Run) -> None:
         """A chosen convolution ran."""
 
-    def _saw_norm(self, key: int, scale: Tensor | None) -> None:
+    def _saw_norm(
+        self, key: int, scale: Tensor | None, normalise: Callable[[Tensor], Tensor]
+    ) -> None:
         """Its output went through a BatchNorm."""
 
-    def _saw_sum(self, key: int, addend: Tensor) -> None:
-        """Its (normalised) output is about to be added to `addend`."""
+    def _saw_sum(self, key: int, tensor: Tensor, addend: Tensor) -> None:
+        """Its (normalised) output, `tensor`, is about to be added to `addend`."""
 
     def _saw_other_use(self, key: int) -> None:
         """Something else read its (normalised) output."""
 
 
-class Survey(_Follow):
+class Survey(Follow):
     """Finds the surroundings of convolutions while a model runs, in order of execution."""
 
     def __init__(self, keys: Iterable[int]) -> None:
@@ -154,19 +168,21 @@ class Survey(_Follow):
         self.found: dict[int, Surroundings] = {}
         self._used_elsewhere: set[int] = set()
 
-    def _saw_convolution(self, key: int, x: Tensor, y: Tensor) -> None:
+    def _saw_convolution(self, key: int, x: Tensor, y: Tensor, run: Run) -> None:
         around = self.found.setdefault(key, Surroundings())
         around.calls += 1
         around.outputs += y.numel()
         if around.calls > 1:
             self._saw_other_use(key)
 
-    def _saw_norm(self, key: int, scale: Tensor | None) -> None:
+    def _saw_norm(
+        self, key: int, scale: Tensor | None, normalise: Callable[[Tensor], Tensor]
+    ) -> None:
         if self.found[key].scale is not None:
             self._saw_other_use(key)
         self.found[key].scale = scale
 
-    def _saw_sum(self, key: int, addend: Tensor) -> None:
+    def _saw_sum(self, key: int, tensor: Tensor, addend: Tensor) -> None:
         if self.found[key].summed:
             self._saw_other_use(key)
         self.found[key].summed = key not in self._used_elsewhere
@@ -183,7 +199,7 @@ class Seen(BaseException):
     """
 
 
-class Probe(_Follow):
+class Probe(Follow):
     """Hands the tensors around chosen convolutions to `see`, and can end the forward there.
 
     `see(key, x, y)` is called after each execution with its input and output, and
@@ -194,7 +210,7 @@ class Probe(_Follow):
         self,
         keys: Iterable[int],
         substitutes: Mapping[int, Dense],
-        see: Callable[[int, Tensor, Tensor], None],
+        see: See,
         see_sum: Callable[[int, Tensor], None] | None = None,
         stop_after: int | None = None,
     ) -> None:
@@ -202,12 +218,12 @@ class Probe(_Follow):
         self._see, self._see_sum = see, see_sum
         self._left = stop_after
 
-    def _saw_convolution(self, key: int, x: Tensor, y: Tensor) -> None:
+    def _saw_convolution(self, key: int, x: Tensor, y: Tensor, run: Run) -> None:
         self._see(key, x, y)
         if self._see_sum is None:
             self._count()
 
-    def _saw_sum(self, key: int, addend: Tensor) -> None:
+    def _saw_sum(self, key: int, tensor: Tensor, addend: Tensor) -> None:
         if self._see_sum is not None:
             self._see_sum(key, addend)
             self._count()
@@ -217,6 +233,18 @@ class Probe(_Follow):
             self._left -= 1
             if self._left == 0:
                 raise Seen
+
+
+def _of_another(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[Tensor], Tensor]:
+    """A function of one tensor: the call with that in the place of its input."""
+    rest = {name: value for name, value in kwargs.items() if name != "input"}
+
+    def call(tensor: Tensor) -> Tensor:
+        return func(tensor, *args[1:], **rest)
+
+    return call
 
 
 def _flatten(values: Iterable[Any]) -> Iterable[Any]:

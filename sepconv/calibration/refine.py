@@ -16,10 +16,10 @@ from torch import Tensor
 from sepconv._util import relative_error, track
 from sepconv.factorize.solve import Factors
 
-STEPS = 200
 LEARNING_RATE = 0.01  # of normalised parameters; falls to zero as a cosine
 WARM_UP = 10  # steps, while Adam's averages form
 INNER_WEIGHT = 50.0  # of the responses inside the network against those at its end
+CHECKS = 8  # looks at the samples held out; after a bad one the learning rate falls to a third
 
 Responses = tuple[list[Tensor], list[Tensor]]  # inside the network, at its end
 
@@ -36,12 +36,13 @@ class Fitted(NamedTuple):
 
 
 def refine(
-    fitted: Mapping[str, Fitted],
+    fitted: dict[str, Fitted],
     spreads: Mapping[str, float],
     respond: Callable[[int, Mapping[str, Fitted]], Responses],
+    judge: Callable[[Mapping[str, Fitted]], float],
     batches: int,
     seed: int,
-    steps: int = STEPS,
+    steps: int,
 ) -> dict[str, Fitted]:
     """Improve factors and biases by Adam on relative squared errors of the responses.
 
@@ -50,29 +51,59 @@ def refine(
         spreads: Standard deviation of each layer's output, the unit of its bias.
         respond: Responses to a batch, by its index, with these layers (with none: the original's),
             differentiable in their factors and biases.
+        judge: The error of these layers on samples held out.
         batches: How many there are.
         seed: Of their order.
         steps: One batch each.
+
+    Returns:
+        The layers as they did best on the samples held out: at worst, as they were given.
     """
-    free = {name: _Free(layer, spreads[name]) for name, layer in fitted.items()}
-    parameters = [p for layer in free.values() for p in layer.parameters]
-    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99))
+    best, least = fitted, judge(fitted)
+    free = _Layers(fitted, spreads)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
+    share = 1.0
     for step in track(range(steps), "refining"):
         order = order or torch.randperm(batches, generator=generator).tolist()
-        batch = order.pop()
-        rate = LEARNING_RATE * min(1, (step + 1) / WARM_UP)
-        optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+        rate = share * LEARNING_RATE * min(1, (step + 1) / WARM_UP)
+        free.step(respond, order.pop(), rate * (1 + math.cos(math.pi * step / steps)) / 2)
+        if (step + 1) * CHECKS // steps > step * CHECKS // steps:
+            current = free.result()
+            error = judge(current)
+            if error < least:
+                best, least = current, error
+            else:
+                free, share = _Layers(best, spreads), share / 3
+    return best
+
+
+class _Layers:
+    """All layers' parameters, and their optimizer."""
+
+    def __init__(self, fitted: Mapping[str, Fitted], spreads: Mapping[str, float]) -> None:
+        self._free = {name: _Free(layer, spreads[name]) for name, layer in fitted.items()}
+        self._parameters = [p for layer in self._free.values() for p in layer.parameters]
+        self._optimizer = torch.optim.Adam(self._parameters, lr=LEARNING_RATE, betas=(0.9, 0.99))
+
+    def step(
+        self, respond: Callable[[int, Mapping[str, Fitted]], Responses], batch: int, rate: float
+    ) -> None:
+        """One step on a batch at a learning rate."""
+        self._optimizer.param_groups[0]["lr"] = rate
         inner_wanted, end_wanted = respond(batch, {})
         with torch.enable_grad():
-            inner, end = respond(batch, {name: layer.current() for name, layer in free.items()})
+            weights = {name: layer.current() for name, layer in self._free.items()}
+            inner, end = respond(batch, weights)
             loss = INNER_WEIGHT * _error(inner, inner_wanted) + _error(end, end_wanted)
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
-        optimizer.step()
-    return {name: layer.result() for name, layer in free.items()}
+        self._optimizer.step()
+
+    def result(self) -> dict[str, Fitted]:
+        """As they are, for good."""
+        return {name: layer.result() for name, layer in self._free.items()}
 
 
 class _Free:

@@ -1,8 +1,7 @@
 """What a model answers to calibration batches, as it is and with some convolutions replaced."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,27 +10,27 @@ from torch.utils import _pytree as pytree
 
 from sepconv._util import evaluating
 from sepconv.calibration.batches import Batch
-from sepconv.calibration.observe import Dense, Probe, Seen, Substitution, Surroundings, Survey
-from sepconv.factorize.moments import Moments, patches, pixels
+from sepconv.calibration.lockstep import Lockstep, Pair, interleaves
+from sepconv.calibration.observe import (
+    Dense,
+    Probe,
+    Seen,
+    Substitution,
+    Surroundings,
+    Survey,
+)
+from sepconv.calibration.sampler import Rows, Sampler
+from sepconv.factorize.moments import Moments
 from sepconv.graph import Match
 from sepconv.graph.state import seed_generators, untouched
 
 # Patches per layer: more change nothing (docs/accuracy.md).
 MIN_ROWS, ROWS_PER_DIMENSION = 40_000, 40
 
-METRIC_SAMPLES, _AT_A_TIME = 16, 2  # to differentiate the outputs on
-
-_QUARTER = 4  # of so many samples one is not fitted where errors are to be predicted
+# Samples that run together while forwards wait for one another, and at most so many such parts.
+TOGETHER, MOST_PARTS = 32, 64
 
 Substitutes = Mapping[int, Dense]
-
-
-class _Rows(NamedTuple):
-    """Samples of one convolution's pixels: what they read, their values, what is added to them."""
-
-    x: Tensor | None  # [n, C*R*S]
-    y: Tensor  # [n, K]
-    addend: Tensor | None  # [n, K]
 
 
 class Responses:
@@ -43,7 +42,8 @@ class Responses:
     Args:
         model: Never changed.
         matches: The convolutions of interest.
-        batches: At least one.
+        fitted: Batches to fit to, at least one.
+        held: Batches to judge by, at least one.
         seed: Of the choice of pixels, and of what the model draws.
 
     Raises:
@@ -51,13 +51,19 @@ class Responses:
     """
 
     def __init__(
-        self, model: nn.Module, matches: Sequence[Match], batches: Sequence[Batch], seed: int
+        self,
+        model: nn.Module,
+        matches: Sequence[Match],
+        fitted: Sequence[Batch],
+        held: Sequence[Batch],
+        seed: int,
     ) -> None:
-        self._model, self._batches, self._seed = model, batches, seed
+        self._model, self._seed = model, seed
+        self.fitted, self.held = list(fitted), list(held)
         self._is_quiet = False
         survey = Survey(id(conv.weight) for conv in matches)
         with self.quiet():
-            for index, batch in enumerate(batches):
+            for index, batch in enumerate(self.fitted):
                 self._try(survey if index == 0 else Substitution({}), batch.part(0, 1), index)
         by_key = {id(conv.weight): conv for conv in matches}
         self.layers = [by_key[key] for key in survey.found]
@@ -81,64 +87,109 @@ class Responses:
         """Whether the convolution's (normalised) output goes into a sum and nowhere else."""
         return self._around[conv].summed
 
-    def inputs(self, layers: Sequence[Match]) -> dict[Match, Moments]:
-        """Moments of the original's inputs and outputs, all layers in one pass."""
-        parts = self.inputs_in_parts(layers, lambda index: 1.0)
-        return {conv: fitted for conv, (fitted, _) in parts.items()}
+    def samples(self) -> int:
+        """How many there are to fit to."""
+        return sum(batch.samples for batch in self.fitted)
 
-    def inputs_in_parts(
-        self, layers: Sequence[Match], fitted_share: Callable[[int], float] | None = None
-    ) -> dict[Match, tuple[Moments, Moments]]:
-        """The same of the rows to fit and of those held out, which are never none.
+    def pixels(self, conv: Match) -> int:
+        """Output pixels of a convolution over all samples to fit to."""
+        return self._around[conv].outputs // len(conv.weight) * self.samples()
+
+    def moments(self, layers: Sequence[Match], held_out: bool = False) -> dict[Match, Moments]:
+        """Moments of the original's inputs and outputs, all layers in one pass.
 
         Args:
             layers: To look at.
-            fitted_share: Of a batch by its index: how much of it, from its start on, is to be
-                fitted; default: a quarter of the samples is held out.
+            held_out: Whether of the samples to judge by.
         """
-        share_of = fitted_share or self._fitted_share
-        moments = {conv: (Moments(), Moments()) for conv in layers}
+        moments = {conv: Moments() for conv in layers}
+        by_key = {id(conv.weight): conv for conv in layers}
+        batches = self.held if held_out else self.fitted
         with self.quiet():
-            for index, batch in enumerate(self._batches):
-                sampler, share = _Sampler(self, layers, index), share_of(index)
+            for index, batch in enumerate(batches):
+                samplers = {c: self._sampler(c, len(batches), index, batch) for c in layers}
 
                 def see(
                     key: int,
                     x: Tensor,
                     y: Tensor,
-                    sampler: "_Sampler" = sampler,
-                    share: float = share,
+                    samplers: Mapping[Match, Sampler] = samplers,
                 ) -> None:
-                    conv, rows = sampler.sample(key, x, y, want_x=True)
+                    rows = samplers[by_key[key]].sample(x, y)
                     assert rows.x is not None
-                    first = sampler.count_before(conv, share)
-                    moments[conv][0].add(rows.x[:first], rows.y[:first])
-                    moments[conv][1].add(rows.x[first:], rows.y[first:])
+                    moments[by_key[key]].add(rows.x, rows.y)
 
-                self._run(Probe([id(c.weight) for c in layers], {}, see), batch)
-        # With a single pixel there is nothing to hold out.
-        return {c: (a if a.count else b, b if b.count else a) for c, (a, b) in moments.items()}
+                self._run(Probe(by_key, {}, see), batch)
+        return moments
 
-    def _fitted_share(self, index: int) -> float:
-        """Of a batch: all but a quarter of its samples; of small ones three batches in four."""
-        samples = self._batches[index].samples
-        if samples < _QUARTER and len(self._batches) >= _QUARTER:
-            return float(index % _QUARTER != _QUARTER - 1)
-        if samples == 1:
-            return 1 - 1 / _QUARTER  # of its pixels
-        return 1 - max(1, samples // _QUARTER) / samples
+    def in_turn(
+        self, layers: Sequence[Match], substitutes: dict[int, Dense], branch_sum: bool
+    ) -> Iterator[tuple[Match, Moments]]:
+        """Each layer with the moments of its inputs as they are by then, and the wanted outputs.
+
+        Before the next one is asked for, what stands in for it is to be put into `substitutes`.
+        Forwards that do not bear to be stopped run anew for each layer.
+
+        Args:
+            layers: In order of execution.
+            substitutes: What convolutions run with; empty at first.
+            branch_sum: Whether the last convolution of a residual branch is wanted to undo the
+                change of the other side of the sum.
+        """
+        with self.quiet():
+            parts = self._parts()
+            if parts is None:
+                for conv in layers:
+                    yield conv, self.asymmetric(conv, substitutes, branch_sum)
+                return
+            by_key = {id(conv.weight): conv for conv in layers}
+            ends = {key for key, conv in by_key.items() if branch_sum and self.ends_branch(conv)}
+
+            def run(mode: TorchFunctionMode, index: int) -> list[Tensor]:
+                return self._run(mode, parts[index])
+
+            for key, pairs in Lockstep(run, len(parts), list(by_key), ends, substitutes):
+                conv = by_key[key]
+                if pairs and self._around[conv].calls == 1:
+                    yield conv, self._paired(conv, pairs, parts)
+                else:
+                    yield conv, self.asymmetric(conv, substitutes, branch_sum)
+
+    def _parts(self) -> list[Batch] | None:
+        """The samples to fit to as they run together; None where forwards must not be stopped."""
+        size = max(TOGETHER, -(-self.samples() // (MOST_PARTS // 4)))
+        parts = [part for b in self.fitted for part in b.parts(1 if b.listed else size)]
+        if self.samples() == 1 or len(parts) > MOST_PARTS:
+            return None
+        first, last = parts[0].part(0, 1), parts[-1].part(parts[-1].samples - 1, 1)
+
+        def run(mode: TorchFunctionMode, index: int) -> list[Tensor]:
+            return self._run(mode, (first, last)[index])
+
+        keys = [id(conv.weight) for conv in self.layers]
+        return parts if interleaves(run, keys) else None
+
+    def _paired(self, conv: Match, pairs: Sequence[Pair], parts: Sequence[Batch]) -> Moments:
+        """The moments of waiting forwards."""
+        moments = Moments()
+        scale = self._around[conv].scale
+        for index, original, changed in pairs:
+            assert original.y is not None, "the original has run it"
+            sampler = self._sampler(conv, len(pairs), index, parts[index])
+            y = sampler.sample(None, original.y).y
+            if original.addend is not None and changed.addend is not None:
+                before, after = map(sampler.values, (original.addend, changed.addend))
+                y = y + _divided(before - after, scale)
+            moments.add(sampler.read(changed.x, original.y), y)
+        return moments
 
     def asymmetric(self, conv: Match, substitutes: Substitutes, branch_sum: bool) -> Moments:
-        """Moments of a layer's inputs as they are with `substitutes`, and the wanted outputs.
-
-        Wanted is the original's output; where the layer ends a residual branch, also what undoes
-        the change of the other side of the sum.
-        """
+        """The moments of `in_turn` for one layer, by forwards up to it."""
         moments = Moments()
         scale = self._around[conv].scale
         summed = branch_sum and self.ends_branch(conv)
         with self.quiet():
-            for index, batch in enumerate(self._batches):
+            for index, batch in enumerate(self.fitted):
                 before = self._sample(conv, {}, index, batch, summed, want_x=False)
                 after = self._sample(conv, substitutes, index, batch, summed, want_x=True)
                 assert after.x is not None
@@ -148,62 +199,14 @@ class Responses:
                 moments.add(after.x, y)
         return moments
 
-    def output_metrics(self, layers: Sequence[Match]) -> dict[Match, Tensor]:
-        """How much the model's outputs feel a change of each layer's response, [K, K] in float64.
-
-        The mean of g g' over pixels, where g is the gradient with respect to a response of a random
-        projection of the outputs: what a small error of the response does to them is, in the mean,
-        e' (g g') e. From a few samples of every batch. Layers that no gradient reaches are left
-        out: all of them in a model that only inference was thought of for.
-        """
-        metrics = {conv: _Mean() for conv in layers}
-        by_key = {id(conv.weight): conv for conv in layers}
-        draw = torch.Generator().manual_seed(self._seed)
-
-        def see(key: int, x: Tensor, y: Tensor) -> None:
-            conv = by_key[key]
-            if y.requires_grad:  # not where the model turned gradients off
-                # For the values as they are now, also where a ReLU then writes over them.
-                y.register_hook(lambda gradient: metrics[conv].add(_as_images(gradient, conv)))
-
-        samples = -(-METRIC_SAMPLES // len(self._batches))
-        free = {id(conv.weight): _as_it_is(conv) for conv in layers}
-        parts = [p for b in self._batches for p in b.part(0, samples).parts(_AT_A_TIME)]
-        # A forward that runs may still not be differentiable: it writes over what the backward
-        # pass needs, or asks a tensor for its numbers.
-        with self.quiet(), torch.enable_grad(), suppress(RuntimeError):
-            for part in parts:
-                outputs = self._run(Probe(by_key, free, see), part)
-                projected = [_projection(t, draw) for t in outputs if t.requires_grad]
-                if projected:
-                    weights = [dense.weight for dense in free.values()]
-                    torch.autograd.grad(torch.stack(projected).sum(), weights, allow_unused=True)
-        return {conv: mean.value() for conv, mean in metrics.items() if mean.count}
-
-    def outputs(
-        self, samples: int, substitutes: Substitutes, held_out: bool = False
-    ) -> list[list[Tensor]]:
-        """The floating-point tensors that the model returns, for a share of every batch.
-
-        Args:
-            samples: How many together, about.
-            substitutes: What the convolutions run with.
-            held_out: Whether of the samples that `inputs_in_parts` holds out, if there are any.
-        """
-        starts = [self._held_out_from(i) if held_out else 0 for i in range(len(self._batches))]
-        pairs = zip(self._batches, starts, strict=True)
-        chosen = [(batch, start) for batch, start in pairs if start < batch.samples]
-        share = -(-samples // len(chosen))
+    def outputs(self, substitutes: Substitutes) -> list[list[Tensor]]:
+        """The floating-point tensors that the model returns for the samples to judge by."""
         with self.quiet():
-            return [
-                self._run(Substitution(substitutes), batch.part(start, share))
-                for batch, start in chosen
-            ]
+            return [self._run(Substitution(substitutes), batch) for batch in self.held]
 
-    def _held_out_from(self, index: int) -> int:
-        """The first sample of a batch that is held out; 0 too where only pixels of one are."""
-        samples, share = self._batches[index].samples, self._fitted_share(index)
-        return int(share) if samples == 1 else round(share * samples)
+    def run(self, mode: TorchFunctionMode, batch: Batch) -> list[Tensor]:
+        """The same for any samples under any mode; within `quiet`."""
+        return self._run(mode, batch)
 
     def inner(
         self, layers: Sequence[Match], batch: Batch, substitutes: Substitutes
@@ -243,17 +246,17 @@ class Responses:
         batch: Batch,
         summed: bool,
         want_x: bool,
-    ) -> _Rows:
+    ) -> Rows:
         """Rows of one layer for one batch; the forward ends there."""
-        sampler = _Sampler(self, [conv], index)
-        rows: list[_Rows] = []
+        sampler = self._sampler(conv, len(self.fitted), index, batch)
+        rows: list[Rows] = []
         addends: list[Tensor] = []
 
         def see(key: int, x: Tensor, y: Tensor) -> None:
-            rows.append(sampler.sample(key, x, y, want_x)[1])
+            rows.append(sampler.sample(x if want_x else None, y))
 
         def see_sum(_: int, addend: Tensor) -> None:
-            addends.append(sampler.values(conv, addend))
+            addends.append(sampler.values(addend))
 
         stop: int | None = 1 if summed else self._around[conv].calls
         if batch.listed:
@@ -262,16 +265,14 @@ class Responses:
         probe = Probe([key], substitutes, see, see_sum if summed else None, stop)
         self._run(probe, batch)
         x = torch.cat([r.x for r in rows if r.x is not None]) if want_x else None
-        return _Rows(x, torch.cat([r.y for r in rows]), torch.cat(addends) if addends else None)
+        return Rows(x, torch.cat([r.y for r in rows]), torch.cat(addends) if addends else None)
 
-    def rows_per_call(self, conv: Match) -> int:
-        """Pixels to sample from each execution."""
+    def _sampler(self, conv: Match, batches: int, index: int, batch: Batch) -> Sampler:
+        """Chooses a layer's pixels for one of so many batches."""
         wanted = max(MIN_ROWS, ROWS_PER_DIMENSION * conv.weight[0].numel())
-        return -(-wanted // (len(self._batches) * self._around[conv].calls))
-
-    def seed_of(self, conv: Match, index: int) -> int:
-        """One seed per layer and batch, whichever pass it is."""
-        return self._seed_of(self.layers.index(conv), index)
+        calls = self._around[conv].calls * (batch.samples if batch.listed else 1)
+        seed = self._seed_of(self.layers.index(conv), index)
+        return Sampler(conv, -(-wanted // (batches * calls)), seed)
 
     def _seed_of(self, first: int, second: int) -> int:
         return (self._seed * 65_537 + first) * 65_537 + second
@@ -311,82 +312,6 @@ class Responses:
                 yield
         finally:
             self._is_quiet = False
-
-
-class _Sampler:
-    """Chooses pixels of convolutions' outputs, the same ones in every pass over a batch."""
-
-    def __init__(self, responses: Responses, layers: Sequence[Match], index: int) -> None:
-        self._responses, self._index = responses, index
-        self._layers = {id(conv.weight): conv for conv in layers}
-        self._generators: dict[Match, torch.Generator] = {}
-        self._positions: dict[Match, Tensor] = {}
-        self._totals: dict[Match, int] = {}
-
-    def sample(self, key: int, x: Tensor, y: Tensor, want_x: bool) -> tuple[Match, _Rows]:
-        """Choose pixels of y and gather them, and the patches of x that they read."""
-        conv = self._layers[key]
-        x, y = _as_images(x, conv), _as_images(y, conv)
-        self._choose(conv, y)
-        positions = self._positions[conv]
-        read = None
-        if want_x:
-            kernel = (conv.weight_2d.shape[2], conv.weight_2d.shape[3])
-            geometry = conv.settings.of_images(kernel)
-            read = patches(x, positions, (y.shape[2], y.shape[3]), kernel, geometry)
-        return conv, _Rows(read, pixels(y, positions), None)
-
-    def values(self, conv: Match, t: Tensor) -> Tensor:
-        """Another tensor's values at the pixels chosen last."""
-        return pixels(_as_images(t, conv), self._positions[conv])
-
-    def count_before(self, conv: Match, share: float) -> int:
-        """How many of the pixels chosen last are in the first share of the output."""
-        return int((self._positions[conv] < share * self._totals[conv]).sum())
-
-    def _choose(self, conv: Match, y: Tensor) -> None:
-        if conv not in self._generators:
-            generator = torch.Generator().manual_seed(self._responses.seed_of(conv, self._index))
-            self._generators[conv] = generator
-        self._totals[conv] = total = y.shape[0] * y.shape[2] * y.shape[3]
-        count = self._responses.rows_per_call(conv)
-        chosen = torch.randperm(total, generator=self._generators[conv])[:count]
-        self._positions[conv] = chosen.sort().values.to(y.device)
-
-
-class _Mean:
-    """The mean of g g' over all pixels of gradients [N, K, P, Q]."""
-
-    def __init__(self) -> None:
-        self.count, self._sum = 0, torch.zeros(())
-
-    def add(self, gradient: Tensor) -> None:
-        rows = gradient.detach().transpose(0, 1).flatten(1).double()
-        self._sum = self._sum.to(rows) + rows @ rows.mT
-        self.count += rows.shape[1]
-
-    def value(self) -> Tensor:
-        return self._sum / self.count
-
-
-def _as_it_is(conv: Match) -> Dense:
-    """A convolution's own parameters, to be differentiated by."""
-    bias = conv.weight.new_zeros(len(conv.weight)) if conv.bias is None else conv.bias
-    return Dense(conv.weight.detach().requires_grad_(), bias.detach())
-
-
-def _projection(output: Tensor, draw: torch.Generator) -> Tensor:
-    """On a random direction, relative to the output's own variance."""
-    direction = torch.randn(output.shape, generator=draw).to(output)
-    size = output.detach().float().var(correction=0).clamp(min=1e-12) * output.numel()
-    return (output * direction).sum() / size.sqrt().to(output)
-
-
-def _as_images(t: Tensor, conv: Match) -> Tensor:
-    """[N, C, H, W] of a batch or a single sample, of images or of sequences."""
-    if t.dim() < conv.weight.dim():
-        t = t.unsqueeze(0)
-    return t if t.dim() == 4 else t.unsqueeze(2)
 
 
 def _divided(difference: Tensor, scale: Tensor | None) -> Tensor:
