@@ -18,6 +18,7 @@ from sepconv.conversion.options import (
     RankChoice,
     check_finite,
     check_options,
+    first_from,
     select,
     wants_pointwise,
 )
@@ -40,7 +41,7 @@ def convert(
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
     filter_fn: FilterFn | None = None,
-    first_conv: bool = False,
+    first_conv: bool | None = None,
     bottleneck: bool | None = None,
     pointwise: bool | None = None,
     only_if_faster: bool = False,
@@ -73,7 +74,8 @@ def convert(
         exclude: Name patterns; these are not.
         filter_fn: `(module, name) -> bool`, True to convert.
         first_conv: Whether to convert the network's first convolution too (at most 4 channels).
-            There is little to gain there and accuracy to lose.
+            There is little to gain there, mostly, and accuracy to lose. Default: a budget plans it
+            like any other, if it holds at least a tenth of the model's multiply-adds; else not.
         bottleneck: Whether a budget may choose forms with a 1x1 convolution before the depthwise
             filters, or two after them (docs/bottleneck.md), or plain ranks alone. Default: with
             `calibration` it may; from the weights alone such forms gain nothing.
@@ -112,8 +114,8 @@ def convert(
     """
     model = checked_model(model)
     listed = check_optimizers(optimizers)
-    flags = (bottleneck, pointwise)
-    check_options(rank, budget, example_inputs, only_if_faster, filter_fn, *flags)
+    flags = {"first_conv": first_conv, "bottleneck": bottleneck, "pointwise": pointwise}
+    check_options(rank, budget, example_inputs, only_if_faster, filter_fn, **flags)
     if rank is None and budget is None:
         rank = 1
     if not (inplace or dryrun):
@@ -124,7 +126,8 @@ def convert(
     captured = capture(model, example_inputs)
     if bottleneck is None:
         bottleneck = calibration is not None
-    choice = (rank, include, exclude, filter_fn, first_conv)
+    first_macs = first_from(first_conv, budget, captured.macs)
+    choice = (rank, include, exclude, filter_fn, first_macs)
     found = match(model, captured, pointwise=wants_pointwise(rank, pointwise))
     asked, found = select(model, found, *choice, pointwise)
     if budget is not None and pointwise is None:
@@ -143,7 +146,7 @@ def convert(
     if budget is None:
         forms = forms_asked(matches, asked)
     else:
-        given = (budget, model, example_inputs, captured, matches, study, table)
+        given = (budget, model, example_inputs, captured, found, study, table)
         forms = forms_for(*given, bottleneck)
     calibrated = study.reached(forms) if study is not None else ()
     layers = planned_layers(found, forms, captured.channels_last, calibrated)

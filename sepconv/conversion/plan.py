@@ -1,6 +1,7 @@
 """Which form each layer gets: what the caller asked for, or what the budget allows."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
@@ -10,7 +11,7 @@ from sepconv.conversion.costs import DENSE, Costs, counted_costs, forward_second
 from sepconv.conversion.options import Budget, Rank
 from sepconv.factorize import Form, full_rank, weight_curve
 from sepconv.factorize.knapsack import Option, knapsack
-from sepconv.graph import Capture, ExampleInputs, Match, Skipped
+from sepconv.graph import Capture, ExampleInputs, Match, Skipped, SkipReason
 from sepconv.reports.conversion import Report
 from sepconv.reports.latency import LatencyTable
 
@@ -40,12 +41,12 @@ def forms_for(
     model: nn.Module,
     example_inputs: ExampleInputs | None,
     captured: Capture,
-    matches: Sequence[Match],
+    found: Sequence[Match | Skipped],
     calibration: Calibration | None,
     table: LatencyTable,
     bottleneck: bool,
 ) -> Forms:
-    """A form, or dense, for every layer within the budget.
+    """A form, or dense, for every match within the budget.
 
     With calibration the error of a form is what it changes in the model's output, else what it
     changes in the weight.
@@ -56,24 +57,26 @@ def forms_for(
     if budget.kind == "error" and calibration is None:
         raise ValueError("calibration: expected batches, for error= is measured on them, got None")
     kind = "params" if budget.kind == "params" else "macs"
+    matches = [conv for conv in found if isinstance(conv, Match)]
     costs = counted_costs(matches, kind, calibration is not None, bottleneck)
     total = whole_cost(kind, model, captured)
+    left = left_out(found, kind, total)
     if budget.kind in ("macs", "params"):
-        reachable_limit(budget, costs, total)  # before the errors, which take long
+        reachable_limit(budget, costs, total, left)  # before the errors, which take long
     if calibration is None:
         errors = weight_only_errors(matches, costs)
     else:
         errors = calibration.error_curves(costs)
+    if budget.kind == "error":
+        assert calibration is not None, "checked above"
+        return forms_for_error(budget.fraction, costs, errors, total, calibration.plain_error)
     if budget.kind == "latency":
         assert example_inputs is not None, "check_options() asks for them"
         costs = latency_costs(matches, errors, captured.channels_last, table)
         # Measured one by one, layers can take longer than together; the whole is not less.
         layers = sum(forms[DENSE] for forms in costs.values())
         total = max(forward_seconds(example_inputs, dense=model)["dense"], layers)
-    if budget.kind == "error":
-        assert calibration is not None, "checked above"
-        return forms_for_error(budget.fraction, costs, errors, total, calibration.plain_error)
-    return forms_within(budget, costs, errors, total)
+    return forms_within(budget, costs, errors, total, left)
 
 
 def is_reachable(
@@ -108,7 +111,42 @@ def weight_only_errors(matches: Sequence[Match], costs: Costs) -> Errors:
     return {conv.name: weight_curve(conv.weight_2d, costs[conv.name]) for conv in matches}
 
 
-def forms_within(budget: Budget, costs: Costs, errors: Errors, total: float) -> Forms:
+def left_out(found: Iterable[Match | Skipped], kind: str, total: float) -> str:
+    """What takes no part in a plan, as the end of an error: what could, and the rest by reason.
+
+    Args:
+        found: All convolutions.
+        kind: `macs` or `params`.
+        total: Of the whole original model.
+    """
+    by_reason: dict[SkipReason, list[Skipped]] = defaultdict(list)
+    for conv in found:
+        if isinstance(conv, Skipped):
+            by_reason[conv.reason].append(conv)
+    told = ""
+    if first := by_reason.pop(SkipReason.FIRST, None):
+        unit = " of the parameters" if kind == "params" else " of the multiply-adds"
+        names = ", ".join(conv.name for conv in first)
+        told = f"; lower with first_conv=True ({names}{_share(first, kind, total, unit)})"
+    if by_reason:
+        rest = (f"{len(v)} x {k}{_share(v, kind, total)}" for k, v in by_reason.items())
+        told += f"; left: {'; '.join(rest)}"
+    return told
+
+
+def _share(convs: Iterable[Skipped], kind: str, total: float, unit: str = "") -> str:
+    """What they are of the whole model, as `, 12 %` and the unit; nothing where it is not known."""
+    counts = [conv.params if kind == "params" else conv.macs for conv in convs]
+    known = [count for count in counts if count is not None]
+    if not total or len(known) < len(counts):
+        return ""
+    percent = 100 * sum(known) / total
+    return f", {percent:.0f} %{unit}" if percent >= 1 else f", under 1 %{unit}"
+
+
+def forms_within(
+    budget: Budget, costs: Costs, errors: Errors, total: float, left: str = ""
+) -> Forms:
     """Forms, or dense, with the least sum of errors within the budget.
 
     Args:
@@ -116,19 +154,17 @@ def forms_within(budget: Budget, costs: Costs, errors: Errors, total: float) -> 
         costs: By layer, of each form.
         errors: By layer, of each form; a layer without any stays dense.
         total: Cost of the whole original model.
+        left: What an error is to say of the convolutions that have no part in it.
 
     Raises:
         ValueError: The budget is below what the cheapest forms cost.
     """
-    known = {
-        name: {f: c for f, c in layer.items() if f is DENSE or f in errors.get(name, {})}
-        for name, layer in costs.items()
-    }
+    known = _known(costs, errors)
     choices = [
         [Option(cost, 0.0 if f is DENSE else errors[name][f]) for f, cost in layer.items()]
         for name, layer in known.items()
     ]
-    limit = reachable_limit(budget, known, total)
+    limit = reachable_limit(budget, known, total, left)
     if budget.kind == "latency":
         chosen = knapsack(choices, limit)
     else:
@@ -136,7 +172,15 @@ def forms_within(budget: Budget, costs: Costs, errors: Errors, total: float) -> 
     return {name: list(layer)[i] for (name, layer), i in zip(known.items(), chosen, strict=True)}
 
 
-def reachable_limit(budget: Budget, costs: Costs, total: float) -> float:
+def _known(costs: Costs, errors: Errors) -> Costs:
+    """The costs of dense, and of those forms whose error is known."""
+    return {
+        name: {f: c for f, c in layer.items() if f is DENSE or f in errors.get(name, {})}
+        for name, layer in costs.items()
+    }
+
+
+def reachable_limit(budget: Budget, costs: Costs, total: float, left: str = "") -> float:
     """What the layers of `costs` may cost together, so that the model is within the budget.
 
     Raises:
@@ -151,7 +195,7 @@ def reachable_limit(budget: Budget, costs: Costs, total: float) -> float:
         raise ValueError(
             f"budget: {budget.kind}={budget.fraction:g} of the model cannot be reached; "
             f"the lowest reachable is {lowest:.4f} (the cheapest form of {len(costs)} "
-            "convolutions)"
+            f"convolutions){left}"
         )
     return limit
 
