@@ -22,7 +22,7 @@ from sepconv.conversion.options import (
     select,
     wants_pointwise,
 )
-from sepconv.conversion.plan import check_within, forms_asked, forms_for, is_reachable
+from sepconv.conversion.plan import forms_asked, forms_for, is_reachable, warn_unless_within
 from sepconv.conversion.trial import tried
 from sepconv.graph import ExampleInputs, Match, capture, match
 from sepconv.graph.checked import checked_model
@@ -83,7 +83,9 @@ def convert(
             `Form` with `rank_in` or that a budget is planned for; False, none. Default: those
             that a mapping of ranks names, without wildcards, with such a form; and with a budget
             all, if it cannot be reached otherwise.
-        only_if_faster: Keep a layer dense unless its separable form measures faster.
+        only_if_faster: Keep a layer dense unless its separable form measures faster. Where that
+            breaks a budget of multiply-adds or parameters, it is planned again with the forms that
+            are faster, as near to the budget as these come; a warning says how near.
         optimizers: Optimizers over the model's parameters; they will train the result's.
         inplace: Change `model` itself instead of a copy.
         dryrun: Return the `sepconv.Report` of what would be done, and do nothing.
@@ -147,18 +149,18 @@ def convert(
         forms = forms_asked(matches, asked)
     else:
         given = (budget, model, example_inputs, captured, found, study, table)
-        forms = forms_for(*given, bottleneck)
+        forms = forms_for(*given, bottleneck, only_if_faster)
     calibrated = study.reached(forms) if study is not None else ()
     layers = planned_layers(found, forms, captured.channels_last, calibrated)
 
     if only_if_faster or (budget is not None and budget.kind == "latency"):
-        measure_layers([x for x in layers.values() if x.form is not None], table)
+        measure_layers([x for x in layers.values() if x.spec is not None], table)
     if only_if_faster:
         for layer in layers.values():
             layer.keep_unless_faster()
     made = summarise(layers.values(), captured, model, dryrun)
     if budget is not None:
-        check_within(budget, made)
+        warn_unless_within(budget, made)
     if dryrun:
         for conv in matches:
             layers[conv.name].error = weight_error(conv, layers[conv.name].form)
