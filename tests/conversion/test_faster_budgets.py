@@ -44,9 +44,9 @@ def count(kind: str, model: nn.Module) -> int:
 
 
 def plant(
-    monkeypatch: pytest.MonkeyPatch, faster: Callable[[int, Form], bool]
+    monkeypatch: pytest.MonkeyPatch, faster: Callable[[int, Form], bool], slow: float = 3e-3
 ) -> list[tuple[int, Form | None]]:
-    """Dense takes 2 ms, a form 1 or 3; `faster` is asked with the layer's out-channels."""
+    """Dense takes 2 ms, a form 1 or `slow`; `faster` is asked with the layer's out-channels."""
     asked: list[tuple[int, Form | None]] = []
 
     def seconds(table: LatencyTable, spec: ConvSpec, form: Form | None) -> float:
@@ -54,20 +54,21 @@ def plant(
         asked.append((out_channels, form))
         if form is None:
             return 2e-3
-        return 1e-3 if faster(out_channels, form) else 3e-3
+        return 1e-3 if faster(out_channels, form) else slow
 
     monkeypatch.setattr(LatencyTable, "seconds", seconds)
     return asked
 
 
 @pytest.mark.parametrize("kind", ["macs", "params"])
+@pytest.mark.parametrize("seconds", [2e-3, 3e-3])  # equally fast is not faster
 def test_it_is_planned_again_with_what_is_faster(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What would be planned is slow: the budget is reached with others, without a warning."""
     options: dict[str, Any] = {"budget": sepconv.Budget(**{kind: 0.5})}
     slow = set(forms(sepconv.convert(net(), X, **options)).values())
-    plant(monkeypatch, lambda _, form: form not in slow)
+    plant(monkeypatch, lambda _, form: form not in slow, seconds)
     model = net()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "convert: only_if_faster")

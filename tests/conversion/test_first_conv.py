@@ -23,7 +23,7 @@ PIXELS = SIDE * SIDE
 FIRST = 16 * 5 * 5  # multiply-adds of a pixel
 
 
-def net(wide: int = 8, groups: int = 1) -> nn.Sequential:
+def net(wide: int = 8, groups: int = 1, last: int = 8) -> nn.Sequential:
     """A first layer with long filters for one channel, and a body of some width."""
     torch.manual_seed(0)
     return nn.Sequential(
@@ -31,13 +31,13 @@ def net(wide: int = 8, groups: int = 1) -> nn.Sequential:
         nn.ReLU(),
         nn.Conv2d(16, wide, 3, padding=1, groups=groups),
         nn.ReLU(),
-        nn.Conv2d(wide, 8, 3, padding=1, groups=groups),
+        nn.Conv2d(wide, last, 3, padding=1, groups=groups),
     ).eval()
 
 
-def share(wide: int) -> float:
+def share(wide: int, last: int = 8) -> float:
     """Of the first convolution, by hand."""
-    return FIRST / (FIRST + (16 + 8) * wide * 9)
+    return FIRST / (FIRST + (16 + last) * wide * 9)
 
 
 def status(model: nn.Module, name: str = "0") -> str:
@@ -46,9 +46,9 @@ def status(model: nn.Module, name: str = "0") -> str:
 
 
 def test_a_budget_takes_it_from_a_tenth_of_the_multiply_adds_on() -> None:
-    assert share(16) > FIRST_SHARE > share(17)
-    for wide, taken in ((16, True), (17, False)):
-        small = sepconv.convert(net(wide), X, budget=sepconv.Budget(macs=0.28))
+    assert share(16) > share(16, last=9) == FIRST_SHARE > share(17)
+    for model, taken in ((net(16), True), (net(16, last=9), True), (net(17), False)):
+        small = sepconv.convert(model, X, budget=sepconv.Budget(macs=0.28))
         assert (status(small) != "first convolution") == taken
     assert status(sepconv.convert(net(16), X, budget=sepconv.Budget(macs=0.2))) == "converted"
 
