@@ -18,6 +18,8 @@ Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 # By operator of `torch.ops.sepconv`, two operations for each multiply-add; the ops add theirs.
 FLOP_FORMULAS: dict[Any, Callable[..., int]] = {}
 
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
 
 @dataclass(frozen=True)
 class LayerCost:
@@ -26,8 +28,9 @@ class LayerCost:
     Attributes:
         name: Of the module, or the kind.
         kind: `"conv"`, `"depthwise"`, `"pointwise"`, `"grouped"`, `"linear"`, `"matmul"`,
-            `"separable"` (both convolutions in one kernel), `"norm"`, `"other"`; several joined by
-            `+` where one module does more than one thing.
+            `"recurrent"` (`nn.LSTM`, `nn.GRU`, `nn.RNN` and their cells), `"attention"` (in one
+            operation), `"separable"` (both convolutions in one kernel), `"norm"`, `"other"`;
+            several joined by `+` where one module does more than one thing.
         macs: Multiply-adds of convolutions and matrix products, and of nothing else.
         params: Elements of the parameters.
         bytes: What those operations read and write, each operand once: inputs, weights, biases,
@@ -82,8 +85,10 @@ def cost(model: nn.Module, x: Inputs) -> Cost:
     """Count the cost of running `model` on `x` in eval mode.
 
     The model runs once, without gradients; its mode, buffers and the random state stay as they are.
-    Multiply-adds come from the formulas of torch's flop counter (which counts two flops each), so
-    an operation that it does not know costs nothing here.
+    Multiply-adds come from the formulas of torch's flop counter (which counts two flops each) and
+    from this module's, for recurrent layers and attention; an operation that neither knows costs
+    nothing here. Recurrent layers count the steps of each sequence, packed ones without what
+    would pad them. Attention counts every pair of positions, whatever its mask leaves out.
 
     Args:
         model: Any module, on any device (`meta` included).
@@ -133,18 +138,18 @@ def register_flops() -> None:
 class OperationRecorder(TorchDispatchMode):
     """Counts each operation; by the innermost module that is running, while that is followed.
 
-    By torch's own formulas, without `FlopCounterMode`, whose hooks on gradients fail where a module
-    returns a view of its parameter.
+    By torch's own formulas and `_FORMULAS`, without `FlopCounterMode`, whose hooks on gradients
+    fail where a module returns a view of its parameter.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.layers: dict[tuple[str, str], LayerCost] = {}
         self.operand_shapes: dict[tuple[str, str], set[torch.Size]] = {}
-        self._running = [""]
+        self._running: list[tuple[str, nn.Module | None]] = [("", None)]
         # The flop counter imports Triton, which importing sepconv must not.
         register_flops()
-        self._formulas = import_module("torch.utils.flop_counter").flop_registry
+        self._flop_formulas = import_module("torch.utils.flop_counter").flop_registry
 
     @property
     def macs(self) -> int:
@@ -167,7 +172,7 @@ class OperationRecorder(TorchDispatchMode):
 
     def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def enter(module: nn.Module, args: Any) -> None:
-            self._running.append(name)
+            self._running.append((name, module))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self._running.pop()
@@ -176,28 +181,42 @@ class OperationRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        formula = self._formulas.get(func._overloadpacket)
-        if formula is None:
+        counted = self._is_counted(func)
+        if not counted:
             with self:
                 decomposed = func.decompose(*args, **kwargs)
             if decomposed is not NotImplemented:
                 return decomposed
         out = func(*args, **kwargs)
-        if formula is not None:
-            operands = _tensors((args, kwargs))
-            self._add(
-                _kind(func, args),
-                macs=formula(*args, **kwargs, out_val=out) // 2,
-                moved=sum(t.nbytes for t in [*operands, *_tensors(out)]),
-                shapes={t.shape for t in operands},
-            )
+        if counted:
+            self._add(func, args, kwargs, out)
         return out
 
-    def _add(self, kind: str, macs: int, moved: int, shapes: set[torch.Size]) -> None:
-        key = self._running[-1], kind
-        before = self.layers.get(key, LayerCost(*key))
-        self.layers[key] = replace(before, macs=before.macs + macs, bytes=before.bytes + moved)
-        self.operand_shapes.setdefault(key, set()).update(shapes)
+    def _is_counted(self, func: Any) -> bool:
+        return _name(func) in _FORMULAS or func._overloadpacket in self._flop_formulas
+
+    def _macs(self, func: Any, args: Any, kwargs: Any, out: Any) -> int:
+        if (formula := _FORMULAS.get(_name(func))) is not None:
+            return formula(*args)
+        return self._flop_formulas[func._overloadpacket](*args, **kwargs, out_val=out) // 2
+
+    def _add(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        name, module = self._running[-1]
+        kind = "recurrent" if isinstance(module, _RECURRENT) else _kind(func, args)
+        operands = _tensors((args, kwargs))
+        before = self.layers.get((name, kind), LayerCost(name, kind))
+        self.layers[name, kind] = replace(
+            before,
+            macs=before.macs + self._macs(func, args, kwargs, out),
+            bytes=before.bytes + sum(t.nbytes for t in [*operands, *_tensors(out)]),
+        )
+        shapes = {t.shape for t in operands if not t.is_nested}  # a nested one has none
+        self.operand_shapes.setdefault((name, kind), set()).update(shapes)
+
+
+def _name(func: Any) -> str:
+    """Of an operator without its overload, with its namespace."""
+    return str(func._overloadpacket)
 
 
 def _kind(func: Any, args: Sequence[Any]) -> str:
@@ -213,10 +232,74 @@ def _kind(func: Any, args: Sequence[Any]) -> str:
         "separable_conv2d": "separable",
         "mm": "linear",
         "addmm": "linear",
+        "mv": "linear",
+        "addmv": "linear",
         "bmm": "matmul",
         "baddbmm": "matmul",
+        "mkldnn_rnn_layer": "recurrent",
+        "_cudnn_rnn": "recurrent",
+        "miopen_rnn": "recurrent",
+        "_lstm_mps": "recurrent",
+        "_transformer_encoder_layer_fwd": "attention",
     }
-    return named.get(name, "matmul" if "attention" in name else "other")
+    return named.get(name, "attention" if "attention" in name else "other")
+
+
+def _recurrent_macs(x: Tensor, weights: Iterable[Tensor]) -> int:
+    """Every step of a sequence multiplies its input and its state by each matrix once.
+
+    Args:
+        x: [..., C], or packed [steps, C].
+        weights: Of all layers and directions; vectors among them are biases.
+    """
+    return x.shape[:-1].numel() * sum(w.numel() for w in weights if w.dim() == 2)
+
+
+def _attention_macs(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> int:
+    """Scores and their sums: query [..., L, D], key [..., S, D], value [..., S, D']."""
+    pairs = query.shape[:-1].numel() * key.shape[-2]
+    return pairs * (query.shape[-1] + value.shape[-1])
+
+
+def _multi_head_attention_macs(
+    query: Tensor, key: Tensor, value: Tensor, width: int, *others: Any
+) -> int:
+    """Three projections of [N, L, width], attention, and one projection more.
+
+    Sequences in nested tensors are padded to the longest for the attention alone.
+    """
+    lengths = _lengths(query)
+    pairs = len(lengths) * max(lengths, default=0) ** 2
+    return 4 * sum(lengths) * width**2 + 2 * pairs * width
+
+
+def _encoder_layer_macs(x: Tensor, width: int, *others: Any) -> int:
+    """Attention of x [N, L, width] to itself, and the two linear layers after it."""
+    first, second = others[12], others[14]  # ffn_weight_1, ffn_weight_2
+    linear = sum(_lengths(x)) * (first.numel() + second.numel())
+    return _multi_head_attention_macs(x, x, x, width) + linear
+
+
+def _lengths(x: Tensor) -> list[int]:
+    """Of the sequences of x [N, L, C]."""
+    return [part.shape[0] for part in x.unbind()]
+
+
+# By name of an operator that torch's flop counter does not know: multiply-adds from its arguments.
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "aten.mv": lambda matrix, *_: matrix.numel(),
+    "aten.addmv": lambda _, matrix, *__: matrix.numel(),
+    "aten.mkldnn_rnn_layer": lambda x, *others: _recurrent_macs(x, others[:2]),
+    "aten._cudnn_rnn": lambda x, weights, *_: _recurrent_macs(x, weights),
+    "aten.miopen_rnn": lambda x, weights, *_: _recurrent_macs(x, weights),
+    "aten._lstm_mps": lambda x, _, weights, *__: _recurrent_macs(x, weights),
+    "aten._scaled_dot_product_flash_attention_for_cpu": _attention_macs,
+    "aten._scaled_dot_product_fused_attention_overrideable": _attention_macs,
+    "aten._scaled_dot_product_attention_math_for_mps": _attention_macs,
+    "aten._native_multi_head_attention": _multi_head_attention_macs,
+    "aten._triton_multi_head_attention": _multi_head_attention_macs,
+    "aten._transformer_encoder_layer_fwd": _encoder_layer_macs,
+}
 
 
 def _add_params(model: nn.Module, recorder: OperationRecorder) -> None:
@@ -267,8 +350,8 @@ def _joined(
 
 @contextmanager
 def _quietly(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, a random state of its own, and nothing that no formula knows."""
-    # The fast path of nn.MultiheadAttention is one operation.
+    """Eval mode, no gradients, a random state of its own."""
+    # The fast path of nn.MultiheadAttention is one operation, and so of one kind.
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -18,10 +18,11 @@ from sepconv.conversion.options import (
     RankChoice,
     check_finite,
     check_options,
+    first_from,
     select,
     wants_pointwise,
 )
-from sepconv.conversion.plan import check_within, forms_asked, forms_for, is_reachable
+from sepconv.conversion.plan import forms_asked, forms_for, is_reachable, warn_unless_within
 from sepconv.conversion.trial import tried
 from sepconv.graph import ExampleInputs, Match, capture, match
 from sepconv.graph.checked import checked_model
@@ -40,7 +41,7 @@ def convert(
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
     filter_fn: FilterFn | None = None,
-    first_conv: bool = False,
+    first_conv: bool | None = None,
     bottleneck: bool | None = None,
     pointwise: bool | None = None,
     only_if_faster: bool = False,
@@ -73,7 +74,8 @@ def convert(
         exclude: Name patterns; these are not.
         filter_fn: `(module, name) -> bool`, True to convert.
         first_conv: Whether to convert the network's first convolution too (at most 4 channels).
-            There is little to gain there and accuracy to lose.
+            There is little to gain there, mostly, and accuracy to lose. Default: a budget plans it
+            like any other, if it holds at least a tenth of the model's multiply-adds; else not.
         bottleneck: Whether a budget may choose forms with a 1x1 convolution before the depthwise
             filters, or two after them (docs/bottleneck.md), or plain ranks alone. Default: with
             `calibration` it may; from the weights alone such forms gain nothing.
@@ -81,7 +83,9 @@ def convert(
             `Form` with `rank_in` or that a budget is planned for; False, none. Default: those
             that a mapping of ranks names, without wildcards, with such a form; and with a budget
             all, if it cannot be reached otherwise.
-        only_if_faster: Keep a layer dense unless its separable form measures faster.
+        only_if_faster: Keep a layer dense unless its separable form measures faster. Where that
+            breaks a budget of multiply-adds or parameters, it is planned again with the forms that
+            are faster, as near to the budget as these come; a warning says how near.
         optimizers: Optimizers over the model's parameters; they will train the result's.
         inplace: Change `model` itself instead of a copy.
         dryrun: Return the `sepconv.Report` of what would be done, and do nothing.
@@ -112,8 +116,8 @@ def convert(
     """
     model = checked_model(model)
     listed = check_optimizers(optimizers)
-    flags = (bottleneck, pointwise)
-    check_options(rank, budget, example_inputs, only_if_faster, filter_fn, *flags)
+    flags = {"first_conv": first_conv, "bottleneck": bottleneck, "pointwise": pointwise}
+    check_options(rank, budget, example_inputs, only_if_faster, filter_fn, **flags)
     if rank is None and budget is None:
         rank = 1
     if not (inplace or dryrun):
@@ -124,7 +128,8 @@ def convert(
     captured = capture(model, example_inputs)
     if bottleneck is None:
         bottleneck = calibration is not None
-    choice = (rank, include, exclude, filter_fn, first_conv)
+    first_macs = first_from(first_conv, budget, captured.macs)
+    choice = (rank, include, exclude, filter_fn, first_macs)
     found = match(model, captured, pointwise=wants_pointwise(rank, pointwise))
     asked, found = select(model, found, *choice, pointwise)
     if budget is not None and pointwise is None:
@@ -143,19 +148,19 @@ def convert(
     if budget is None:
         forms = forms_asked(matches, asked)
     else:
-        given = (budget, model, example_inputs, captured, matches, study, table)
-        forms = forms_for(*given, bottleneck)
+        given = (budget, model, example_inputs, captured, found, study, table)
+        forms = forms_for(*given, bottleneck, only_if_faster)
     calibrated = study.reached(forms) if study is not None else ()
     layers = planned_layers(found, forms, captured.channels_last, calibrated)
 
     if only_if_faster or (budget is not None and budget.kind == "latency"):
-        measure_layers([x for x in layers.values() if x.form is not None], table)
+        measure_layers([x for x in layers.values() if x.spec is not None], table)
     if only_if_faster:
         for layer in layers.values():
             layer.keep_unless_faster()
     made = summarise(layers.values(), captured, model, dryrun)
     if budget is not None:
-        check_within(budget, made)
+        warn_unless_within(budget, made)
     if dryrun:
         for conv in matches:
             layers[conv.name].error = weight_error(conv, layers[conv.name].form)

@@ -1,5 +1,6 @@
 """What a user may ask for: a budget, ranks, and which convolutions; and the checks of it."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,6 +16,8 @@ from sepconv.nn import SeparableConv2d
 Rank = int | Form | Literal["full"]
 RankChoice = Rank | Mapping[str, Rank | None] | None
 FilterFn = Callable[[nn.Module, str], bool]
+
+FIRST_SHARE = 0.1  # of the model's multiply-adds, from which on a budget plans a first convolution
 
 _KINDS = ("macs", "params", "latency", "error")
 
@@ -70,11 +73,13 @@ def check_options(
     example_inputs: object,
     only_if_faster: bool,
     filter_fn: object,
-    bottleneck: object = None,
-    pointwise: object = None,
+    **flags: object,
 ) -> None:
-    """Raise `ValueError` for options that contradict each other or lack what they need."""
-    for name, flag in (("bottleneck", bottleneck), ("pointwise", pointwise)):
+    """Raise `ValueError` for options that contradict each other or lack what they need.
+
+    `flags` are those that may be True, False or None.
+    """
+    for name, flag in flags.items():
         if flag is not None and not isinstance(flag, bool):
             raise ValueError(f"{name}: expected True, False or None, got {flag!r}")
     if filter_fn is not None and not callable(filter_fn):
@@ -109,6 +114,19 @@ def check_rank(rank: object, where: str = "rank") -> None:
         )
 
 
+def first_from(first_conv: bool | None, budget: Budget | None, macs: int | None) -> float:
+    """The multiply-adds from which on a first convolution of the network takes part.
+
+    Args:
+        first_conv: What the caller wants: True all, False none, None by their share of the cost.
+        budget: To plan for; where there is none, only a caller who wants them gets them.
+        macs: Multiply-adds of the whole model, None if not known.
+    """
+    if first_conv is None and budget is not None and macs:
+        return FIRST_SHARE * macs
+    return 0.0 if first_conv else math.inf
+
+
 def wants_pointwise(rank: object, pointwise: bool | None) -> bool:
     """Whether 1x1 convolutions may take part: they are asked for, or a mapping may name some."""
     if pointwise is None and isinstance(rank, Mapping):
@@ -128,16 +146,16 @@ def select(
     include: Iterable[str] | None,
     exclude: Iterable[str] | None,
     filter_fn: FilterFn | None,
-    first_conv: bool,
+    first_macs: float,
     pointwise: bool | None = None,
 ) -> tuple[dict[str, Rank | None], list[Match | Skipped]]:
     """Apply the caller's choices.
 
     A pattern matches a name, or the name of a module that the convolution is in; `*`, `?` and
-    `[...]` are wildcards. The first convolution of the network takes part when `first_conv` is
-    set or when it is named exactly, without wildcards. A 1x1 convolution takes part when
-    `pointwise` is set or when a mapping of ranks names it so, and then not with a rank that leaves
-    it as it is.
+    `[...]` are wildcards. The first convolution of the network takes part when it has at least
+    `first_macs` multiply-adds or when it is named exactly, without wildcards. A 1x1 convolution
+    takes part when `pointwise` is set or when a mapping of ranks names it so, and then not with a
+    rank that leaves it as it is.
 
     Returns:
         The rank asked for by name (None: left to the planner), and `found` with the
@@ -177,7 +195,7 @@ def select(
             or (isinstance(rank, Mapping) and wanted is None)
             or (filter_fn is not None and not filter_fn(_module_of(model, conv), conv.name))
         )
-        first = conv.first and not first_conv and conv.name not in named
+        first = conv.first and conv.dense_macs < first_macs and conv.name not in named
         if out or first:
             reason = SkipReason.EXCLUDED if out else SkipReason.FIRST
             chosen.append(conv.skipped(reason))

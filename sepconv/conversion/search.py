@@ -82,6 +82,7 @@ def search(
             with warnings.catch_warnings():
                 # Of a candidate; the result's report says it.
                 warnings.filterwarnings("ignore", "convert: the model did not get faster")
+                warnings.filterwarnings("ignore", "convert: only_if_faster")
                 candidate = convert(
                     model, example_inputs, budget=budget, calibration=batches, **options
                 )

@@ -72,12 +72,20 @@ class LayerReport:
         return None if self.rank is None else Form(self.rank, self.rank_in, self.rank_out)
 
     def keep_unless_faster(self) -> bool:
-        """Turn a converted layer that did not measure faster into a kept one; True if it was."""
+        """Turn a converted layer that did not measure faster into a kept one; True if it was.
+
+        One that the example inputs do not run has no time to gain.
+        """
         before, after = self.latency_before, self.latency_after
-        if self.status != "converted" or before is None or after is None or after < before:
+        if self.status != "converted":
             return False
+        if self.spec is None:
+            self.reason = "not run"
+        elif before is None or after is None or after < before:
+            return False
+        else:
+            self.reason = f"not faster, {_time(before)} > {_time(after)}"
         self.status = "kept"
-        self.reason = f"not faster, {_time(before)} > {_time(after)}"
         self.rank = self.rank_in = self.rank_out = None
         self.error = self.method = self.weight_crc32 = self.spec = None
         self.macs_after, self.params_after = self.macs_before, self.params_before

@@ -78,6 +78,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "optimizers": (lambda: {"optimizers": [torch.zeros(1)]}, "optimizers.*Tensor"),
     "optimizer number": (lambda: {"optimizers": 3}, "optimizers"),
     "filter": (lambda: {"filter_fn": "layer2"}, "filter_fn"),
+    "first convolution": (lambda: {"first_conv": "yes"}, r"first_conv.*got 'yes'"),
 }
 
 

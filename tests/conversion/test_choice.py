@@ -294,14 +294,3 @@ def test_a_layer_that_is_faster_is_converted(monkeypatch: pytest.MonkeyPatch) ->
     for layer in sepconv.report(converted).converted:
         assert (layer.latency_before, layer.latency_after) == (3e-3, 2e-3)
     assert asked == [None, 1] * 3
-
-
-def test_a_budget_that_latency_breaks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch, dict.fromkeys((None, *range(1, 9)), 1.0))
-    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
-    x = torch.randn(1, 8, 4, 4)
-    options = {"budget": sepconv.Budget(params=0.7)}
-    (layer,) = sepconv.convert(model, x, dryrun=True, **options).layers
-    assert layer.status == "converted"
-    with untouched(model), pytest.raises(ValueError, match="only_if_faster"):
-        sepconv.convert(model, x, inplace=True, only_if_faster=True, **options)
