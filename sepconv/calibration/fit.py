@@ -29,7 +29,7 @@ from sepconv.graph import ExampleInputs, Match
 
 Forms = Mapping[str, Form | None]  # None: dense
 
-SEARCH_MACS, LEAST_STEPS = 2e11, 5  # of the search for the factors of one layer
+SEARCH_MACS, LEAST_STEPS = 5e10, 5  # of the search for the factors of one layer
 MOMENTS_BYTES = 2**30  # of the layers whose errors are predicted from one pass over the batches
 
 # Below so many pixels for each number of a patch the ridge is chosen on samples held out.
@@ -50,7 +50,7 @@ class Search(NamedTuple):
     macs: float
 
 
-PLANNING = Search(sweeps=1, steps=30, macs=2e10)
+PLANNING = Search(sweeps=1, steps=30, macs=4e9)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ STEPS = 100  # of L-BFGS at most
 _CHECKED = 10  # steps between two looks at the gain
 _ENOUGH = 2e-3  # of the error: a smaller gain over that many steps ends the search
 _HISTORY = 10
+_NARROW_FROM = 1000  # numbers in a patch: longer ones are searched in float32, twice as fast
 
 
 class Problem(NamedTuple):
@@ -158,7 +159,12 @@ class _Search:
         """Search, and the factors at the end of it."""
         if steps > 0 and not (self._whole and self._weight_in is None):
             self._set_coordinates()
+            moments = self._metric, self._cross
+            if len(self._metric) >= _NARROW_FROM:
+                self._cast(torch.float32)
             self._search(steps)
+            self._cast(torch.float64)
+            self._metric, self._cross = moments
         _, mixing, _ = self._best_mixing()
         if self._form.rank_out is None:
             return Factors(self._filters, mixing, self._weight_in)
@@ -186,6 +192,12 @@ class _Search:
             self._free.append(weight_in * self._used_in[:, None])
         if not self._whole:
             self._free.append(filters * self._used[..., None])
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(dtype))
+        self._free = [value.to(dtype) for value in self._free]
 
     def _search(self, steps: int) -> None:
         optimizer = torch.optim.LBFGS(

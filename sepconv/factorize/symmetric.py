@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-_REGULAR = 1e-9  # of each variance
+# Of each variance: little to a number of that kind, much to its rounding.
+_REGULAR = {torch.float64: 1e-9, torch.float32: 1e-6}
 
 
 def roots(covariances: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,4 +31,4 @@ def leading(gram: Tensor, count: int) -> Tensor:
 
 def regular(covariance: Tensor) -> Tensor:
     """The same with a little more variance: rows that come near to each other do no harm."""
-    return covariance + torch.diag_embed(_REGULAR * covariance.diagonal().clamp(min=1e-300))
+    return covariance + torch.diag_embed(_REGULAR[covariance.dtype] * covariance.diagonal().clamp(min=1e-30))
