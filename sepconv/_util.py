@@ -72,6 +72,13 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
     yield from rich_track(items, description, total, console=console, disable=off, transient=True)
 
 
+def say(text: str) -> None:
+    """A line on standard error, where that is a terminal."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        console.print(text, highlight=False)
+
+
 def crc32(t: Tensor) -> int:
     """CRC-32 of the values in row-major order, whatever the strides and the device.
 

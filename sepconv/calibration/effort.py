@@ -2,48 +2,64 @@
 
 from typing import Literal, NamedTuple
 
-EFFORTS = ("fast", "default", "thorough")
+Effort = Literal["fast", "default", "thorough"] | float
 
-_PASSES = 4  # forwards that a step costs for each sample: the original's, and forward and backward
+PASSES = 4  # forwards that a step costs for each sample: the original's, and forward and backward
 _SMALL = 1e8  # multiply-adds of a sample: networks below it take more samples a step
 _FEW, _MANY = 8, 32  # samples of a step
 _EPOCHS = 16  # over the calibration samples at most: with few of them more steps would fit noise
 _LEAST_STEPS = 20  # fewer are not worth their time
 
 
-class Effort(NamedTuple):
-    """Limits of the refinement that follows the closed forms.
+class Limits(NamedTuple):
+    """Of the refinement that follows the closed forms.
 
     Attributes:
-        most_steps: At most so many steps.
+        steps: At most so many.
         macs: Multiply-adds that they may cost in the convolutions.
+        seconds: That the whole calibration may take, None for as long as it takes; the closed
+            forms are finished anyway.
     """
 
-    most_steps: int
+    steps: int
     macs: float
+    seconds: float | None = None
 
     @staticmethod
-    def named(name: Literal["fast", "default", "thorough"]) -> "Effort":
-        """`fast`: closed forms alone; `default`: minutes on two cores; `thorough`: ten times that.
+    def of(effort: Effort) -> "Limits":
+        """What a word or a number of seconds stands for.
 
-        >>> Effort.named("fast").steps(1e9, 16)
-        0
+        >>> Limits.of("fast").affordable(1e9, 16), Limits.of("default").affordable(1e9, 16)
+        (0, 62)
         """
-        if name == "fast":
-            return Effort(0, 0.0)
-        return Effort(200, 2e12) if name == "default" else Effort(2000, 2e13)
+        if not isinstance(effort, str):
+            return Limits(2000, float("inf"), float(effort))
+        known = {"fast": (0, 0.0), "default": (200, 2e12), "thorough": (2000, 2e13)}
+        return Limits(*known[effort])
 
-    def samples(self, macs: float) -> int:
-        """How many a step takes, for a network of so many multiply-adds a sample."""
-        return _MANY if macs < _SMALL else _FEW
-
-    def steps(self, macs: float, parts: int) -> int:
-        """How many there are.
+    def affordable(self, macs: float, parts: int) -> int:
+        """How many steps.
 
         Args:
             macs: Of one sample.
             parts: Of the samples, as many as a step takes in each.
         """
-        affordable = int(self.macs / (_PASSES * self.samples(macs) * max(macs, 1)))
-        steps = min(self.most_steps, _EPOCHS * parts, affordable)
+        most = self.macs / (PASSES * samples_of_step(macs) * max(macs, 1))
+        steps = int(min(self.steps, _EPOCHS * parts, most))
         return steps if steps >= _LEAST_STEPS else 0
+
+
+def samples_of_step(macs: float) -> int:
+    """How many samples a step takes, for a network of so many multiply-adds each."""
+    return _MANY if macs < _SMALL else _FEW
+
+
+def check_effort(effort: object) -> None:
+    """Raise `ValueError` unless it is a word or a number of seconds."""
+    words = ("fast", "default", "thorough")
+    if isinstance(effort, str) and effort in words:
+        return
+    if isinstance(effort, bool) or not isinstance(effort, int | float) or not effort > 0:
+        raise ValueError(
+            f"effort: expected one of {', '.join(words)} or a number of seconds, got {effort!r}"
+        )

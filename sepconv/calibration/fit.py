@@ -1,5 +1,7 @@
 """Factors that keep what a model computes on unlabelled inputs: plan, then fit layer by layer."""
 
+import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,13 +13,13 @@ from torch import Tensor, nn
 from sepconv._util import track
 from sepconv.calibration.batches import hold_out, read_batches
 from sepconv.calibration.curves import Costs, Curve, Layer, LayerErrors, layer_errors
-from sepconv.calibration.effort import Effort
+from sepconv.calibration.effort import PASSES, Effort, Limits, samples_of_step
 from sepconv.calibration.observe import Dense
 from sepconv.calibration.output import OutputError
 from sepconv.calibration.refine import Fitted, ShapesDifferError, refine
 from sepconv.calibration.responses import Responses, Substitutes
-from sepconv.calibration.sensitivity import Sensitivity
-from sepconv.factorize import Form, full_rank
+from sepconv.calibration.sensitivity import SAMPLES, Sensitivity
+from sepconv.factorize import Form, dense_weight, factorize, full_rank
 from sepconv.factorize.curves import HeldOut, outline
 from sepconv.factorize.moments import Moments
 from sepconv.factorize.solve import SWEEPS, Factors, solve
@@ -34,6 +36,9 @@ MOMENTS_BYTES = 2**30  # of the layers whose errors are predicted from one pass 
 
 # Below so many pixels for each number of a patch the ridge is chosen on samples held out.
 ENOUGH_ROWS, RIDGES = 20, (RIDGE, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+ALGEBRA_RATE, _FITS = 4e9, 12  # multiply-adds a second; forms that are fitted to plan a layer
 
 
 class Search(NamedTuple):
@@ -87,8 +92,7 @@ class _Study(NamedTuple):
 
     errors: LayerErrors
     probes: list[Fitted]
-    changes: Tensor  # of the weight by the probes, [n, K, C*R*S]
-    mean_x: Tensor  # [C*R*S]
+    changes: tuple[Tensor, Tensor]  # by the probes, of the weight [n, K, C*R*S] and the bias [n, K]
 
 
 class Calibration:
@@ -108,7 +112,7 @@ class Calibration:
         example_inputs: As `convert` is given them; they say which part of a batch is input.
         seed: Of the choice of pixels.
         method: What to leave out.
-        effort: How much to refine.
+        effort: How much to refine; see `sepconv.convert`.
 
     Raises:
         ValueError: The batches cannot be used.
@@ -122,11 +126,11 @@ class Calibration:
         example_inputs: ExampleInputs | None = None,
         seed: int = 0,
         method: Method | None = None,
-        effort: Effort | None = None,
+        effort: Effort = "default",
     ) -> None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self._method, self._effort = method or Method(), effort or Effort.named("default")
-        self._seed = seed
+        self._method, self._limits = method or Method(), Limits.of(effort)
+        self._seed, self._start = seed, time.monotonic()
         parts = hold_out(read_batches(batches, example_inputs, device))
         self._responses = Responses(model, matches, *parts, seed)
         self._output = OutputError(self._responses)
@@ -159,8 +163,7 @@ class Calibration:
         parts = track(self._parts(layers), "planning: what each form costs", len(layers))
         studies = {c: self._studied(c, fit, held, costs[c.name]) for c, fit, held in parts}
         changes = {conv: study.changes for conv, study in studies.items()}
-        means = {conv: study.mean_x for conv, study in studies.items()}
-        effects = self._sensitivity().errors(changes, means)
+        effects = self._sensitivity().errors(changes)
         return {
             conv.name: study.errors.of_output(effects.get(conv) or self._measured(conv, study))
             for conv, study in studies.items()
@@ -188,8 +191,7 @@ class Calibration:
 
         errors = layer_errors(Layer(felt, held_out, _taps(conv)), costs, fit)
         probes = [fits[form] for form in errors.probes]
-        changes = [(probe.factors.dense() - problem.target).float() for probe in probes]
-        return _Study(errors, probes, torch.stack(changes), problem.mean_x)
+        return _Study(errors, probes, _changes(conv, probes))
 
     def _measured(self, conv: Match, study: _Study) -> list[float]:
         """The output's errors by forwards with the probes, where it cannot be differentiated."""
@@ -275,9 +277,9 @@ class Calibration:
         """The layers after gradient steps on all of them at once, as far as those help."""
         layers = [conv for conv in self.layers if conv.name in fitted]
         macs = sum(self._responses.macs(conv) for conv in self.layers)
-        samples = self._effort.samples(macs)
+        samples = samples_of_step(macs)
         parts = [part for batch in self._responses.fitted for part in batch.parts(samples)]
-        steps = self._effort.steps(macs, len(parts))
+        steps = self._limits.affordable(macs, len(parts))
         # The original answers for mirrored images too: as good as new ones, and free.
         parts += [part.mirrored() for part in parts]
         if not steps or not layers:
@@ -288,7 +290,8 @@ class Calibration:
 
         with self._responses.quiet():
             given = (fitted, spreads, respond, self.output_error)
-            return refine(*given, len(parts), self._seed, steps)
+            deadline = self._start + (self._limits.seconds or math.inf)
+            return refine(*given, len(parts), self._seed, steps, deadline)
 
     def output_error(self, fitted: Mapping[str, Fitted]) -> float:
         """Mean squared change of the model's outputs on held-out samples, over their variance.
@@ -297,6 +300,43 @@ class Calibration:
             ShapesDifferError: The outputs' shapes depend on the weights (detections, say).
         """
         return self._output.of(self._substitutes(fitted))
+
+    def error_of_weights(self, forms: Forms) -> float:
+        """The same of the weights' own factors, which no sample was needed for."""
+        layers = self._inexact(forms)
+        return self._output.of({id(conv.weight): _by_weight(conv, forms) for conv in layers})
+
+    def error_alone(self, fitted: Mapping[str, Fitted]) -> dict[str, float]:
+        """What each layer alone does to the outputs, to first order, by name."""
+        layers = [conv for conv in self.layers if conv.name in fitted]
+        errors = self._sensitivity().errors({c: _changes(c, [fitted[c.name]]) for c in layers})
+        return {conv.name: error for conv, (error,) in errors.items()}
+
+    def announced(self) -> str:
+        """What will be done, in a line."""
+        layers, macs = self.layers, sum(self._responses.macs(conv) for conv in self.layers)
+        parts = -(-self._responses.samples() // samples_of_step(macs))
+        steps = self._limits.affordable(macs, parts)
+        refined = f"{steps} steps of refinement" if steps else "no refinement"
+        if self._limits.seconds is not None and steps:
+            refined = f"refinement until {self._limits.seconds:.0f} s are over"
+        return (
+            f"calibrating {len(layers)} convolutions on {self._responses.samples()} samples, "
+            f"{self.held_out} held out: {refined}; about {self._expected(steps):.0f} s"
+        )
+
+    def _expected(self, steps: int) -> float:
+        """Seconds that all of it may take, from one forward and the sizes of the layers."""
+        macs = sum(self._responses.macs(conv) for conv in self.layers)
+        samples = self._responses.samples()
+        forwards = 3 * samples + 4 * SAMPLES + PASSES * steps * samples_of_step(macs)
+        algebra = sum(_algebra_macs(conv) for conv in self.layers) / ALGEBRA_RATE
+        return forwards * self._responses.seconds + algebra
+
+    @property
+    def held_out(self) -> int:
+        """How many samples judge."""
+        return sum(batch.samples for batch in self._responses.held)
 
     def plain_error(self, forms: Forms) -> float:
         """`output_error` of the closed forms alone, which refining only lowers."""
@@ -379,6 +419,32 @@ def _problem(target: Tensor, metric: Tensor, moments: Moments) -> _Problem:
 
 def _weight(conv: Match) -> Tensor:
     return conv.weight_2d.detach().flatten(1).double()
+
+
+def _changes(conv: Match, fits: Sequence[Fitted]) -> tuple[Tensor, Tensor]:
+    """Of a layer's weight [n, K, C*R*S] and bias [n, K], in float32."""
+    weight, bias = _weight(conv), 0.0 if conv.bias is None else conv.bias.detach()
+    weights = [(fit.factors.dense() - weight).float() for fit in fits]
+    return torch.stack(weights), torch.stack([(fit.bias - bias).float() for fit in fits])
+
+
+def _algebra_macs(conv: Match) -> float:
+    """About what planning and fitting take beside forwards."""
+    shape = tuple(conv.weight_2d.shape)
+    step = step_macs(Form(4, -(-shape[1] // 2)), shape)
+    return _FITS * min(PLANNING.steps * step, PLANNING.macs) + min(SEARCH_STEPS * step, SEARCH_MACS)
+
+
+def _by_weight(conv: Match, forms: Forms) -> Dense:
+    """A layer's weight as its own factors stand for it."""
+    form = forms[conv.name]
+    assert form is not None, "_inexact() says so"
+    weight = conv.weight_2d.detach()
+    made = factorize(weight, form)
+    factors = (made.weight_dw, made.weight_pw, made.weight_in, made.weight_out)
+    dense = dense_weight(weight.shape, form.within(tuple(weight.shape)), *factors)
+    bias = conv.weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach()
+    return Dense(dense.view_as(conv.weight), bias)
 
 
 def _is_inexact(conv: Match, form: Form | None) -> bool:

@@ -7,6 +7,7 @@ this from overfitting to a few hundred images: they are thousands of numbers per
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ def refine(
     batches: int,
     seed: int,
     steps: int,
+    deadline: float = math.inf,
 ) -> dict[str, Fitted]:
     """Improve factors and biases by Adam on relative squared errors of the responses.
 
@@ -54,7 +56,8 @@ def refine(
         judge: The error of these layers on samples held out.
         batches: How many there are.
         seed: Of their order.
-        steps: One batch each.
+        steps: At most so many, of one batch each.
+        deadline: Of `time.monotonic()`, by which they end.
 
     Returns:
         The layers as they did best on the samples held out: at worst, as they were given.
@@ -63,18 +66,24 @@ def refine(
     free = _Layers(fitted, spreads)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    share = 1.0
+    share, done = 1.0, 0.0
+    start = time.monotonic()
     for step in track(range(steps), "refining"):
         order = order or torch.randperm(batches, generator=generator).tolist()
         rate = share * LEARNING_RATE * min(1, (step + 1) / WARM_UP)
-        free.step(respond, order.pop(), rate * (1 + math.cos(math.pi * step / steps)) / 2)
-        if (step + 1) * CHECKS // steps > step * CHECKS // steps:
+        free.step(respond, order.pop(), rate * (1 + math.cos(math.pi * done)) / 2)
+        before = done
+        spent = (time.monotonic() - start) / max(deadline - start, 1e-3)
+        done = min(max((step + 1) / steps, spent), 1.0)
+        if int(done * CHECKS) > int(before * CHECKS):
             current = free.result()
             error = judge(current)
             if error < least:
                 best, least = current, error
             else:
                 free, share = _Layers(best, spreads), share / 3
+        if done == 1:
+            break
     return best
 
 

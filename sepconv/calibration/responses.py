@@ -1,5 +1,6 @@
 """What a model answers to calibration batches, as it is and with some convolutions replaced."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -65,6 +66,9 @@ class Responses:
         with self.quiet():
             for index, batch in enumerate(self.fitted):
                 self._try(survey if index == 0 else Substitution({}), batch.part(0, 1), index)
+            start = time.monotonic()
+            self._run(Substitution({}), self.fitted[0].part(0, 1))
+            self._seconds = time.monotonic() - start
         by_key = {id(conv.weight): conv for conv in matches}
         self.layers = [by_key[key] for key in survey.found]
         self._around: dict[Match, Surroundings] = {
@@ -86,6 +90,11 @@ class Responses:
     def ends_branch(self, conv: Match) -> bool:
         """Whether the convolution's (normalised) output goes into a sum and nowhere else."""
         return self._around[conv].summed
+
+    @property
+    def seconds(self) -> float:
+        """What a forward of one sample takes, about."""
+        return self._seconds
 
     def samples(self) -> int:
         """How many there are to fit to."""

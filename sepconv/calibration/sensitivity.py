@@ -60,26 +60,23 @@ class Sensitivity:
                 self._gradients(sample, see)
         return {conv: mean.value() for conv, mean in means.items() if mean.count}
 
-    def errors(
-        self, changes: Mapping[Match, Tensor], means: Mapping[Match, Tensor]
-    ) -> dict[Match, list[float]]:
+    def errors(self, changes: Mapping[Match, tuple[Tensor, Tensor]]) -> dict[Match, list[float]]:
         """Relative squared errors of the outputs for some changes of each layer alone.
 
         Args:
-            changes: Of the weight, [n, K, C*R*S].
-            means: Of the input, [C*R*S]: the bias keeps what a change does to these.
+            changes: Of the weight, [n, K, C*R*S], and of the bias, [n, K].
         """
         sums: dict[Match, Tensor] = {}
-        shifts = {conv: change @ means[conv].to(change) for conv, change in changes.items()}
         samples = self._samples(SAMPLES)
         with suppress(RuntimeError), self._responses.quiet():
             for sample in samples:
                 gradients = self._gradients(sample)
-                for conv, change in changes.items():
-                    weight, bias = (None if g is None else g.to(change) for g in gradients[conv])
+                for conv, (of_weight, of_bias) in changes.items():
+                    weight, bias = gradients[conv]
                     if weight is None or bias is None:
                         continue
-                    read = change.flatten(1) @ weight.flatten() - shifts[conv] @ bias
+                    read = of_weight.flatten(1) @ weight.flatten().to(of_weight)
+                    read = read + of_bias @ bias.to(of_bias)
                     sums[conv] = sums.get(conv, 0.0) + read.square()
         return {conv: (total / len(samples)).tolist() for conv, total in sums.items()}
 

@@ -1,14 +1,17 @@
 """The story: capture, match, options, plan, keep what is faster, factors, rewrite, report."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sepconv.calibration.fit import Calibration
+from sepconv._util import say
+from sepconv.calibration.effort import Effort, check_effort
+from sepconv.calibration.fit import Calibration, Forms
+from sepconv.calibration.refine import Fitted
 from sepconv.conversion.apply import apply_plan, factored, weight_error
 from sepconv.conversion.costs import device_name, forward_seconds
 from sepconv.conversion.optimizers import check_optimizers, update_optimizers
@@ -22,12 +25,26 @@ from sepconv.conversion.options import (
     select,
     wants_pointwise,
 )
-from sepconv.conversion.plan import forms_asked, forms_for, is_reachable, warn_unless_within
+from sepconv.conversion.plan import (
+    Plan,
+    forms_asked,
+    is_reachable,
+    plan_for,
+    warn_unless_within,
+)
+from sepconv.conversion.quality import calibrated, tell, warn_if_lost
 from sepconv.conversion.trial import tried
 from sepconv.graph import ExampleInputs, Match, capture, match
 from sepconv.graph.checked import checked_model
 from sepconv.graph.state import check_copyable, trainable
-from sepconv.reports.conversion import attach, measure_layers, planned_layers, summarise
+from sepconv.reports.conversion import (
+    LayerReport,
+    Report,
+    attach,
+    measure_layers,
+    planned_layers,
+    summarise,
+)
 from sepconv.reports.latency import LatencyTable
 
 
@@ -49,6 +66,7 @@ def convert(
     inplace: bool = False,
     dryrun: bool = False,
     calibration: Iterable[Any] | None = None,
+    effort: Effort = "default",
     seed: int = 0,
 ) -> Any:
     """Rewrite the standard convolutions of a model into depthwise separable form.
@@ -82,7 +100,7 @@ def convert(
         pointwise: Whether 1x1 convolutions may be split into two: True, those that `rank` gives a
             `Form` with `rank_in` or that a budget is planned for; False, none. Default: those
             that a mapping of ranks names, without wildcards, with such a form; and with a budget
-            all, if it cannot be reached otherwise.
+            all, if there is `calibration` or it cannot be reached otherwise.
         only_if_faster: Keep a layer dense unless its separable form measures faster. Where that
             breaks a budget of multiply-adds or parameters, it is planned again with the forms that
             are faster, as near to the budget as these come; a warning says how near.
@@ -95,6 +113,9 @@ def convert(
             `(images,)`. The factors then keep what
             the model computes on them instead of the weights, which is what makes low ranks
             usable (docs/accuracy.md). A layer without a bias gets one. Full rank stays exact.
+        effort: How much time calibration may take: `fast` fits each layer in closed form; `default`
+            refines all of them together afterwards, for a minute or two on two cores; `thorough`
+            ten times as long; or a number of seconds for all of it.
         seed: Of the choice of samples in calibration; the same seed gives the same result.
 
     Returns:
@@ -118,6 +139,7 @@ def convert(
     listed = check_optimizers(optimizers)
     flags = {"first_conv": first_conv, "bottleneck": bottleneck, "pointwise": pointwise}
     check_options(rank, budget, example_inputs, only_if_faster, filter_fn, **flags)
+    check_effort(effort)
     if rank is None and budget is None:
         rank = 1
     if not (inplace or dryrun):
@@ -128,6 +150,8 @@ def convert(
     captured = capture(model, example_inputs)
     if bottleneck is None:
         bottleneck = calibration is not None
+    if budget is not None and calibration is not None and bottleneck and pointwise is None:
+        pointwise = True
     first_macs = first_from(first_conv, budget, captured.macs)
     choice = (rank, include, exclude, filter_fn, first_macs)
     found = match(model, captured, pointwise=wants_pointwise(rank, pointwise))
@@ -144,21 +168,28 @@ def convert(
     table = LatencyTable()
     study = None
     if calibration is not None:
-        study = Calibration(model, matches, calibration, example_inputs, seed)
+        study = Calibration(model, matches, calibration, example_inputs, seed, effort=effort)
+        say(study.announced())
+    plan: Plan | None = None
     if budget is None:
-        forms = forms_asked(matches, asked)
+        forms: Forms = forms_asked(matches, asked)
     else:
         given = (budget, model, example_inputs, captured, found, study, table)
-        forms = forms_for(*given, bottleneck, only_if_faster)
-    calibrated = study.reached(forms) if study is not None else ()
-    layers = planned_layers(found, forms, captured.channels_last, calibrated)
+        plan = plan_for(*given, bottleneck, only_if_faster)
+        forms = plan.forms
 
-    if only_if_faster or (budget is not None and budget.kind == "latency"):
-        measure_layers([x for x in layers.values() if x.spec is not None], table)
-    if only_if_faster:
-        for layer in layers.values():
-            layer.keep_unless_faster()
-    made = summarise(layers.values(), captured, model, dryrun)
+    def described(
+        forms: Forms, calibrated: Collection[str]
+    ) -> tuple[dict[str, LayerReport], Report]:
+        layers = planned_layers(found, forms, captured.channels_last, calibrated)
+        if only_if_faster or (budget is not None and budget.kind == "latency"):
+            measure_layers([x for x in layers.values() if x.spec is not None], table)
+        if only_if_faster:
+            for layer in layers.values():
+                layer.keep_unless_faster()
+        return layers, summarise(layers.values(), captured, model, dryrun)
+
+    layers, made = described(forms, study.reached(forms) if study is not None else ())
     if budget is not None:
         warn_unless_within(budget, made)
     if dryrun:
@@ -167,15 +198,22 @@ def convert(
         return made
 
     forms = {name: layer.form for name, layer in layers.items()}
-    fitted = study.fit(forms) if study is not None else {}
-    plan = factored(matches, layers, fitted, captured.channels_last)
+    fitted: Mapping[str, Fitted] = {}
+    if study is not None and study.reached(forms):
+        best = calibrated(study, forms, budget, plan, matches)
+        if not best.fitted:  # the weights' own factors are better
+            layers, made = described(best.forms, ())
+        forms, fitted = best.forms, best.fitted
+        tell(made, best, study.held_out)
+        warn_if_lost(best, plan, study.held_out)
+    new = factored(matches, layers, fitted, captured.channels_last)
     converting = any(form is not None for form in forms.values())
     if not converting:
         warnings.warn(f"convert: nothing was converted: {made.reasons()}", stacklevel=3)
     times: dict[str, float] = {}
     if converting and example_inputs is not None and inplace:
         times = forward_seconds(example_inputs, before=model)
-    converted, successors = apply_plan(model, plan, inplace)
+    converted, successors = apply_plan(model, new, inplace)
     names = {id(p): name for name, p in converted.named_parameters()}
     update_optimizers(listed, successors, names)
     attach(converted, made)

@@ -2,8 +2,10 @@
 
 import math
 import warnings
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
@@ -24,6 +26,43 @@ IsFaster = Callable[[str, Form | None], bool]  # a layer's form, by the layer's 
 _BISECTIONS = 7  # narrows the fraction down to one percent
 
 
+class Plan(NamedTuple):
+    """A form, or dense, for every layer, and what it was chosen by.
+
+    Attributes:
+        forms: By layer.
+        errors: By layer, of each form.
+        costs: By layer, of each form.
+        total: Cost of the whole original model.
+        kind: Of the costs, a `Budget`'s.
+    """
+
+    forms: Forms
+    errors: Errors
+    costs: Costs
+    total: float
+    kind: str
+
+    def alone(self, forms: Mapping[str, Form | None]) -> dict[str, float]:
+        """The error of each layer in its form."""
+        known = {n: self.errors.get(n, {}).get(f) for n, f in forms.items() if f is not DENSE}
+        return {name: error for name, error in known.items() if error is not None}
+
+    def budget_for(self, error: float) -> float | None:
+        """The share of the total, to a hundredth, with which the sum is no more."""
+
+        def is_enough(percent: int) -> bool:
+            budget = Budget(**{self.kind: percent / 100})
+            try:
+                forms = forms_within(budget, self.costs, self.errors, self.total)
+            except ValueError:
+                return False
+            return sum(self.alone(forms).values()) <= error
+
+        percent = bisect_left(range(1, 100), True, key=is_enough) + 1
+        return percent / 100 if percent < 100 else None
+
+
 def forms_asked(matches: Sequence[Match], ranks: Mapping[str, Rank | None]) -> Forms:
     """The caller's ranks, at most what each layer has; rank 1 where none was named.
 
@@ -39,7 +78,7 @@ def forms_asked(matches: Sequence[Match], ranks: Mapping[str, Rank | None]) -> F
     return planned
 
 
-def forms_for(
+def plan_for(
     budget: Budget,
     model: nn.Module,
     example_inputs: ExampleInputs | None,
@@ -49,7 +88,7 @@ def forms_for(
     table: LatencyTable,
     bottleneck: bool,
     only_if_faster: bool,
-) -> Forms:
+) -> Plan:
     """A form, or dense, for every match within the budget.
 
     With calibration the error of a form is what it changes in the model's output, else what it
@@ -74,7 +113,9 @@ def forms_for(
         errors = calibration.error_curves(costs)
     if budget.kind == "error":
         assert calibration is not None, "checked above"
-        return forms_for_error(budget.fraction, costs, errors, total, calibration.plain_error)
+        measure = calibration.plain_error
+        forms = forms_for_error(budget.fraction, costs, errors, total, measure)
+        return Plan(forms, errors, costs, total, kind)
     if budget.kind == "latency":
         assert example_inputs is not None, "check_options() asks for them"
         costs = latency_costs(matches, errors, captured.channels_last, table)
@@ -83,8 +124,11 @@ def forms_for(
         total = max(forward_seconds(example_inputs, dense=model)["dense"], layers)
     elif only_if_faster:
         faster = _is_faster(matches, captured.channels_last, table)
-        return forms_if_faster(budget, costs, errors, total, faster)
-    return forms_within(budget, costs, errors, total, left)
+        forms = forms_if_faster(budget, costs, errors, total, faster)
+        return Plan(forms, errors, costs, total, kind)
+    forms = forms_within(budget, costs, errors, total, left)
+    kind = "latency" if budget.kind == "latency" else kind
+    return Plan(forms, errors, costs, total, kind)
 
 
 def is_reachable(

@@ -31,4 +31,6 @@ def leading(gram: Tensor, count: int) -> Tensor:
 
 def regular(covariance: Tensor) -> Tensor:
     """The same with a little more variance: rows that come near to each other do no harm."""
-    return covariance + torch.diag_embed(_REGULAR[covariance.dtype] * covariance.diagonal().clamp(min=1e-30))
+    return covariance + torch.diag_embed(
+        _REGULAR[covariance.dtype] * covariance.diagonal().clamp(min=1e-30)
+    )

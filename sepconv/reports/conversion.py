@@ -41,6 +41,8 @@ class LayerReport:
         params_after: The same after conversion.
         error: Relative error of the weight, ||W - W'|| / ||W||, where converted; in a dry run that
             of the weight's own factors: with a plain form no others are below.
+        output_error: What this layer alone does to the model's outputs, to first order, as
+            `Report.output_error`; None without calibration.
         latency_before: Seconds in the dense form's better memory format, None if not measured.
         latency_after: Seconds in separable form.
         method: How the factors were found: `exact` at full rank, `svd` of the weight alone, or
@@ -60,6 +62,7 @@ class LayerReport:
     params_before: int = 0
     params_after: int = 0
     error: float | None = None
+    output_error: float | None = None
     latency_before: float | None = None
     latency_after: float | None = None
     method: str | None = None
@@ -87,7 +90,7 @@ class LayerReport:
             self.reason = f"not faster, {_time(before)} > {_time(after)}"
         self.status = "kept"
         self.rank = self.rank_in = self.rank_out = None
-        self.error = self.method = self.weight_crc32 = self.spec = None
+        self.error = self.method = self.weight_crc32 = self.spec = self.output_error = None
         self.macs_after, self.params_after = self.macs_before, self.params_before
         return True
 
@@ -109,6 +112,10 @@ class Report:
             None without them and in a dry run.
         latency_after: The same of the converted model.
         device: The name of what both were measured on, empty where they were not.
+        output_error: Squared error of the model's outputs over their variance, on the calibration
+            samples that nothing was fitted to; None without calibration.
+        output_error_svd: The same of factors of the weights alone.
+        held_out: How many samples these are.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -122,6 +129,9 @@ class Report:
     latency_before: float | None = None
     latency_after: float | None = None
     device: str = ""
+    output_error: float | None = None
+    output_error_svd: float | None = None
+    held_out: int = 0
 
     @property
     def converted(self) -> list[LayerReport]:
@@ -180,6 +190,8 @@ class Report:
     def _table(self) -> Table:
         shapes = self.macs_before is not None
         measured = any(layer.latency_before is not None for layer in self.layers)
+        alone = sum(layer.output_error or 0.0 for layer in self.layers)
+        judged = alone > 0
         table = Table(
             title="sepconv plan" if self.dryrun else "sepconv report",
             box=SIMPLE,
@@ -193,6 +205,7 @@ class Report:
             ("MACs", shapes),
             ("params", True),
             ("error", True),
+            ("of output's", judged),
             ("latency", measured),
         ):
             if shown:
@@ -204,6 +217,9 @@ class Report:
                 cells.append(_change(layer.macs_before, layer.macs_after, _count))
             cells.append(_change(layer.params_before, layer.params_after, _count))
             cells.append("" if layer.error is None else f"{layer.error:.3f}")
+            if judged:
+                known = layer.output_error is not None
+                cells.append(f"{100 * (layer.output_error or 0) / alone:.0f}%" if known else "")
             if measured:
                 cells.append(_change(layer.latency_before, layer.latency_after, _time))
             table.add_row(*cells, style=None if layer.status == "converted" else "dim")
@@ -219,6 +235,12 @@ class Report:
                 parts.append(f"{name} {_count(before)} > {_count(after)} ({after / before:.2f}x)")
         if self.latency_before is not None:
             parts.append(self.speed())
+        if self.output_error is not None:
+            parts.append(
+                f"error of the output {self.output_error:.2g} of its variance on "
+                f"{self.held_out} samples held out (by the weights alone "
+                f"{self.output_error_svd:.2g})"
+            )
         parts.append(f"traced at level {self.trace_level}")
         return "; ".join(parts)
 

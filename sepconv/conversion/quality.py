@@ -1,0 +1,98 @@
+"""What a calibrated conversion is worth, on samples that nothing was fitted to."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from sepconv.calibration.fit import Calibration, Forms
+from sepconv.calibration.refine import Fitted, ShapesDifferError
+from sepconv.conversion.options import Budget
+from sepconv.conversion.plan import Plan, forms_within, weight_only_errors
+from sepconv.graph import Match
+from sepconv.reports.conversion import Report
+
+LOST = 0.25  # squared error of the outputs over their variance, above which little is left
+GOOD = 0.05  # what to aim at instead
+
+
+class Conversion(NamedTuple):
+    """Forms and factors, and how far the outputs are from the original's.
+
+    Attributes:
+        forms: By layer.
+        fitted: Calibrated factors by layer; without any the weights' own are better.
+        alone: What each layer alone does to the outputs, to first order.
+        error: Relative squared error of the outputs, None where they cannot be compared.
+        error_of_weights: The same of the weights' own factors in these forms.
+    """
+
+    forms: Forms
+    fitted: Mapping[str, Fitted]
+    alone: Mapping[str, float]
+    error: float | None = None
+    error_of_weights: float | None = None
+
+
+def calibrated(
+    study: Calibration,
+    forms: Forms,
+    budget: Budget | None,
+    plan: Plan | None,
+    matches: Sequence[Match],
+) -> Conversion:
+    """Calibrated factors, or those of the weights alone where they do better.
+
+    Args:
+        study: What to fit by.
+        forms: By layer.
+        budget: That they are planned for; where it is of what is counted, what would be planned
+            for it without calibration is looked at, too.
+        plan: What they were chosen by.
+        matches: All layers.
+    """
+    fitted = study.fit(forms)
+    alone = study.error_alone(fitted) if plan is None else plan.alone(forms)
+    try:
+        error, of_weights = study.output_error(fitted), study.error_of_weights(forms)
+        found = Conversion(forms, fitted, alone, error, of_weights)
+        if of_weights < error:
+            found = found._replace(fitted={}, error=of_weights)
+        if plan is not None and budget is not None and budget.kind in ("macs", "params"):
+            by_weight = weight_only_errors(matches, plan.costs)
+            other = forms_within(budget, plan.costs, by_weight, plan.total)
+            if (error := study.error_of_weights(other)) < (found.error or 0.0):
+                found = Conversion(other, {}, {}, error, error)
+    except ShapesDifferError:
+        return Conversion(forms, fitted, alone)
+    return found
+
+
+def tell(made: Report, found: Conversion, samples: int) -> None:
+    """Put into a report how far the outputs are, and which layer does how much to them.
+
+    Args:
+        made: The report.
+        found: What was converted.
+        samples: How many judged.
+    """
+    made.output_error, made.output_error_svd = found.error, found.error_of_weights
+    made.held_out = samples
+    for layer in made.converted:
+        layer.output_error = found.alone.get(layer.name)
+
+
+def warn_if_lost(found: Conversion, plan: Plan | None, samples: int) -> None:
+    """Warn where the model has surely lost its function, and say what would keep it."""
+    if found.error is None or found.error <= LOST:
+        return
+    advice = "calibrate with more samples, or keep more"
+    if plan is not None and (predicted := sum(plan.alone(found.forms).values())) > 0:
+        # The layers' errors add up to less or more than the whole: by the same factor elsewhere.
+        share = plan.budget_for(GOOD * predicted / found.error)
+        if share is not None:
+            advice = f"{plan.kind}={share:.2g} would keep it near {GOOD:g}"
+    warnings.warn(
+        f"convert: the model has probably lost its function: the squared error of its outputs is "
+        f"{found.error:.2f} of their variance, on {samples} samples held out; {advice}",
+        stacklevel=4,
+    )
