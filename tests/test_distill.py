@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
 from torch.utils.data import DataLoader, TensorDataset
 
 import sepconv
-from sepconv.distill import _parameter_groups
+from sepconv.distillation.run import parameter_groups
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_depthwise_filters_biases_and_norms_have_no_weight_decay(student: nn.Mod
     names = {id(p): name for name, p in student.named_parameters()}
     decay = {
         names[id(p)]: group["weight_decay"]
-        for group in _parameter_groups(student, 0.1)
+        for group in parameter_groups(student, 0.1)
         for p in group["params"]
     }
     assert {name for name, value in decay.items() if value} == {
@@ -100,7 +100,7 @@ def test_pointwise_factors_of_a_form_decay_and_all_of_them_are_trained(x: Tensor
     rank = {"1": sepconv.Form(2, 4, 5), "2": sepconv.Form(1, 3)}
     student = sepconv.convert(teacher, rank=rank)
     names = {id(p): name for name, p in student.named_parameters()}
-    decayed, rest = ([names[id(p)] for p in g["params"]] for g in _parameter_groups(student, 0.1))
+    decayed, rest = ([names[id(p)] for p in g["params"]] for g in parameter_groups(student, 0.1))
     factors = ["1.weight_in", "1.weight_pw", "1.weight_out", "2.weight_in", "2.weight_pw"]
     assert decayed == ["0.weight", *factors, "4.weight"]
     assert set(rest) == {"1.weight_dw", *(f"{i}.bias" for i in (0, 1, 2, 4))}
