@@ -26,8 +26,9 @@ class Run:
         average: float,
         epochs: int,
         steps_per_epoch: int | None,
+        loss: str,
     ) -> None:
-        self.student, self.epoch = student, 0
+        self.student, self.epoch, self._loss = student, 0, loss
         self._by_steps = steps_per_epoch is not None
         self.optimizer = torch.optim.AdamW(parameter_groups(student, decay), lr=rate)
         self._schedule = CosineAnnealingLR(self.optimizer, max(epochs * (steps_per_epoch or 1), 1))
@@ -78,6 +79,7 @@ class Run:
         torch.save(
             {
                 "epoch": self.epoch,
+                "loss": self._loss,
                 "student": _values(self.student),
                 "mean": self.mean.values,
                 "averaged": self.mean.count,
@@ -95,10 +97,12 @@ class Run:
         """Take everything from a file.
 
         Raises:
-            ValueError: It is not such a file, or belongs to another model.
+            ValueError: It is not such a file, or belongs to another model or loss.
         """
         try:
             saved = torch.load(path, weights_only=True, map_location="cpu")
+            if saved["loss"] != self._loss:  # what was best by one says nothing by another
+                raise ValueError(f"loss: expected {self._loss!r}, got {saved['loss']!r}")
             for key in ("student", "mean", "best"):
                 _check_fits(saved[key], self.student)
             put(saved["student"], self.student)
