@@ -66,6 +66,7 @@ def test_the_student_comes_closer_and_the_teacher_stays(
     assert all(not module.training for module in (*student.modules(), *teacher.modules()))
 
 
+@pytest.mark.filterwarnings("ignore:held_out. no epoch did better")  # by what is no label
 def test_labels_are_learned_where_asked_for(student: nn.Module, teacher: nn.Module) -> None:
     x, labels = torch.randn(32, 3, 6, 6), torch.randint(0, 4, (32,))
     with torch.no_grad():
@@ -198,9 +199,11 @@ def test_no_progress_bar_off_a_terminal(
 
 
 def test_the_best_epoch_is_kept(student: nn.Module, teacher: nn.Module, x: Tensor) -> None:
-    """A learning rate that ruins the student leaves it as it was."""
+    """A learning rate that ruins the student leaves it as it was, and this is told."""
     before = disagreement(student, teacher, x)
-    sepconv.distill(student, teacher, list(x.split(16)), 2, held_out=[x], learning_rate=30.0)
+    with pytest.warns(UserWarning, match=r"held_out: no epoch did better than .* lower") as warned:
+        sepconv.distill(student, teacher, list(x.split(16)), 2, held_out=[x], learning_rate=30.0)
+    assert warned[0].filename == __file__
     assert disagreement(student, teacher, x) <= before * (1 + 1e-5)
 
 
@@ -222,6 +225,7 @@ def test_statistics_of_norms_stay_in_the_first_epoch(
     assert not torch.equal(seen[-1], before)
 
 
+@pytest.mark.filterwarnings("ignore:loader. no epoch did better")  # at such a rate
 @pytest.mark.parametrize("sized", [True, False])
 def test_the_rate_falls_by_steps_where_the_loader_knows_its_length(
     student: nn.Module, teacher: nn.Module, x: Tensor, sized: bool

@@ -107,7 +107,8 @@ def distill(
             model or loss.
 
     Warns:
-        UserWarning: Some of the converted layers are frozen.
+        UserWarning: Some of the converted layers are frozen; or no epoch did better than the
+            student as it came, which is then returned as it was.
 
     Example:
         >>> import sepconv
@@ -156,16 +157,22 @@ def distill(
             cast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
             trained = _run_epoch(run, objective, batches, f"epoch {epoch + 1}/{epochs}", cast)
             with evaluating(student), run.averaged():
-                judgement = objective.judge(judged)
-                run.note_if_best(judgement)
+                held_out_loss = objective.judge(judged)
+                run.note_if_best(held_out_loss)
             if checkpoint is not None:
                 run.save(Path(checkpoint))
             if log is not None:
                 seconds = round(time.perf_counter() - start, 3)
                 rate = run.optimizer.param_groups[0]["lr"]
-                row = (epoch + 1, objective.loss, trained, judgement, rate, seconds)
+                row = (epoch + 1, objective.loss, trained, held_out_loss, rate, seconds)
                 _append(Path(log), row)
     put(run.best, student)
+    if run.best_loss == judgement:
+        warnings.warn(
+            f"{name}: no epoch did better than the student as it came, by a loss of "
+            f"{judgement:.3g}; it is returned as it was: lower learning_rate, or give more inputs",
+            stacklevel=3,
+        )
     return student
 
 
