@@ -738,3 +738,26 @@ def test_a_look_at_train_mode_leaves_no_trace(x: Tensor) -> None:
     look, step = drawn
     assert torch.equal(look, step)
     assert int(student.norm[0].num_batches_tracked) == 1
+
+
+# Students of calibration.
+
+
+@pytest.mark.parametrize(
+    "form", [sepconv.Form(2), sepconv.Form(2, 4), sepconv.Form(2, 4, 6)], ids=str
+)
+def test_a_student_that_was_calibrated_on_large_inputs_learns(
+    form: sepconv.Form, tmp_path: Path
+) -> None:
+    """Pixels in 0..255: what calibration makes of their scale must not be left in one factor."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.ReLU(), nn.Conv2d(12, 8, 3)
+    ).eval()
+    x = 255 * torch.rand(96, 3, 10, 10)
+    student = sepconv.convert(teacher, rank={"2": form}, calibration=[x[:8]])
+    sizes = [float(factor.square().mean().sqrt()) for factor in student[2].factors.values()]
+    assert max(sizes) < 3 * min(sizes)
+    before = relative(student, teacher, x[64:])
+    sepconv.distill(student, teacher, x[:64].split(8), 4, held_out=[x[64:]])
+    assert relative(student, teacher, x[64:]) < 0.97 * before
