@@ -28,7 +28,6 @@ from examples.studies.results import ROOT, Cell, Cells, commit, keep, read
 RESULTS = ROOT / "docs" / "results" / "recover.json"
 CACHE = ROOT / "runs" / "recover"
 INPUTS = {"resnet20": 10_000, "resnet32": 10_000, "squeezenet": 480, "yolox": 256}
-RATES = {"resnet20": 1e-3, "resnet32": 1e-3}  # the others have no norms, and stand less
 STEPS = ("dense", "converted", "distilled")
 
 
@@ -39,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--inputs", type=int, help="unlabelled; default: each network's own")
     parser.add_argument("--tests", type=int, help="test inputs; default: each network's own")
-    parser.add_argument("--learning-rate", type=float, help="default: 1e-3 for ResNets, else 1e-4")
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--layer-weight", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -81,13 +80,8 @@ def settings_of(name: str, step: str, options: argparse.Namespace) -> str:
     if step == "distilled":
         count = options.inputs or INPUTS.get(name, "all")
         settings += f", {options.epochs} epochs of {count} inputs"
-        settings += f", rate {rate_of(name, options):g}, layers {options.layer_weight:g}"
+        settings += f", rate {options.learning_rate:g}, layers {options.layer_weight:g}"
     return settings
-
-
-def rate_of(name: str, options: argparse.Namespace) -> float:
-    """The learning rate at the start."""
-    return options.learning_rate or RATES.get(name, 1e-4)
 
 
 def key_of(name: str, step: str, options: argparse.Namespace) -> str:
@@ -133,7 +127,7 @@ def distilled(model: nn.Module, name: str, options: argparse.Namespace) -> nn.Mo
         options.epochs,
         held_out=middle(x[-held_out:], shape).split(batch_size),
         loss="error" if network.relative else None,
-        learning_rate=rate_of(name, options),
+        learning_rate=options.learning_rate,
         layer_weight=options.layer_weight,
         frozen_norm_epochs=options.epochs,
         checkpoint=cache_file(name, "distilled", options, ".pt"),
