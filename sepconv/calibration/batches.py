@@ -91,6 +91,28 @@ class Batch(NamedTuple):
         return [self.part(start, n) for start in range(0, self.samples, n)]
 
 
+def check_iterable(batches: Any, name: str) -> None:
+    """Raise `ValueError` for a single batch in the place of many."""
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise ValueError(
+            f"{name}: expected an iterable of batches, such as a DataLoader or a list of "
+            f"tensors, got {type(batches).__name__}"
+        )
+
+
+def read_batch(
+    given: Any, example_inputs: ExampleInputs | None, device: torch.device, where: str
+) -> Batch:
+    """One batch as `read_batches` reads them.
+
+    Raises:
+        ValueError: It is of another kind, empty, or not finite; `where` says which it is.
+    """
+    batch = _arguments(given, example_inputs, where)
+    _check(batch, where)
+    return Batch(*tree_map_only(Tensor, partial(_moved, device=device), (batch.args, batch.kwargs)))
+
+
 def read_batches(
     calibration: Iterable[Any], example_inputs: ExampleInputs | None, device: torch.device
 ) -> list[Batch]:
@@ -130,28 +152,6 @@ def read_batches(
             "only once)"
         )
     return batches
-
-
-def check_iterable(batches: Any, name: str) -> None:
-    """Raise `ValueError` for a single batch in the place of many."""
-    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
-        raise ValueError(
-            f"{name}: expected an iterable of batches, such as a DataLoader or a list of "
-            f"tensors, got {type(batches).__name__}"
-        )
-
-
-def read_batch(
-    given: Any, example_inputs: ExampleInputs | None, device: torch.device, where: str
-) -> Batch:
-    """One batch as `read_batches` reads them.
-
-    Raises:
-        ValueError: It is of another kind, empty, or not finite; `where` says which it is.
-    """
-    batch = _arguments(given, example_inputs, where)
-    _check(batch, where)
-    return Batch(*tree_map_only(Tensor, partial(_moved, device=device), (batch.args, batch.kwargs)))
 
 
 def _arguments(given: Any, example_inputs: ExampleInputs | None, where: str) -> Batch:
