@@ -10,7 +10,7 @@ from sepconv.conversion.convert import convert
 from sepconv.conversion.options import Budget
 from sepconv.conversion.search import search
 from sepconv.cost import Cost, cost, register_flops
-from sepconv.distill import distill
+from sepconv.distillation.distill import distill
 from sepconv.factorize import Form
 from sepconv.fusion.fuse import fuse
 from sepconv.ops import backend

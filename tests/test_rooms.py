@@ -26,7 +26,7 @@ ROOMS = (
     "conversion",
     "fusion",
     "saving",
-    "distill",
+    "distillation",
     "cli",
 )
 # The package's own files: what users import, and the command line.

@@ -28,6 +28,7 @@ from rich.table import Table
 
 import sepconv
 from examples.studies.networks import NETWORKS, Batches, photos, samples
+from examples.studies.results import ROOT, Cell, Cells, commit, keep, read
 from sepconv._util import write_atomically
 from sepconv.calibration.batches import read_batches
 from sepconv.calibration.responses import Responses
@@ -39,7 +40,6 @@ from sepconv.factorize.solve_form import STEPS, Problem, solve_form
 from sepconv.factorize.target import damped
 from sepconv.graph import Match, capture, match
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results" / "bottleneck.json"
 PAGE = ROOT / "docs" / "bottleneck.md"
 PLOT = ROOT / "docs" / "bottleneck.png"
@@ -64,9 +64,6 @@ OVER = 1.05  # times the share that a plain rank may take, for its steps are coa
 SIXTEENTHS = (2, 3, 4, 5, 6, 8, 12, 16)  # of the input channels, tried as rank_in
 SEARCHED = 3  # of the forms at a share: those with the least error in closed form
 LONG, FEW_STEPS = 2500, 40  # numbers in a patch from which on a search is cut short, and to what
-
-Cell = dict[str, Any]
-Cells = dict[str, Cell]
 
 
 def main() -> None:
@@ -93,26 +90,6 @@ def main() -> None:
         layers(options)
     else:
         show(read(options.results))
-
-
-def read(path: Path) -> Cells:
-    """What is known, by cell."""
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def keep(path: Path, key: str, cell: Cell) -> None:
-    """Add a cell to the results, each on a line of its own."""
-    cells = read(path) | {key: cell}
-    lines = [f"{json.dumps(key)}: {json.dumps(cells[key])}" for key in sorted(cells)]
-    write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")
-
-
-def commit() -> str:
-    """The code that measures; `+`: with changes."""
-    head = ["git", "rev-parse", "--short", "HEAD"]
-    name = subprocess.run(head, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "sepconv"], cwd=ROOT)
-    return name + "+" * bool(changed.returncode)
 
 
 # Whole networks.

@@ -36,6 +36,8 @@ class Network:
         inputs: Gives as many test inputs as are asked for, in batches.
         score: Tests a network on as many inputs: figures by name.
         relative: Whether the figure compares with the original's own outputs.
+        unlabelled: Gives as many inputs [N, ...] to learn from as are asked for; images may be
+            larger than the network's, to be cut. None: there are only those of `calibration`.
     """
 
     title: str
@@ -47,6 +49,7 @@ class Network:
     inputs: Callable[[int], Batches]
     score: Callable[[nn.Module, int], Figures]
     relative: bool = False
+    unlabelled: Callable[[int], Tensor] | None = None
 
 
 def _file(name: str) -> Path:
@@ -100,8 +103,8 @@ def _feature_error(
 # SqueezeNet 1.1: photographs to ImageNet classes.
 
 
-def _squeezenet_inputs(calibration: bool, count: int) -> Batches:
-    rgb = _code("inputs").photos(calibration, count)[0]
+def _squeezenet_inputs(calibration: bool, count: int, size: int = 224) -> Batches:
+    rgb = _code("inputs").photos(calibration, count, size)[0]
     return list(_code("squeezenet11_imagenet").preprocess(rgb).split(32))
 
 
@@ -203,6 +206,7 @@ def _resnet(depth: int) -> Network:
         partial(_cifar, "train", 512),
         partial(_cifar, "test"),
         _cifar_score,
+        unlabelled=lambda count: F.pad(images("train", count)[0], (4, 4, 4, 4)),
     )
 
 
@@ -219,6 +223,7 @@ NETWORKS = {
         partial(_realesr_inputs, False),
         _realesr_score,
         relative=True,
+        unlabelled=lambda count: _code("inputs").low_resolution(True, count, 112),
     ),
     "squeezenet": Network(
         "SqueezeNet 1.1",
@@ -229,6 +234,7 @@ NETWORKS = {
         partial(_squeezenet_inputs, True, 480),
         partial(_squeezenet_inputs, False),
         _squeezenet_score,
+        unlabelled=lambda count: torch.cat(_squeezenet_inputs(True, count, 256)),
     ),
     "yolox": Network(
         "YOLOX-tiny",
@@ -239,6 +245,7 @@ NETWORKS = {
         lambda: _scenes(True, 64)[0],
         lambda count: _scenes(False, count)[0],
         _yolox_score,
+        unlabelled=lambda count: torch.cat(_scenes(True, count)[0]),
     ),
     "vgg": Network(
         "VGG-16 features",

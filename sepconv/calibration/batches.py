@@ -92,6 +92,28 @@ class Batch(NamedTuple):
         return [self.part(start, n) for start in range(0, self.samples, n)]
 
 
+def check_iterable(batches: Any, name: str) -> None:
+    """Raise `ValueError` for a single batch in the place of many."""
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise ValueError(
+            f"{name}: expected an iterable of batches, such as a DataLoader or a list of "
+            f"tensors, got {type(batches).__name__}"
+        )
+
+
+def read_batch(
+    given: Any, example_inputs: ExampleInputs | None, device: torch.device, where: str
+) -> Batch:
+    """One batch as `read_batches` reads them.
+
+    Raises:
+        ValueError: It is of another kind, empty, or not finite; `where` says which it is.
+    """
+    batch = _arguments(given, example_inputs, where)
+    _check(batch, where)
+    return Batch(*tree_map_only(Tensor, partial(_moved, device=device), (batch.args, batch.kwargs)))
+
+
 def read_batches(
     calibration: Iterable[Any], example_inputs: ExampleInputs | None, device: torch.device
 ) -> list[Batch]:
@@ -113,20 +135,12 @@ def read_batches(
     Raises:
         ValueError: No batch came; a batch is of another kind, empty, or not finite.
     """
-    if isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable):
-        raise ValueError(
-            "calibration: expected an iterable of batches, such as a DataLoader or a list of "
-            f"tensors, got {type(calibration).__name__}"
-        )
+    check_iterable(calibration, "calibration")
     batches: list[Batch] = []
     samples = 0
     for index, given in enumerate(calibration):
-        batch = _arguments(given, example_inputs, f"calibration: batch {index}")
-        _check(batch, f"calibration: batch {index}")
-        args, kwargs = tree_map_only(
-            Tensor, partial(_moved, device=device), (batch.args, batch.kwargs)
-        )
-        batches.append(Batch(args, kwargs, index))
+        batch = read_batch(given, example_inputs, device, f"calibration: batch {index}")
+        batches.append(batch._replace(number=index))
         samples += batch.samples
         if samples >= MAX_SAMPLES:
             warnings.warn(

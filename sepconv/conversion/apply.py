@@ -49,7 +49,7 @@ def factored(
             dense = conv.weight_2d.detach().flatten(1).double()
             change = factors.dense() - dense
             layer.error = float(change.norm() / dense.norm().clamp(min=1e-300))
-            yield conv, NewLayer(layer.form, channels_last, factors.named(), bias)
+            yield conv, NewLayer(layer.form, channels_last, factors.balanced().named(), bias)
         else:
             made = factorize(conv.weight_2d, layer.form)
             layer.error = made.error

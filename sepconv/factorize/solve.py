@@ -17,6 +17,7 @@ from torch import Tensor
 from sepconv.factorize.symmetric import roots
 
 SWEEPS = 2  # later sweeps gain almost nothing (docs/accuracy.md)
+_BALANCING = 10  # passes; each about halves what the logarithms of sizes differ by
 
 
 class Factors(NamedTuple):
@@ -65,6 +66,35 @@ class Factors(NamedTuple):
         if self.weight_out is not None:
             return self._replace(weight_out=changed(self.weight_out))
         return self._replace(mixing=changed(self.mixing))
+
+    def balanced(self) -> "Factors":
+        """The same weight by factors of one size, as gradient steps and half precision want them.
+
+        Closed forms leave the scale of the data in some of them, a million times the others' size.
+        """
+        filters, mixing, weight_in, weight_out = self
+        if filters.shape[2] == 1 and weight_in is not None:  # only the products have a parameter
+            mixing = mixing * filters[..., 0]
+            scale = _between(weight_in, mixing.transpose(0, 1).flatten(1))
+            mixing = mixing / scale[:, None]
+            return Factors(torch.ones_like(filters), mixing, weight_in * scale[:, None], weight_out)
+        for _ in range(_BALANCING):
+            if weight_in is not None:
+                scale = _between(weight_in, filters.flatten(1))[:, None]
+                weight_in, filters = weight_in * scale, filters / scale[..., None]
+            scale = _between(filters, mixing.movedim(0, -1))
+            filters, mixing = filters * scale[..., None], mixing / scale
+            if weight_out is not None:
+                scale = _between(mixing.flatten(1), weight_out.mT)
+                mixing, weight_out = mixing * scale[:, None, None], weight_out / scale
+        return Factors(filters, mixing, weight_in, weight_out)
+
+
+def _between(one: Tensor, other: Tensor) -> Tensor:
+    """What to multiply vectors [..., n] by, and others [..., m] to divide by, for a common size."""
+    sizes, others = (t.square().mean(-1) for t in (one, other))
+    # What is zero stays, and what is multiplied with it can still learn.
+    return torch.where((sizes > 0) & (others > 0), others / sizes, 1.0) ** 0.25
 
 
 def solve(

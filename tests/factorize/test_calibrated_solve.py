@@ -170,3 +170,34 @@ def test_patches_times_weight_is_the_convolution(
     geometry = Geometry(stride, padding_sides(padding, (1, 1), kernel, stride, dilation), dilation)
     rows = patches(x, positions, (y.shape[2], y.shape[3]), kernel, geometry)
     torch.testing.assert_close(rows @ weight.flatten(1).T, pixels(y, positions))
+
+
+@pytest.mark.parametrize("taps", [TAPS, 1])
+@pytest.mark.parametrize("with_in", [True, False])
+@pytest.mark.parametrize("with_out", [True, False])
+def test_balanced_factors_are_the_same_weight_of_one_size(
+    generator: torch.Generator, taps: int, with_in: bool, with_out: bool
+) -> None:
+    groups, mixed = (3 if with_in else C), (5 if with_out else K)
+    factors = Factors(
+        1e-4 * random(generator, groups, 2, taps),
+        1e5 * random(generator, mixed, groups, 2),
+        1e-3 * random(generator, groups, C) if with_in else None,
+        10 * random(generator, K, mixed) if with_out else None,
+    )
+    factors.filters[1] *= 100
+    made = factors.balanced()
+    torch.testing.assert_close(made.dense(), factors.dense(), rtol=1e-12, atol=0)
+    named = {name: value for name, value in made.named().items() if value is not None}
+    if taps == 1 and with_in:
+        assert bool((named.pop("weight_dw") == 1).all())
+        named.pop("weight_out", None)  # no form has one there
+    sizes = [float(value.square().mean().sqrt()) for value in named.values()]
+    assert max(sizes) < 3 * min(sizes)
+
+
+def test_what_is_zero_stays_and_can_learn(generator: torch.Generator) -> None:
+    factors = Factors(random(generator, C, 2, TAPS), torch.zeros(K, C, 2).double())
+    made = factors.balanced()
+    assert torch.equal(made.filters, factors.filters)
+    assert torch.equal(made.mixing, factors.mixing)

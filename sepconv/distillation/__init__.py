@@ -1,0 +1,1 @@
+"""A converted model learns from the original: `distill`."""
