@@ -185,6 +185,20 @@ def _face() -> nn.Module:
     return _load("dlib_face_resnet", "dlib_face_resnet_u8")
 
 
+# CREPE: the pitch of rendered tones.
+
+
+def _frames(calibration: bool, count: int) -> Batches:
+    return list(_code("inputs").tones(count, seed=0 if calibration else 1)[0].split(32))
+
+
+def _crepe_score(model: nn.Module, count: int) -> Figures:
+    """A pitch is right within half a semitone."""
+    wanted = _code("inputs").tones(count, seed=1)[1]
+    found = _code("crepe").cents(_outputs(model, _frames(False, count)))
+    return {"within": 100 * float(((found - wanted).abs() < 50).float().mean())}
+
+
 # ResNets on CIFAR-10.
 
 
@@ -246,6 +260,16 @@ NETWORKS = {
         lambda count: _scenes(False, count)[0],
         _yolox_score,
         unlabelled=lambda count: torch.cat(_scenes(True, count)[0]),
+    ),
+    "crepe": Network(
+        "CREPE tiny",
+        "within",
+        "pitches within 50 cents, %",
+        1000,
+        partial(_load, "crepe", "crepe_tiny"),
+        partial(_frames, True, 192),
+        partial(_frames, False),
+        _crepe_score,
     ),
     "vgg": Network(
         "VGG-16 features",

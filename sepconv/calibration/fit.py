@@ -14,9 +14,10 @@ from sepconv._util import track
 from sepconv.calibration.batches import hold_out, read_batches
 from sepconv.calibration.curves import Costs, Curve, Layer, LayerErrors, layer_errors
 from sepconv.calibration.effort import PASSES, Effort, Limits, samples_of_step
+from sepconv.calibration.long import LONGEST_PATCH, Basis, can_fit, is_long
 from sepconv.calibration.observe import Dense
 from sepconv.calibration.output import OutputError
-from sepconv.calibration.refine import Fitted, ShapesDifferError, refine
+from sepconv.calibration.refine import Fitted, Scale, ShapesDifferError, refine
 from sepconv.calibration.responses import Responses, Substitutes
 from sepconv.calibration.sensitivity import SAMPLES, Sensitivity
 from sepconv.factorize import Form, dense_weight, factorize, full_rank
@@ -136,6 +137,7 @@ class Calibration:
         self._output = OutputError(self._responses)
         self._roots: dict[Match, tuple[Tensor, Tensor]] | None = None
         self._ridges: dict[Match, float] = {}
+        self._bases: dict[Match, Basis] = {}  # of long layers
         sweeps = self._method.sweeps
         self._search = Search(sweeps, SEARCH_STEPS if sweeps else 0, SEARCH_MACS)
 
@@ -160,6 +162,7 @@ class Calibration:
             By layer, of the forms that are worth their cost.
         """
         layers = [conv for conv in self.layers if len(costs.get(conv.name, {})) > 1]
+        self._prepare(layers)
         parts = track(self._parts(layers), "planning: what each form costs", len(layers))
         studies = {c: self._studied(c, fit, held, costs[c.name]) for c, fit, held in parts}
         changes = {conv: study.changes for conv, study in studies.items()}
@@ -177,7 +180,32 @@ class Calibration:
             for conv in group:
                 yield conv, fitted.pop(conv), held.pop(conv)
 
+    def _prepare(self, layers: Sequence[Match]) -> None:
+        """Choose the filters of long layers, before anything is gathered through them."""
+        long = [c for c in layers if _is_long(c) and c not in self._bases]
+        for conv, blocks in self._responses.tap_covariances(long).items() if long else ():
+            weight = conv.weight_2d.detach().flatten(2).double()
+            self._bases[conv] = Basis.of(weight, blocks)
+            self._responses.filters[conv] = self._bases[conv].filters
+
+    def _studied_long(self, conv: Match, fitted: Moments, held: Moments, costs: Costs) -> _Study:
+        basis, fits = self._bases[conv], {}
+        for form in costs:
+            if form is not None and _can_fit(conv, form):
+                fits[form] = self._fitted_long(conv, fitted, form)
+        errors = {form: basis.error(fit.factors, held) for form, fit in fits.items()}
+        probed = dict(list(fits.items())[:: max(1, len(fits) - 1)])  # the first and the last
+        probes = {form: errors[form] for form in probed}
+        fits_of_probes = list(probed.values())
+        return _Study(LayerErrors(errors, probes), fits_of_probes, _changes(conv, fits_of_probes))
+
+    def _fitted_long(self, conv: Match, moments: Moments, form: Form) -> Fitted:
+        factors = self._bases[conv].fitted(moments, form.rank, RIDGE)
+        return Fitted(factors, self._bases[conv].bias(moments, factors))
+
     def _studied(self, conv: Match, fitted: Moments, held: Moments, costs: Costs) -> _Study:
+        if conv in self._bases:
+            return self._studied_long(conv, fitted, held, costs)
         root, _ = self._roots_of(conv)
         self._ridges[conv] = self._best_ridge(conv, fitted, held)
         problem = self._unchanged(conv, fitted)
@@ -204,6 +232,7 @@ class Calibration:
         """How much the moments of a layer's inputs are damped."""
         if conv not in self._ridges:
             few = [c for c in self.layers if c not in self._ridges and self._has_few_rows(c)]
+            few = [c for c in few if not _is_long(c)]
             for c, fitted, held in self._parts(few):
                 self._ridges[c] = self._best_ridge(c, fitted, held)
         return self._ridges.get(conv, RIDGE)
@@ -235,45 +264,47 @@ class Calibration:
             forms: By layer; None and layers not named stay dense. A full rank is exact without
                 a fit and is left out.
         """
-        fitted, spreads = self._closed_forms(forms)
+        fitted, scales = self._closed_forms(forms)
         # Without comparable outputs, or gradients, there is nothing to aim at or no way to do it:
         # what is there stands.
         with suppress(ShapesDifferError, RuntimeError):
-            fitted = self._refined(fitted, spreads)
+            fitted = self._refined(fitted, scales)
         return fitted
 
-    def _closed_forms(self, forms: Forms) -> tuple[dict[str, Fitted], dict[str, float]]:
-        """Layer by layer in order of execution; and the spread of each layer's output."""
+    def _closed_forms(self, forms: Forms) -> tuple[dict[str, Fitted], dict[str, Scale]]:
+        """Layer by layer in order of execution; and what each layer reads and writes."""
         layers = self._inexact(forms)
+        self._prepare(layers)
         for conv in layers:  # now, for it takes forwards of its own
             self._ridge(conv)
             self._roots_of(conv)
         fitted: dict[str, Fitted] = {}
-        spreads: dict[str, float] = {}
-        for conv, problem in track(self._problems(layers, fitted), "fitting", len(layers)):
+        scales: dict[str, Scale] = {}
+        for conv, moments in track(self._wanted(layers, fitted), "fitting", len(layers)):
             form = forms[conv.name]
             assert form is not None, "_inexact() says so"
-            fitted[conv.name] = self._fitted(conv, problem, form, self._search)
-            spreads[conv.name] = float(problem.variance_y.mean().sqrt())
-        return fitted, spreads
+            if conv in self._bases:
+                fitted[conv.name] = self._fitted_long(conv, moments, form)
+            else:
+                read = self._changed if self._method.sequential else self._unchanged
+                fitted[conv.name] = self._fitted(conv, read(conv, moments), form, self._search)
+            scales[conv.name] = _scale(conv, moments)
+        return fitted, scales
 
-    def _problems(
+    def _wanted(
         self, layers: Sequence[Match], fitted: Mapping[str, Fitted]
-    ) -> Iterator[tuple[Match, _Problem]]:
+    ) -> Iterator[tuple[Match, Moments]]:
         """What each layer is to be fitted to, in turn; `fitted` gets the result of each."""
         if not self._method.sequential:
-            for conv, moments in self._responses.moments(layers).items():
-                yield conv, self._unchanged(conv, moments)
+            yield from self._responses.moments(layers).items()
             return
         substitutes: dict[int, Dense] = {}
         branch_sum = self._method.branch_sum
         for conv, moments in self._responses.in_turn(layers, substitutes, branch_sum):
-            yield conv, self._changed(conv, moments)
+            yield conv, moments
             substitutes |= self._substitutes({conv.name: fitted[conv.name]})
 
-    def _refined(
-        self, fitted: dict[str, Fitted], spreads: Mapping[str, float]
-    ) -> dict[str, Fitted]:
+    def _refined(self, fitted: dict[str, Fitted], scales: Mapping[str, Scale]) -> dict[str, Fitted]:
         """The layers after gradient steps on all of them at once, as far as those help."""
         layers = [conv for conv in self.layers if conv.name in fitted]
         macs = sum(self._responses.macs(conv) for conv in self.layers)
@@ -289,7 +320,7 @@ class Calibration:
             return self._responses.inner(layers, parts[index], self._substitutes(weights))
 
         with self._responses.quiet():
-            given = (fitted, spreads, respond, self.output_error)
+            given = (fitted, scales, respond, self.output_error)
             deadline = self._start + (self._limits.seconds or math.inf)
             return refine(*given, len(parts), self._seed, steps, deadline)
 
@@ -343,8 +374,8 @@ class Calibration:
         return self.output_error(self._closed_forms(forms)[0])
 
     def _inexact(self, forms: Forms) -> list[Match]:
-        """The layers with forms that are not exact."""
-        return [conv for conv in self.layers if _is_inexact(conv, forms.get(conv.name))]
+        """The layers that are fitted: their forms are not exact, nor beyond what fits memory."""
+        return [conv for conv in self.layers if _is_fitted(conv, forms.get(conv.name))]
 
     def _unchanged(self, conv: Match, moments: Moments) -> _Problem:
         """The layer's own weight, on the original's inputs."""
@@ -421,6 +452,14 @@ def _weight(conv: Match) -> Tensor:
     return conv.weight_2d.detach().flatten(1).double()
 
 
+def _scale(conv: Match, moments: Moments) -> Scale:
+    spread = float(moments.variance_y.mean().sqrt())
+    # Of a long layer's inputs only what its filters make of them is known.
+    size = conv.weight[0].numel()
+    known = len(moments.mean_x) == size and not _is_long(conv)
+    return Scale(moments.mean_x if known else torch.zeros(size).to(moments.mean_x), spread)
+
+
 def _changes(conv: Match, fits: Sequence[Fitted]) -> tuple[Tensor, Tensor]:
     """Of a layer's weight [n, K, C*R*S] and bias [n, K], in float32."""
     weight, bias = _weight(conv), 0.0 if conv.bias is None else conv.bias.detach()
@@ -447,8 +486,19 @@ def _by_weight(conv: Match, forms: Forms) -> Dense:
     return Dense(dense.view_as(conv.weight), bias)
 
 
-def _is_inexact(conv: Match, form: Form | None) -> bool:
-    return form is not None and not form.is_exact(tuple(conv.weight_2d.shape))
+def _is_fitted(conv: Match, form: Form | None) -> bool:
+    if form is None or form.is_exact(tuple(conv.weight_2d.shape)):
+        return False
+    return not _is_long(conv) or _can_fit(conv, form)
+
+
+def _is_long(conv: Match) -> bool:
+    return is_long(conv.weight[0].numel())
+
+
+def _can_fit(conv: Match, form: Form) -> bool:
+    """Whether a long layer can be fitted in a form."""
+    return can_fit(form, conv.weight.shape[1], _taps(conv))
 
 
 def _taps(conv: Match) -> int:
@@ -460,7 +510,7 @@ def _in_groups(layers: Sequence[Match]) -> Iterator[list[Match]]:
     group: list[Match] = []
     size = 0
     for conv in layers:
-        own = 2 * 8 * conv.weight[0].numel() ** 2
+        own = 2 * 8 * min(conv.weight[0].numel(), LONGEST_PATCH) ** 2
         if group and size + own > MOMENTS_BYTES:
             yield group
             group, size = [], 0

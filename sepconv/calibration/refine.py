@@ -36,9 +36,21 @@ class Fitted(NamedTuple):
     bias: Tensor
 
 
+class Scale(NamedTuple):
+    """What a layer reads and writes.
+
+    Attributes:
+        mean: Of its input patches, [C*R*S].
+        spread: Standard deviation of its outputs.
+    """
+
+    mean: Tensor
+    spread: float
+
+
 def refine(
     fitted: dict[str, Fitted],
-    spreads: Mapping[str, float],
+    inputs: Mapping[str, Scale],
     respond: Callable[[int, Mapping[str, Fitted]], Responses],
     judge: Callable[[Mapping[str, Fitted]], float],
     batches: int,
@@ -50,7 +62,7 @@ def refine(
 
     Args:
         fitted: Where to start.
-        spreads: Standard deviation of each layer's output, the unit of its bias.
+        inputs: What each layer reads and writes.
         respond: Responses to a batch, by its index, with these layers (with none: the original's),
             differentiable in their factors and biases.
         judge: The error of these layers on samples held out.
@@ -63,7 +75,7 @@ def refine(
         The layers as they did best on the samples held out: at worst, as they were given.
     """
     best, least = fitted, judge(fitted)
-    free = _Layers(fitted, spreads)
+    free = _Layers(fitted, inputs)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     share, done = 1.0, 0.0
@@ -81,7 +93,7 @@ def refine(
             if error < least:
                 best, least = current, error
             else:
-                free, share = _Layers(best, spreads), share / 3
+                free, share = _Layers(best, inputs), share / 3
         if done == 1:
             break
     return best
@@ -90,8 +102,8 @@ def refine(
 class _Layers:
     """All layers' parameters, and their optimizer."""
 
-    def __init__(self, fitted: Mapping[str, Fitted], spreads: Mapping[str, float]) -> None:
-        self._free = {name: _Free(layer, spreads[name]) for name, layer in fitted.items()}
+    def __init__(self, fitted: Mapping[str, Fitted], inputs: Mapping[str, Scale]) -> None:
+        self._free = {name: _Free(layer, inputs[name]) for name, layer in fitted.items()}
         self._parameters = [p for layer in self._free.values() for p in layer.parameters]
         self._optimizer = torch.optim.Adam(self._parameters, lr=LEARNING_RATE, betas=(0.9, 0.99))
 
@@ -116,22 +128,29 @@ class _Layers:
 
 
 class _Free:
-    """A layer's parameters, divided by their size so that one learning rate fits all."""
+    """A layer's parameters, divided by their size so that one learning rate fits all.
 
-    def __init__(self, layer: Fitted, spread: float) -> None:
+    The bias is that of centred inputs: or else a small change of the weight would shift the mean of
+    the output, by much where inputs are far from zero, as after a ReLU.
+    """
+
+    def __init__(self, layer: Fitted, scale: Scale) -> None:
         factors = _balanced(layer.factors)
         self._given = [name for name, value in factors._asdict().items() if value is not None]
         start = [getattr(factors, name) for name in self._given]
         self._units = [float(value.square().mean().sqrt().clamp(min=1e-30)) for value in start]
-        self._units.append(max(spread, 1e-30))
+        self._units.append(max(scale.spread, 1e-30))
+        self._mean = scale.mean.float()
+        centred = layer.bias + factors.dense() @ scale.mean
         self.parameters = [
             (value / unit).float().requires_grad_()
-            for value, unit in zip([*start, layer.bias], self._units, strict=True)
+            for value, unit in zip([*start, centred], self._units, strict=True)
         ]
 
     def _fitted(self, values: Sequence[Tensor]) -> Fitted:
-        *factors, bias = (p * unit for p, unit in zip(values, self._units, strict=True))
-        return Fitted(Factors(**dict(zip(self._given, factors, strict=True))), bias)
+        *given, bias = (p * unit for p, unit in zip(values, self._units, strict=True))
+        factors = Factors(**dict(zip(self._given, given, strict=True)))
+        return Fitted(factors, bias - factors.dense() @ self._mean.to(bias))
 
     def current(self) -> Fitted:
         """As they are, differentiable."""
@@ -139,9 +158,7 @@ class _Free:
 
     def result(self) -> Fitted:
         """As they are, for good."""
-        factors, bias = self._fitted([p.detach() for p in self.parameters])
-        wide = {k: v.double() for k, v in factors._asdict().items() if v is not None}
-        return Fitted(Factors(**wide), bias.double())
+        return self._fitted([p.detach().double() for p in self.parameters])
 
 
 def _balanced(factors: Factors) -> Factors:

@@ -31,6 +31,8 @@ MIN_ROWS, ROWS_PER_DIMENSION = 40_000, 40
 # Samples that run together while forwards wait for one another, and at most so many such parts.
 TOGETHER, MOST_PARTS = 32, 64
 
+_PATCH_NUMBERS = 2**25  # of all patches that are gathered at once
+
 Substitutes = Mapping[int, Dense]
 
 
@@ -47,6 +49,10 @@ class Responses:
         held: Batches to judge by, at least one.
         seed: Of the choice of pixels, and of what the model draws.
 
+    Attributes:
+        layers: The convolutions that run, in order.
+        filters: [C, T, R*S] of layers whose moments are to be of the outputs of these filters.
+
     Raises:
         ValueError: The model fails on a batch, or its output is not finite.
     """
@@ -61,6 +67,7 @@ class Responses:
     ) -> None:
         self._model, self._seed = model, seed
         self.fitted, self.held = list(fitted), list(held)
+        self.filters: dict[Match, Tensor] = {}
         self._is_quiet = False
         survey = Survey(id(conv.weight) for conv in matches)
         with self.quiet():
@@ -130,6 +137,24 @@ class Responses:
 
                 self._run(Probe(by_key, {}, see), batch)
         return moments
+
+    def tap_covariances(self, layers: Sequence[Match]) -> dict[Match, Tensor]:
+        """Covariance of each channel's taps alone, [C, R*S, R*S], all layers in one pass."""
+        sums = {conv: _TapMoments() for conv in layers}
+        by_key = {id(conv.weight): conv for conv in layers}
+        with self.quiet():
+            for index, batch in enumerate(self.fitted):
+
+                def see(key: int, x: Tensor, y: Tensor, index: int = index) -> None:
+                    conv = by_key[key]
+                    count = max(1, _PATCH_NUMBERS // conv.weight[0].numel())
+                    sampler = Sampler(conv, count, self._seed_of(self.layers.index(conv), index))
+                    rows = sampler.sample(x, y).x
+                    assert rows is not None
+                    sums[conv].add(rows.view(len(rows), conv.weight.shape[1], -1))
+
+                self._run(Probe(by_key, {}, see), batch)
+        return {conv: taps.covariance() for conv, taps in sums.items()}
 
     def in_turn(
         self, layers: Sequence[Match], substitutes: dict[int, Dense], branch_sum: bool
@@ -278,10 +303,12 @@ class Responses:
 
     def _sampler(self, conv: Match, batches: int, index: int, batch: Batch) -> Sampler:
         """Chooses a layer's pixels for one of so many batches."""
-        wanted = max(MIN_ROWS, ROWS_PER_DIMENSION * conv.weight[0].numel())
+        filters = self.filters.get(conv)
+        size = conv.weight[0].numel() if filters is None else filters.shape[:2].numel()
+        wanted = max(MIN_ROWS, ROWS_PER_DIMENSION * size)
         calls = self._around[conv].calls * (batch.samples if batch.listed else 1)
         seed = self._seed_of(self.layers.index(conv), index)
-        return Sampler(conv, -(-wanted // (batches * calls)), seed)
+        return Sampler(conv, -(-wanted // (batches * calls)), seed, filters)
 
     def _seed_of(self, first: int, second: int) -> int:
         return (self._seed * 65_537 + first) * 65_537 + second
@@ -321,6 +348,24 @@ class Responses:
                 yield
         finally:
             self._is_quiet = False
+
+
+class _TapMoments:
+    """Sums of patches [n, C, R*S] and of the products of each channel's taps."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sum, self._products = torch.zeros(()), torch.zeros(())
+
+    def add(self, rows: Tensor) -> None:
+        wide = rows.float().transpose(0, 1)  # [C, n, R*S]
+        self._count += len(rows)
+        self._sum = self._sum.to(wide.device) + wide.sum(1).double()
+        self._products = self._products.to(wide.device) + (wide.mT @ wide).double()
+
+    def covariance(self) -> Tensor:
+        mean = self._sum / self._count
+        return self._products / self._count - mean[:, :, None] * mean[:, None, :]
 
 
 def _divided(difference: Tensor, scale: Tensor | None) -> Tensor:

@@ -3,10 +3,12 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sepconv.factorize.moments import patches, pixels
 from sepconv.graph import Match
+from sepconv.kernels.geometry import Geometry
 
 
 class Rows(NamedTuple):
@@ -24,10 +26,11 @@ class Sampler:
         conv: The convolution.
         count: How many of each execution.
         seed: Of the choice.
+        filters: [C, T, R*S], whose outputs are taken in the place of patches.
     """
 
-    def __init__(self, conv: Match, count: int, seed: int) -> None:
-        self._conv, self._count = conv, count
+    def __init__(self, conv: Match, count: int, seed: int, filters: Tensor | None = None) -> None:
+        self._conv, self._count, self._filters = conv, count, filters
         self._generator = torch.Generator().manual_seed(seed)
         self._positions = torch.empty(0, dtype=torch.long)
 
@@ -52,7 +55,24 @@ class Sampler:
     def _read(self, x: Tensor, out_size: tuple[int, int]) -> Tensor:
         kernel = (self._conv.weight_2d.shape[2], self._conv.weight_2d.shape[3])
         geometry = self._conv.settings.of_images(kernel)
-        return patches(as_images(x, self._conv), self._positions, out_size, kernel, geometry)
+        x = as_images(x, self._conv)
+        if self._filters is None:
+            return patches(x, self._positions, out_size, kernel, geometry)
+        return self._filtered(x, geometry, kernel)
+
+    def _filtered(self, x: Tensor, geometry: Geometry, kernel: tuple[int, int]) -> Tensor:
+        """Outputs of the filters at the chosen pixels, image by image."""
+        assert self._filters is not None
+        stride, (top, bottom, left, right), dilation = geometry
+        filters = self._filters.reshape(-1, 1, *kernel).to(x)
+        rows, before = [], 0
+        for image in F.pad(x, (left, right, top, bottom)).split(1):
+            y = F.conv2d(image, filters, None, stride, 0, dilation, groups=x.shape[1])
+            size = y.shape[2] * y.shape[3]
+            here = self._positions[(self._positions >= before) & (self._positions < before + size)]
+            rows.append(pixels(y, here - before))
+            before += size
+        return torch.cat(rows)
 
 
 def as_images(t: Tensor, conv: Match) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sepconv._util import evaluating, track
+from sepconv.calibration.long import is_long
 from sepconv.factorize import Form
 from sepconv.factorize.curves import form_grid
 from sepconv.graph import ExampleInputs, Match, split_inputs
@@ -23,7 +24,6 @@ _LONG = 0.02  # seconds of one turn of both forms, from which on one may be enou
 _SECONDS = 0.1  # of further turns where it is not
 _CLEAR = 1.25  # a ratio of times that no noise explains
 
-_LONGEST_PATCH = 5000  # numbers; beyond it a search for the factors takes minutes a layer
 _WORTH = 0.75  # of the dense cost: above it forms that are not plain gain nothing
 
 Costs = dict[str, dict[Form | None, float]]  # by layer, of each form and of dense
@@ -43,7 +43,7 @@ def counted_costs(
     costs: Costs = {}
     for conv in matches:
         forms = form_grid(tuple(conv.weight_2d.shape))
-        searched = bottleneck and conv.weight[0].numel() <= _LONGEST_PATCH
+        searched = bottleneck and not is_long(conv.weight[0].numel())
         forms = [form for form in forms if form.is_plain or searched or conv.is_pointwise]
         if kind == "macs":
             counted: dict[Form | None, float] = {form: conv.macs(form) for form in forms}

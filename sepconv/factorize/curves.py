@@ -10,7 +10,7 @@ from sepconv.factorize.form import Form
 from sepconv.factorize.moments import Moments
 from sepconv.factorize.solve import whitened_filters
 from sepconv.factorize.solve_form import Problem, input_map, mapped
-from sepconv.factorize.symmetric import leading, regular
+from sepconv.factorize.symmetric import leading, precision, regular
 
 _SHARES_IN = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the input channels
 _SHARES_OUT = (1 / 2, 3 / 4)  # of the output channels
@@ -115,9 +115,10 @@ class _Moments(NamedTuple):
     cross: Tensor  # [K, C, R*S]
 
 
-def _in_basis(filters: Tensor, covariance: Tensor, cross: Tensor) -> _Moments:
+def _in_basis(filters: Tensor, covariance: Tensor, cross: Tensor, dtype: torch.dtype) -> _Moments:
     """Covariance and cross-covariance of patches, in filters [C, R*S, R*S]."""
     channels, taps, _ = filters.shape
+    filters, covariance, cross = (t.to(dtype) for t in (filters, covariance, cross))
     half = filters @ covariance.view(channels, taps, -1)
     half = half.view(-1, channels, taps).transpose(0, 1) @ filters.mT
     gram = half.transpose(0, 1).reshape(channels, taps, channels, taps)
@@ -143,8 +144,9 @@ def _nested_errors(
     """
     ones = problem.weight.new_ones(len(problem.weight))
     filters = whitened_filters(problem.weight, problem.metric, taps, taps, ones).flip(1)
-    fitted = _in_basis(filters, problem.metric, problem.cross)
-    judged = _in_basis(filters, *others)
+    dtype = precision(len(problem.metric))
+    fitted = _in_basis(filters, problem.metric, problem.cross, dtype)
+    judged = _in_basis(filters, *others, dtype)
     groups: dict[tuple[int | None, int], list[Form]] = {}
     for form in forms:
         groups.setdefault((form.rank_in, form.rank), []).append(form)

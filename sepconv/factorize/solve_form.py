@@ -23,13 +23,12 @@ from torch import Tensor
 
 from sepconv.factorize.form import Form
 from sepconv.factorize.solve import Factors, whitened_filters
-from sepconv.factorize.symmetric import leading, regular, roots
+from sepconv.factorize.symmetric import leading, precision, regular, roots
 
 STEPS = 100  # of L-BFGS at most
 _CHECKED = 10  # steps between two looks at the gain
 _ENOUGH = 2e-3  # of the error: a smaller gain over that many steps ends the search
 _HISTORY = 10
-_NARROW_FROM = 1000  # numbers in a patch: longer ones are searched in float32, twice as fast
 
 
 class Problem(NamedTuple):
@@ -160,8 +159,7 @@ class _Search:
         if steps > 0 and not (self._whole and self._weight_in is None):
             self._set_coordinates()
             moments = self._metric, self._cross
-            if len(self._metric) >= _NARROW_FROM:
-                self._cast(torch.float32)
+            self._cast(precision(len(self._metric)))
             self._search(steps)
             self._cast(torch.float64)
             self._metric, self._cross = moments
