@@ -228,14 +228,11 @@ class Calibration:
     def _sensitivity(self) -> Sensitivity:
         return Sensitivity(self._responses, self._output.variances(), self._seed)
 
-    def _ridge(self, conv: Match) -> float:
-        """How much the moments of a layer's inputs are damped."""
-        if conv not in self._ridges:
-            few = [c for c in self.layers if c not in self._ridges and self._has_few_rows(c)]
-            few = [c for c in few if not _is_long(c)]
-            for c, fitted, held in self._parts(few):
-                self._ridges[c] = self._best_ridge(c, fitted, held)
-        return self._ridges.get(conv, RIDGE)
+    def _choose_ridges(self, layers: Sequence[Match]) -> None:
+        """How much to damp the moments of those with few rows that no plan has looked at."""
+        new = [c for c in layers if c not in self._ridges and not _is_long(c)]
+        for conv, fitted, held in self._parts([c for c in new if self._has_few_rows(c)]):
+            self._ridges[conv] = self._best_ridge(conv, fitted, held)
 
     def _has_few_rows(self, conv: Match) -> bool:
         return self._responses.pixels(conv) < ENOUGH_ROWS * conv.weight[0].numel()
@@ -245,9 +242,8 @@ class Calibration:
         if not self._has_few_rows(conv):
             return RIDGE
         shape, taps = tuple(conv.weight_2d.shape), _taps(conv)
-        form = Form(
-            max(1, full_rank(shape) // 3), max(1, min(shape[:2]) // 2) if taps == 1 else None
-        )
+        middle = -(-full_rank(shape) // 3), -(-min(shape[:2]) // 2)
+        form = Form(1, middle[1]) if taps == 1 else Form(middle[0])
         weight = _weight(conv)
         held_out = HeldOut.of(weight, held, fitted)
 
@@ -275,9 +271,10 @@ class Calibration:
         """Layer by layer in order of execution; and what each layer reads and writes."""
         layers = self._inexact(forms)
         self._prepare(layers)
-        for conv in layers:  # now, for it takes forwards of its own
-            self._ridge(conv)
-            self._roots_of(conv)
+        self._choose_ridges(layers)
+        for conv in layers:
+            if not (forms[conv.name] or Form(1)).is_plain:
+                self._roots_of(conv)  # now, before forwards wait for one another
         fitted: dict[str, Fitted] = {}
         scales: dict[str, Scale] = {}
         for conv, moments in track(self._wanted(layers, fitted), "fitting", len(layers)):
@@ -379,12 +376,12 @@ class Calibration:
 
     def _unchanged(self, conv: Match, moments: Moments) -> _Problem:
         """The layer's own weight, on the original's inputs."""
-        metric = damped(moments.covariance, self._ridge(conv))
+        metric = damped(moments.covariance, self._ridges.get(conv, RIDGE))
         return _problem(_weight(conv), metric, moments)
 
     def _changed(self, conv: Match, moments: Moments) -> _Problem:
         """The weight that reproduces the wanted outputs from changed inputs."""
-        given = (_weight(conv), moments.covariance, moments.cross, self._ridge(conv))
+        given = (_weight(conv), moments.covariance, moments.cross, self._ridges.get(conv, RIDGE))
         return _problem(*asymmetric_target(*given), moments)
 
     def _fitted(

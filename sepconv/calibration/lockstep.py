@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sepconv.calibration.observe import Dense, Follow, Run, Seen, Substitution
 
-MOST_BYTES = 2**30  # of the inputs and outputs of a convolution over all waiting forwards
+MOST_BYTES = 2**30  # that all waiting forwards hold, about
+_HELD = 3  # times the input and output of the convolution that it waits at, by each
 
 
 class Stop(NamedTuple):
@@ -240,8 +241,9 @@ class Lockstep:
         pairs = self._waiting(key)
         if not pairs:
             return
-        size = sum(2 * pair.original.x.nbytes + 2 * _size(pair.original.y) for pair in pairs)
-        wanted = max(1, int(MOST_BYTES / max(size / len(pairs), 1)))
+        size = sum(pair.original.x.nbytes + _size(pair.original.y) for pair in pairs)
+        of_pair = max(2 * _HELD * size / len(pairs), 1)
+        wanted = max(1, int(MOST_BYTES / of_pair))
         for index in sorted(self._pairs)[2 * wanted :]:  # it is not the last layer that is small
             for forward in self._pairs.pop(index):
                 forward.end()

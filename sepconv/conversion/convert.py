@@ -200,7 +200,7 @@ def convert(
     forms = {name: layer.form for name, layer in layers.items()}
     fitted: Mapping[str, Fitted] = {}
     if study is not None and study.reached(forms):
-        best = calibrated(study, forms, budget, plan, matches)
+        best = calibrated(study, forms, None if only_if_faster else budget, plan, matches)
         if not best.fitted:  # the weights' own factors are better
             layers, made = described(best.forms, ())
         forms, fitted = best.forms, best.fitted
