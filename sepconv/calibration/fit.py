@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sepconv._util import track
 from sepconv.calibration.batches import hold_out, read_batches
 from sepconv.calibration.curves import Costs, Curve, Layer, LayerErrors, layer_errors
-from sepconv.calibration.effort import PASSES, Effort, Limits, samples_of_step
+from sepconv.calibration.effort import PASSES, Effort, Limits
 from sepconv.calibration.long import LONGEST_PATCH, Basis, can_fit, is_long
 from sepconv.calibration.observe import Dense
 from sepconv.calibration.output import OutputError
@@ -305,7 +305,7 @@ class Calibration:
         """The layers after gradient steps on all of them at once, as far as those help."""
         layers = [conv for conv in self.layers if conv.name in fitted]
         macs = sum(self._responses.macs(conv) for conv in self.layers)
-        samples = samples_of_step(macs)
+        samples = self._limits.samples(macs)
         parts = [part for batch in self._responses.fitted for part in batch.parts(samples)]
         steps = self._limits.affordable(macs, len(parts))
         # The original answers for mirrored images too: as good as new ones, and free.
@@ -343,7 +343,7 @@ class Calibration:
     def announced(self) -> str:
         """What will be done, in a line."""
         layers, macs = self.layers, sum(self._responses.macs(conv) for conv in self.layers)
-        parts = -(-self._responses.samples() // samples_of_step(macs))
+        parts = -(-self._responses.samples() // self._limits.samples(macs))
         steps = self._limits.affordable(macs, parts)
         refined = f"{steps} steps of refinement" if steps else "no refinement"
         if self._limits.seconds is not None and steps:
@@ -357,7 +357,7 @@ class Calibration:
         """Seconds that all of it may take, from one forward and the sizes of the layers."""
         macs = sum(self._responses.macs(conv) for conv in self.layers)
         samples = self._responses.samples()
-        forwards = 3 * samples + 4 * SAMPLES + PASSES * steps * samples_of_step(macs)
+        forwards = 3 * samples + 4 * SAMPLES + PASSES * steps * self._limits.samples(macs)
         algebra = sum(_algebra_macs(conv) for conv in self.layers) / ALGEBRA_RATE
         return forwards * self._responses.seconds + algebra
 
