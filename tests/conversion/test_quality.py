@@ -1,5 +1,6 @@
 """What a calibrated conversion says of itself: the error on samples that nothing was fitted to."""
 
+import io
 import re
 import warnings
 from collections.abc import Callable
@@ -7,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from sepconv.calibration.fit import Calibration
-from sepconv.calibration.refine import Fitted
+from rich.console import Console
 from torch import Tensor, nn
 
 import sepconv
 from sepconv import Budget, Form
+from sepconv.calibration import refine
+from sepconv.calibration.fit import Calibration
+from sepconv.calibration.refine import Fitted
 
 X = torch.randn(40, 8, 12, 12, generator=torch.Generator().manual_seed(1))
 
@@ -65,11 +68,9 @@ def test_which_layer_hurts() -> None:
 
 
 def repr_of(report: Any) -> str:
-    from rich.console import Console
-
-    console = Console(record=True, width=120, file=open("/dev/null", "w"))
-    console.print(report)
-    return console.export_text()
+    told = io.StringIO()
+    report.print(Console(width=120, file=told))
+    return told.getvalue()
 
 
 def test_totals_say_the_error() -> None:
@@ -130,8 +131,6 @@ def test_an_effort_that_is_none(effort: Any) -> None:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many batches each step of refinement took its gradients on."""
     seen: list[int] = []
-    from sepconv.calibration import refine
-
     step: Callable[..., None] = refine._Layers.step
 
     def counted(self: Any, respond: Any, batch: int, rate: float) -> None:
