@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sepconv._util import track
 from sepconv.calibration.batches import hold_out, read_batches
 from sepconv.calibration.curves import Costs, Curve, Layer, LayerErrors, layer_errors
-from sepconv.calibration.effort import PASSES, Effort, Limits, samples_of_step
+from sepconv.calibration.effort import PASSES, Effort, Limits
 from sepconv.calibration.long import LONGEST_PATCH, Basis, can_fit, is_long
 from sepconv.calibration.observe import Dense
 from sepconv.calibration.output import OutputError
@@ -138,6 +138,7 @@ class Calibration:
         self._roots: dict[Match, tuple[Tensor, Tensor]] | None = None
         self._ridges: dict[Match, float] = {}
         self._bases: dict[Match, Basis] = {}  # of long layers
+        self._lost: dict[Match, tuple[Tensor, Tensor]] = {}  # weight and bias, by the last fit
         sweeps = self._method.sweeps
         self._search = Search(sweeps, SEARCH_STEPS if sweeps else 0, SEARCH_MACS)
 
@@ -282,9 +283,12 @@ class Calibration:
             assert form is not None, "_inexact() says so"
             if conv in self._bases:
                 fitted[conv.name] = self._fitted_long(conv, moments, form)
+                self._lost[conv] = _changes(conv, [fitted[conv.name]])
             else:
                 read = self._changed if self._method.sequential else self._unchanged
-                fitted[conv.name] = self._fitted(conv, read(conv, moments), form, self._search)
+                problem = read(conv, moments)
+                fitted[conv.name] = self._fitted(conv, problem, form, self._search)
+                self._lost[conv] = _shortfall(fitted[conv.name], problem)
             scales[conv.name] = _scale(conv, moments)
         return fitted, scales
 
@@ -305,7 +309,7 @@ class Calibration:
         """The layers after gradient steps on all of them at once, as far as those help."""
         layers = [conv for conv in self.layers if conv.name in fitted]
         macs = sum(self._responses.macs(conv) for conv in self.layers)
-        samples = samples_of_step(macs)
+        samples = self._limits.samples(macs)
         parts = [part for batch in self._responses.fitted for part in batch.parts(samples)]
         steps = self._limits.affordable(macs, len(parts))
         # The original answers for mirrored images too: as good as new ones, and free.
@@ -334,16 +338,19 @@ class Calibration:
         layers = self._inexact(forms)
         return self._output.of({id(conv.weight): _by_weight(conv, forms) for conv in layers})
 
-    def error_alone(self, fitted: Mapping[str, Fitted]) -> dict[str, float]:
-        """What each layer alone does to the outputs, to first order, by name."""
-        layers = [conv for conv in self.layers if conv.name in fitted]
-        errors = self._sensitivity().errors({c: _changes(c, [fitted[c.name]]) for c in layers})
+    def error_alone(self) -> dict[str, float]:
+        """What each layer that was fitted does to the outputs, to first order, by name.
+
+        That is what its form could not express of what it was fitted to: its weight also undoes
+        what the layers before have changed.
+        """
+        errors = self._sensitivity().errors(self._lost)
         return {conv.name: error for conv, (error,) in errors.items()}
 
     def announced(self) -> str:
         """What will be done, in a line."""
         layers, macs = self.layers, sum(self._responses.macs(conv) for conv in self.layers)
-        parts = -(-self._responses.samples() // samples_of_step(macs))
+        parts = -(-self._responses.samples() // self._limits.samples(macs))
         steps = self._limits.affordable(macs, parts)
         refined = f"{steps} steps of refinement" if steps else "no refinement"
         if self._limits.seconds is not None and steps:
@@ -357,7 +364,7 @@ class Calibration:
         """Seconds that all of it may take, from one forward and the sizes of the layers."""
         macs = sum(self._responses.macs(conv) for conv in self.layers)
         samples = self._responses.samples()
-        forwards = 3 * samples + 4 * SAMPLES + PASSES * steps * samples_of_step(macs)
+        forwards = 3 * samples + 4 * SAMPLES + PASSES * steps * self._limits.samples(macs)
         algebra = sum(_algebra_macs(conv) for conv in self.layers) / ALGEBRA_RATE
         return forwards * self._responses.seconds + algebra
 
@@ -469,6 +476,12 @@ def _algebra_macs(conv: Match) -> float:
     shape = tuple(conv.weight_2d.shape)
     step = step_macs(Form(4, -(-shape[1] // 2)), shape)
     return _FITS * min(PLANNING.steps * step, PLANNING.macs) + min(SEARCH_STEPS * step, SEARCH_MACS)
+
+
+def _shortfall(fit: Fitted, problem: _Problem) -> tuple[Tensor, Tensor]:
+    """As `_changes`, of what a layer was fitted to."""
+    change = fit.factors.dense() - problem.target
+    return change.float()[None], -(change @ problem.mean_x).float()[None]
 
 
 def _by_weight(conv: Match, forms: Forms) -> Dense:

@@ -135,7 +135,7 @@ class _Free:
     """
 
     def __init__(self, layer: Fitted, scale: Scale) -> None:
-        factors = _balanced(layer.factors)
+        factors = layer.factors.balanced()
         self._given = [name for name, value in factors._asdict().items() if value is not None]
         start = [getattr(factors, name) for name in self._given]
         self._units = [float(value.square().mean().sqrt().clamp(min=1e-30)) for value in start]
@@ -159,19 +159,6 @@ class _Free:
     def result(self) -> Fitted:
         """As they are, for good."""
         return self._fitted([p.detach().double() for p in self.parameters])
-
-
-def _balanced(factors: Factors) -> Factors:
-    """The same product, with filters, mixing weights and rows of `weight_in` of one size."""
-    filters, mixing, weight_in, _ = factors
-    if weight_in is not None:
-        size = weight_in.norm(dim=1).clamp(min=1e-150)
-        size = size / size.mean()
-        weight_in, filters = weight_in / size[:, None], filters * size[:, None, None]
-    size_d, size_p = filters.norm(dim=2), mixing.norm(dim=0)  # [C, T]
-    balance = (size_p / size_d.clamp(min=1e-300)).sqrt().clamp(min=1e-150)
-    filters, mixing = filters * balance[..., None], mixing / balance
-    return factors._replace(filters=filters, mixing=mixing, weight_in=weight_in)
 
 
 def check_same_shapes(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:

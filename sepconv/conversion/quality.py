@@ -12,7 +12,7 @@ from sepconv.graph import Match
 from sepconv.reports.conversion import Report
 
 LOST = 0.25  # squared error of the outputs over their variance, above which little is left
-GOOD = 0.05  # what to aim at instead
+GOOD = 0.1  # what to aim at instead
 
 
 class Conversion(NamedTuple):
@@ -51,7 +51,7 @@ def calibrated(
         matches: All layers.
     """
     fitted = study.fit(forms)
-    alone = study.error_alone(fitted) if plan is None else plan.alone(forms)
+    alone = study.error_alone() if plan is None else plan.alone(forms)
     try:
         error, of_weights = study.output_error(fitted), study.error_of_weights(forms)
         found = Conversion(forms, fitted, alone, error, of_weights)
@@ -87,8 +87,9 @@ def warn_if_lost(found: Conversion, plan: Plan | None, samples: int) -> None:
         return
     advice = "calibrate with more samples, or keep more"
     if plan is not None and (predicted := sum(plan.alone(found.forms).values())) > 0:
-        # The layers' errors add up to less or more than the whole: by the same factor elsewhere.
-        share = plan.budget_for(GOOD * predicted / found.error)
+        # Where the layers' errors are more than they add up to, they will be elsewhere; where they
+        # are less, that is for the error of a model cannot rise above all bounds.
+        share = plan.budget_for(GOOD * min(predicted / found.error, 1.0))
         if share is not None:
             advice = f"{plan.kind}={share:.2g} would keep it near {GOOD:g}"
     warnings.warn(
