@@ -65,9 +65,10 @@ class Forward:
 
     def wait(self, stop: Stop) -> None:
         """Called by what runs: wait to be advanced."""
-        self.stop = stop
-        self._back.release()
-        self._go.acquire()
+        if not self._ended:  # it may catch whatever is raised, and come here again
+            self.stop = stop
+            self._back.release()
+            self._go.acquire()
         if self._ended:
             raise Seen
 

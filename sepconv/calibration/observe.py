@@ -104,7 +104,9 @@ class Follow(Substitution):
         self._followed: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def convolved(self, key: int, x: Tensor, y: Tensor, run: Run) -> None:
-        """Follow the outputs of the chosen ones."""
+        """Follow the outputs of the chosen ones; reading another's is a use of it."""
+        for _, read in self._read((x,), {}):
+            self._saw_other_use(read)
         if key in self._keys:
             self._follow(y, key)
             self._saw_convolution(key, x, y, run)
@@ -125,7 +127,7 @@ class Follow(Substitution):
         if func is F.batch_norm and isinstance(result, Tensor):
             self._follow(result, key)
             self._saw_norm(key, _scale(*args, **kwargs), _of_another(func, args, kwargs))
-        elif isinstance(result, Tensor):
+        elif any(isinstance(value, Tensor) for value in _flatten((result,))):
             for _, key in read:
                 self._saw_other_use(key)
         return result
