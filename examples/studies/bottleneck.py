@@ -1,35 +1,43 @@
 """What the bottleneck form is worth: a 1x1 convolution before the depthwise one, a split after it.
 
     python -m examples.studies.bottleneck layers   # error of single layers at a share of their MACs
-    python -m examples.studies.bottleneck end      # whole networks at a share of their MACs
-    python -m examples.studies.bottleneck show     # tables of both into docs/bottleneck.md, figure
+    python -m examples.studies.bottleneck show     # tables into docs/bottleneck.md, figure
 
 Every figure is kept in `docs/results/bottleneck.json` as soon as it is known, so that a run which
 was stopped goes on where it was; delete a line to measure it anew. The networks are those of
-`networks.py`.
+`networks.py`. Whole networks, of which that file keeps what was measured in both forms, are the
+matter of `real_networks.py`.
 """
 
 import argparse
-import json
 import math
 import re
-import resource
-import subprocess
-import sys
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-import sepconv
 from examples.studies.networks import NETWORKS, Batches, photos, samples
-from examples.studies.results import ROOT, Cell, Cells, commit, keep, read
-from sepconv._util import write_atomically
+from examples.studies.real_networks import (
+    Points,
+    cost_table,
+    draw_network,
+    figure_table,
+    points_of,
+)
+from examples.studies.results import (
+    ROOT,
+    Cell,
+    Cells,
+    Rows,
+    Table,
+    commit,
+    into_page,
+    keep,
+    read,
+)
 from sepconv.calibration.batches import read_batches
 from sepconv.calibration.responses import Responses
 from sepconv.factorize import Form, full_rank
@@ -43,19 +51,7 @@ from sepconv.graph import Match, capture, match
 RESULTS = ROOT / "docs" / "results" / "bottleneck.json"
 PAGE = ROOT / "docs" / "bottleneck.md"
 PLOT = ROOT / "docs" / "bottleneck.png"
-GIB = 2**30
-
-# What `convert` is given beside the budget and the batches, by form.
-FORMS: dict[str, dict[str, Any]] = {"plain": {"bottleneck": False}, "bottleneck": {}}
-BUDGETS = {  # of the multiply-adds of the whole network
-    "resnet20": (0.55, 0.45, 0.35, 0.25),
-    "resnet32": (0.35,),
-    "realesr": (0.7, 0.55, 0.4),
-    "squeezenet": (0.7, 0.55),
-    "yolox": (0.55, 0.4),
-    "vgg": (0.3, 0.15),
-    "face": (0.55,),
-}
+FORMS = ("plain", "bottleneck")  # of whole networks
 
 # Forms of single layers: plain ranks, a split after the filters (rank_out), rank_in as well.
 LAYER_FORMS = ("plain", "split", "bottleneck")
@@ -68,106 +64,20 @@ LONG, FEW_STEPS = 2500, 40  # numbers in a patch from which on a search is cut s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=["layers", "end", "show"])
+    parser.add_argument("part", choices=["layers", "show"])
     parser.add_argument("networks", nargs="*", help=f"of {', '.join(NETWORKS)}; default: all")
     parser.add_argument("--forms", nargs="*", help="default: all that there are")
-    parser.add_argument("--budgets", type=float, nargs="*", help="default: each network's own")
-    parser.add_argument("--tests", type=int, help="test inputs; default: each network's own")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=3600, help="limit for one conversion")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--here", action="store_true", help="measure one in this very process")
     options = parser.parse_args()
     options.networks = options.networks or list(NETWORKS)
     if unknown := set(options.networks) - set(NETWORKS):
         parser.error(f"networks: expected some of {list(NETWORKS)}, got {sorted(unknown)}")
     torch.set_num_threads(options.threads)
-    if options.here:
-        print(json.dumps(converted(options)))
-    elif options.part == "end":
-        end(options)
-    elif options.part == "layers":
+    if options.part == "layers":
         layers(options)
     else:
         show(read(options.results))
-
-
-# Whole networks.
-
-
-def end_key(network: str, form: str, budget: float, tests: int | None) -> str:
-    """Name of a cell; the dense network is the form `dense` at budget 1."""
-    return f"end: {network}, {form}, {budget:g}, {tests or NETWORKS[network].tests} tests"
-
-
-def end(options: argparse.Namespace) -> None:
-    """Measure what is missing, each in a process of its own."""
-    for network in options.networks:
-        budgets = options.budgets or BUDGETS[network]
-        wanted = [] if NETWORKS[network].relative else [("dense", 1.0)]
-        wanted += [(form, budget) for form in options.forms or FORMS for budget in budgets]
-        for form, budget in wanted:
-            key = end_key(network, form, budget, options.tests)
-            if key not in read(options.results):
-                cell = in_process(network, form, budget, options)
-                keep(options.results, key, cell | {"commit": commit()})
-                print(key, cell, flush=True)
-
-
-def in_process(network: str, form: str, budget: float, options: argparse.Namespace) -> Cell:
-    """The figures of one conversion, or `failed` and why."""
-    command = [sys.executable, "-m", "examples.studies.bottleneck", "end", network, "--here"]
-    command += ["--forms", *([form] if form in FORMS else []), "--budgets", str(budget)]
-    command += ["--threads", str(options.threads)]
-    command += ["--tests", str(options.tests or NETWORKS[network].tests)]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=options.seconds
-        )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"more than {options.seconds:g} s"}
-    if done.returncode < 0:
-        return {"failed": f"ended by signal {-done.returncode}"}
-    if done.returncode:
-        raise SystemExit(f"{network}, {form}, {budget:g}: exit code {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def converted(options: argparse.Namespace) -> Cell:
-    """Convert one network, unless no form is given, and test it."""
-    network = NETWORKS[options.networks[0]]
-    model, cell = network.load(), Cell(threads=options.threads)
-    if options.forms:
-        batches = network.calibration()
-        before, clock, busy = _peak(), time.perf_counter(), time.process_time()
-        try:
-            model = sepconv.convert(
-                model,
-                batches[0][:1],
-                budget=sepconv.Budget(macs=options.budgets[0]),
-                calibration=batches,
-                **FORMS[options.forms[0]],
-            )
-        except ValueError as error:
-            return cell | {"failed": str(error)}
-        made = sepconv.report(model)
-        cell |= {
-            "calibration": samples(batches),
-            "seconds": round(time.perf_counter() - clock, 1),
-            "cpu_seconds": round(time.process_time() - busy, 1),
-            "peak_gib": round(_peak() / GIB, 2),
-            "peak_before_gib": round(before / GIB, 2),
-            "macs": round(made.macs_after / made.macs_before, 4),
-            "latency_before": made.latency_before,
-            "latency_after": made.latency_after,
-            "ranks": {layer.name: str(layer.form) for layer in made.converted},
-        }
-    return cell | network.score(model, options.tests)
-
-
-def _peak() -> int:
-    """Bytes that the process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # Single layers, given the original's inputs.
@@ -298,80 +208,26 @@ def layer_errors(
 
 # Tables and the figure.
 
-Rows = list[list[str]]
-BEGIN, END = "<!-- show: {} -->", "<!-- end of {} -->"
-
 
 def show(cells: Cells) -> None:
     """Print all tables, write them into the page, draw the figure."""
-    page = PAGE.read_text()
-    for name, (header, rows) in {
-        "end": end_table(cells),
-        "cost": cost_table(cells),
+    networks = of_networks(cells)
+    tables = {
+        "end": figure_table(networks, FORMS),
+        "cost": cost_table(networks, "form"),
         "layers": layer_table(cells, "vgg"),
         "others": other_table(cells),
-    }.items():
-        table = Table(*header, title=name)
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-        lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
-        begin, end_ = BEGIN.format(name), END.format(name)
-        start, rest = page.split(begin)
-        page = start + "\n".join([begin, *lines, end_]) + rest.split(end_)[1]
-    write_atomically(PAGE, page)
-    draw(cells)
+    }
+    for name, table in tables.items():
+        table.show(name)
+    into_page(PAGE, {name: table.lines() for name, table in tables.items()})
+    draw(networks, cells)
 
 
-def of_end(cells: Cells) -> dict[str, list[tuple[str, float, Cell]]]:
-    """By network, forms, budgets and cells of whole networks."""
-    found: dict[str, list[tuple[str, float, Cell]]] = {name: [] for name in NETWORKS}
-    for key, cell in cells.items():
-        part, _, rest = key.partition(": ")
-        if part == "end":
-            network, form, budget, _ = rest.split(", ")
-            found[network].append((form, float(budget), cell))
-    return {name: sorted(cells, key=lambda c: -c[1]) for name, cells in found.items() if cells}
-
-
-def end_table(cells: Cells) -> tuple[list[str], Rows]:
-    """Figures before and after, by budget and form."""
-    header, rows = ["network", "measure", "dense", "MACs", *FORMS], Rows()
-    for name, found in of_end(cells).items():
-        network = NETWORKS[name]
-        dense = next((f"{c[network.figure]:.4g}" for form, _, c in found if form == "dense"), "")
-        for budget in dict.fromkeys(b for form, b, _ in found if form != "dense"):
-            by_form = {form: cell for form, b, cell in found if b == budget}
-            after = [_figure(by_form.get(form), network.figure) for form in FORMS]
-            rows.append([network.title, network.measure, dense, f"{budget:g}", *after])
-    return header, rows
-
-
-def _figure(cell: Cell | None, figure: str) -> str:
-    if cell is None:
-        return ""
-    return cell["failed"] if "failed" in cell else f"{cell[figure]:.4g}"
-
-
-def cost_table(cells: Cells) -> tuple[list[str], Rows]:
-    """What each conversion took, and the latency of its result."""
-    header = ["network", "MACs", "form", "inputs", "CPU s", "s", "peak GiB", "latency, ms"]
-    rows = [
-        [
-            NETWORKS[name].title,
-            f"{cell['macs']:.3f}",
-            form,
-            str(cell["calibration"]),
-            f"{cell['cpu_seconds']:.0f}",
-            f"{cell['seconds']:.0f}",
-            f"{cell['peak_gib']:.2f}",
-            f"{1e3 * cell['latency_before']:.3g} > {1e3 * cell['latency_after']:.3g}",
-        ]
-        for name, found in of_end(cells).items()
-        for form, _, cell in found
-        if "ranks" in cell
-    ]
-    return header, rows
+def of_networks(cells: Cells) -> Points:
+    """Those of whole networks, which were measured before calibration held samples out."""
+    pairs = ((key.partition(": "), cell) for key, cell in cells.items())
+    return points_of({rest: cell for (part, _, rest), cell in pairs if part == "end"})
 
 
 def of_layers(cells: Cells, network: str) -> dict[tuple[str, float], dict[str, Cell]]:
@@ -390,7 +246,7 @@ def of_layers(cells: Cells, network: str) -> dict[tuple[str, float], dict[str, C
     return dict(sorted(found.items(), key=by_number))
 
 
-def layer_table(cells: Cells, network: str) -> tuple[list[str], Rows]:
+def layer_table(cells: Cells, network: str) -> Table:
     """Errors and ranks of each layer."""
     rows = Rows()
     for (layer, share), forms in of_layers(cells, network).items():
@@ -400,10 +256,10 @@ def layer_table(cells: Cells, network: str) -> tuple[list[str], Rows]:
             known = forms.get(form, {})
             row.append(f"{known['error']:.4f} ({known['ranks']})" if "error" in known else "")
         rows.append(row)
-    return ["layer", "channels", "share", *LAYER_FORMS], rows
+    return Table(["layer", "channels", "share", *LAYER_FORMS], rows)
 
 
-def other_table(cells: Cells) -> tuple[list[str], Rows]:
+def other_table(cells: Cells) -> Table:
     """Geometric mean of the layers' errors in the networks that have no table of their own."""
     rows = Rows()
     for network in (name for name in NETWORKS if name != "vgg"):
@@ -418,39 +274,27 @@ def other_table(cells: Cells) -> tuple[list[str], Rows]:
                 ]
                 title = NETWORKS[network].title
                 rows.append([title, str(len(known)), f"{share:g}", *(f"{m:.4f}" for m in means)])
-    return ["network", "layers", "share", *LAYER_FORMS], rows
+    return Table(["network", "layers", "share", *LAYER_FORMS], rows)
 
 
 COLOURS = {"plain": "C0", "split": "C1", "bottleneck": "C2"}
 
 
-def draw(cells: Cells) -> None:
+def draw(networks: Points, cells: Cells) -> None:
     """A panel for each network, then one for each share of the layers of VGG-16."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    networks = of_end(cells)
     of_vgg = of_layers(cells, "vgg")
     panels = len(networks) + len(SHARES) * bool(of_vgg)
     figure, axes = pyplot.subplots(-(-panels // 3), 3, figsize=(9, 2.6 * -(-panels // 3)))
     for panel in axes.flat[panels:]:
         panel.axis("off")
+    of_forms = {form: COLOURS[form] for form in FORMS}
     for panel, (name, found) in zip(axes.flat, networks.items(), strict=False):
-        network = NETWORKS[name]
-        for form in FORMS:
-            points = [cell for f, _, cell in found if f == form and network.figure in cell]
-            x, y = [p["macs"] for p in points], [p[network.figure] for p in points]
-            panel.plot(x, y, "o-", color=COLOURS[form], markersize=4, label=form)
-        dense = [cell[network.figure] for form, _, cell in found if form == "dense"]
-        if network.figure == "error":
-            panel.set_yscale("log")
-        elif dense:
-            panel.axhline(dense[0], color="grey", linewidth=1)
-        panel.set_title(network.title, fontsize=9)
-        panel.set_xlabel("share of the network's MACs", fontsize=8)
-        panel.set_ylabel(network.measure, fontsize=8)
+        draw_network(panel, NETWORKS[name], found, of_forms, latency=False)
     for panel, share in zip(axes.flat[len(networks) :], SHARES, strict=False):
         here = {layer: forms for (layer, s), forms in of_vgg.items() if s == share}
         for form in LAYER_FORMS:

@@ -17,7 +17,7 @@ from sepconv.calibration.effort import PASSES, Effort, Limits
 from sepconv.calibration.long import LONGEST_PATCH, Basis, can_fit, is_long
 from sepconv.calibration.observe import Dense
 from sepconv.calibration.output import OutputError
-from sepconv.calibration.refine import Fitted, Scale, ShapesDifferError, refine
+from sepconv.calibration.refine import Coordinates, Fitted, ShapesDifferError, refine
 from sepconv.calibration.responses import Responses, Substitutes
 from sepconv.calibration.sensitivity import SAMPLES, Sensitivity
 from sepconv.factorize import Form, dense_weight, factorize, full_rank
@@ -261,14 +261,14 @@ class Calibration:
             forms: By layer; None and layers not named stay dense. A full rank is exact without
                 a fit and is left out.
         """
-        fitted, scales = self._closed_forms(forms)
+        fitted, coordinates = self._closed_forms(forms)
         # Without comparable outputs, or gradients, there is nothing to aim at or no way to do it:
         # what is there stands.
         with suppress(ShapesDifferError, RuntimeError):
-            fitted = self._refined(fitted, scales)
+            fitted = self._refined(fitted, coordinates)
         return fitted
 
-    def _closed_forms(self, forms: Forms) -> tuple[dict[str, Fitted], dict[str, Scale]]:
+    def _closed_forms(self, forms: Forms) -> tuple[dict[str, Fitted], dict[str, Coordinates]]:
         """Layer by layer in order of execution; and what each layer reads and writes."""
         layers = self._inexact(forms)
         self._prepare(layers)
@@ -277,20 +277,24 @@ class Calibration:
             if not (forms[conv.name] or Form(1)).is_plain:
                 self._roots_of(conv)  # now, before forwards wait for one another
         fitted: dict[str, Fitted] = {}
-        scales: dict[str, Scale] = {}
+        coordinates: dict[str, Coordinates] = {}
         for conv, moments in track(self._wanted(layers, fitted), "fitting", len(layers)):
             form = forms[conv.name]
             assert form is not None, "_inexact() says so"
             if conv in self._bases:
                 fitted[conv.name] = self._fitted_long(conv, moments, form)
                 self._lost[conv] = _changes(conv, [fitted[conv.name]])
+                spread = float(moments.variance_y.mean().sqrt())
+                # Its patches are not known, and its filters' outputs are white for each channel.
+                unknown = torch.zeros(conv.weight[0].numel()).to(moments.mean_x)
+                coordinates[conv.name] = Coordinates(unknown, spread, {})
             else:
                 read = self._changed if self._method.sequential else self._unchanged
                 problem = read(conv, moments)
                 fitted[conv.name] = self._fitted(conv, problem, form, self._search)
                 self._lost[conv] = _shortfall(fitted[conv.name], problem)
-            scales[conv.name] = _scale(conv, moments)
-        return fitted, scales
+                coordinates[conv.name] = _coordinates(fitted[conv.name], problem)
+        return fitted, coordinates
 
     def _wanted(
         self, layers: Sequence[Match], fitted: Mapping[str, Fitted]
@@ -305,7 +309,9 @@ class Calibration:
             yield conv, moments
             substitutes |= self._substitutes({conv.name: fitted[conv.name]})
 
-    def _refined(self, fitted: dict[str, Fitted], scales: Mapping[str, Scale]) -> dict[str, Fitted]:
+    def _refined(
+        self, fitted: dict[str, Fitted], coordinates: Mapping[str, Coordinates]
+    ) -> dict[str, Fitted]:
         """The layers after gradient steps on all of them at once, as far as those help."""
         layers = [conv for conv in self.layers if conv.name in fitted]
         macs = sum(self._responses.macs(conv) for conv in self.layers)
@@ -321,7 +327,7 @@ class Calibration:
             return self._responses.inner(layers, parts[index], self._substitutes(weights))
 
         with self._responses.quiet():
-            given = (fitted, scales, respond, self.output_error)
+            given = (fitted, coordinates, respond, self.output_error)
             deadline = self._start + (self._limits.seconds or math.inf)
             return refine(*given, len(parts), self._seed, steps, deadline)
 
@@ -422,8 +428,8 @@ class Calibration:
         """
         if self._roots is None:
             metrics = self._sensitivity().metrics()
-            scales = {c: self._responses.scale(c) for c in self.layers if c not in metrics}
-            self._roots = {c: (torch.diag(s), torch.diag(1 / s)) for c, s in scales.items()}
+            coordinates = {c: self._responses.scale(c) for c in self.layers if c not in metrics}
+            self._roots = {c: (torch.diag(s), torch.diag(1 / s)) for c, s in coordinates.items()}
             for c, metric in metrics.items():
                 metric = damped(metric)
                 self._roots[c] = roots(metric / metric.diagonal().mean())
@@ -456,12 +462,9 @@ def _weight(conv: Match) -> Tensor:
     return conv.weight_2d.detach().flatten(1).double()
 
 
-def _scale(conv: Match, moments: Moments) -> Scale:
-    spread = float(moments.variance_y.mean().sqrt())
-    # Of a long layer's inputs only what its filters make of them is known.
-    size = conv.weight[0].numel()
-    known = len(moments.mean_x) == size and not _is_long(conv)
-    return Scale(moments.mean_x if known else torch.zeros(size).to(moments.mean_x), spread)
+def _coordinates(fit: Fitted, problem: _Problem) -> Coordinates:
+    spread = float(problem.variance_y.mean().sqrt())
+    return Coordinates.of(fit.factors, problem.metric, problem.mean_x, spread)
 
 
 def _changes(conv: Match, fits: Sequence[Fitted]) -> tuple[Tensor, Tensor]:

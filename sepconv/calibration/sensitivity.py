@@ -3,8 +3,8 @@
 One backward pass of a random projection of the outputs of one sample gives for every layer the
 gradient G at its weight: a change E of the weight changes the projection by <E, G>, and the mean of
 its square over samples and projections is the squared change of the outputs. So some backward
-passes predict the error of any form of any layer (to a factor of 0.8 to 2, docs/accuracy.md), where
-measuring it takes a forward of many samples each.
+passes predict the error of any form of any layer (to a factor of 0.6 to 2.6, docs/accuracy.md),
+where measuring it takes a forward of many samples each.
 """
 
 from collections.abc import Mapping
