@@ -9,7 +9,7 @@ from calibration.small import random, study_of
 from torch import Tensor, nn
 
 import sepconv.calibration.refine as module
-from sepconv.calibration.refine import Fitted, Scale, ShapesDifferError, refine
+from sepconv.calibration.refine import Coordinates, Fitted, ShapesDifferError, refine
 from sepconv.factorize.form import Form
 from sepconv.factorize.solve import solve
 from sepconv.factorize.solve_form import Problem, solve_form
@@ -41,7 +41,7 @@ class Toy:
         bias = self.bias + (self.weight - factors.dense()) @ self.mean
         self.given = {"conv": Fitted(factors, bias)}
         spread = float((rows @ self.weight.T).var(0).mean().sqrt())
-        self.scales = {"conv": Scale(self.mean, spread)}
+        self.inputs = {"conv": Coordinates.of(factors, metric, self.mean, spread)}
         self.asked: list[int] = []
         self.errors: list[float] = []
 
@@ -66,7 +66,7 @@ class Toy:
         return self.errors[-1]
 
     def refined(self, steps: int = 80, deadline: float = math.inf) -> dict[str, Fitted]:
-        given = (self.given, self.scales, self.respond, self.judge)
+        given = (self.given, self.inputs, self.respond, self.judge)
         return refine(*given, BATCHES, 0, steps, deadline)
 
 
@@ -120,7 +120,7 @@ def test_a_good_state_is_kept_when_later_ones_are_worse() -> None:
         states.append(weights)
         return next(told)
 
-    found = refine(toy.given, toy.scales, toy.respond, judge, BATCHES, 0, 80)
+    found = refine(toy.given, toy.inputs, toy.respond, judge, BATCHES, 0, 80)
     assert found is states[3]
 
 
@@ -156,7 +156,7 @@ def test_outputs_of_other_shapes_cannot_be_refined() -> None:
         return inner, [end[0][: 3 if weights else 4]]
 
     with pytest.raises(ShapesDifferError, match="depend on its weights"):
-        refine(toy.given, toy.scales, respond, toy.judge, BATCHES, 0, 80)
+        refine(toy.given, toy.inputs, respond, toy.judge, BATCHES, 0, 80)
 
 
 # In the whole of it
