@@ -147,6 +147,9 @@ class _Search:
     def __init__(self, problem: Problem, form: Form, taps: int) -> None:
         self._form, self._taps = form, taps
         self._channels = len(problem.metric) // taps
+        # No weight depends on the unit of the inputs, but float32 does not hold all of them.
+        level = problem.metric.diagonal().mean()
+        problem = problem._replace(metric=problem.metric / level, cross=problem.cross / level)
         self._metric = problem.metric
         self._cross = problem.cross.unflatten(1, (self._channels, taps))  # [K, C, R*S]
         self._energy = max(float((self._cross.flatten(1) * problem.weight).sum()), 1e-300)

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from calibration.small import study_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sepconv
+from sepconv.calibration.effort import Effort
 from sepconv.calibration.fit import Calibration, Method
 from sepconv.calibration.observe import Survey
 from sepconv.factorize import Form, SeparableFactors, factorize
-from sepconv.graph import ConvSpec, Match, capture, match
+from sepconv.graph import ConvSpec
 from sepconv.reports.latency import LatencyTable
 
 # Networks as small as these do not get faster.
@@ -126,26 +128,20 @@ def test_every_step_of_the_closed_form_pays(
     """On held-out images, through the same substitution that the factors will stand for."""
     held = digits[0][1200:]
 
-    def error(method: Method) -> float:
-        study = study_of(net, many, method)
+    def error(method: Method, effort: Effort = "fast") -> float:
+        study = study_of(net, many, method=method, effort=effort)
         fitted = study.fit({conv.name: sepconv.Form(1) for conv in study.layers})
-        held_out = study_of(net, [held], method)
-        return held_out.output_error(fitted)
+        return study_of(net, [held]).output_error(fitted)
 
-    off = {"restore_variance": False, "refine": False}
-    alone = error(Method(sequential=False, branch_sum=False, sweeps=0, **off))
-    sequential = error(Method(branch_sum=False, sweeps=0, **off))
-    summed = error(Method(sweeps=0, **off))
-    refined = error(Method())
+    alone = error(Method(sequential=False, branch_sum=False, sweeps=0))
+    sequential = error(Method(branch_sum=False, sweeps=0))
+    summed = error(Method(sweeps=0))
+    swept = error(Method())
+    refined = error(Method(), "default")
     assert sequential < alone
     assert summed < sequential
-    assert refined < summed
-
-
-def study_of(model: nn.Module, batches: list[Tensor], method: Method | None = None) -> Calibration:
-    found = match(model, capture(model, batches[0][:1]))
-    matches = [conv for conv in found if isinstance(conv, Match) and not conv.first]
-    return Calibration(model, matches, batches, batches[0][:1], method=method)
+    assert swept < summed
+    assert refined < swept
 
 
 def test_more_batches_never_make_unseen_images_worse(
@@ -491,22 +487,41 @@ def test_an_error_budget_needs_calibration(net: Digits, batches: list[Tensor]) -
         sepconv.convert(net, batches[0][:1], budget=sepconv.Budget(error=0.1))
 
 
-def test_outputs_whose_shape_depends_on_the_weights_are_refused(batches: list[Tensor]) -> None:
-    class Detections(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.conv = nn.Conv2d(8, 8, 3)
+class Detections(nn.Module):
+    """How many numbers it returns depends on its weights."""
 
-        def forward(self, x: Tensor) -> Tensor:
+    def __init__(self, differentiable: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(8, 8, 3)
+        self.differentiable = differentiable
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             y = self.conv(x.expand(-1, 8, -1, -1))
             return y[y > 0.1]
 
-    model, x = Detections(), batches[0][:2]
-    with pytest.raises(ValueError, match=r"depend on its weights.*rank="):
-        sepconv.convert(model, x, budget=sepconv.Budget(macs=0.5), calibration=batches[:1])
-    small = sepconv.convert(model, x, rank=1, calibration=batches[:1])
-    assert sepconv.report(small).layers[0].method == "calibrated"
+
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_outputs_whose_shape_depends_on_the_weights(
+    batches: list[Tensor], differentiable: bool
+) -> None:
+    """Gradients tell forms apart where outputs cannot be compared."""
+    model, x, given = Detections(differentiable), batches[0][:2], batches[:1]
+    refused = pytest.raises(ValueError, match=r"depend on its weights.*rank=")
+    small = [sepconv.convert(model, x, rank=1, calibration=given)]
+    with refused:
+        sepconv.convert(model, x, budget=sepconv.Budget(error=0.5), calibration=given)
+    if differentiable:
+        budget = sepconv.Budget(macs=0.5)
+        small.append(sepconv.convert(model, x, budget=budget, calibration=given))
+        assert sepconv.report(small[1]).macs_after <= 0.5 * sepconv.report(small[1]).macs_before
+    else:
+        with refused:
+            sepconv.convert(model, x, budget=sepconv.Budget(macs=0.5), calibration=given)
+    for made in map(sepconv.report, small):
+        assert made.layers[0].method == "calibrated"
+        assert made.output_error is None
 
 
 def test_no_warning_and_no_progress_bar_off_a_terminal(

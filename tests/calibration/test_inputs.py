@@ -1,6 +1,7 @@
 """Calibration of models that draw random numbers, and of models that take lists of images."""
 
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,21 +86,32 @@ def test_the_generators_of_the_caller_and_of_the_model_are_left_alone() -> None:
 
 def test_other_samples_get_other_draws() -> None:
     """Noise that is the same for all would be learned as if it were data."""
-    seen: list[Tensor] = []
+    seen: dict[tuple[float, int, int], list[tuple[float, ...]]] = {}
+    now = (0.0, 0, 0)  # the first sample, mirrored or not, how many there are, and the layer
 
     class Watched(Noisy):
+        def forward(self, x: Tensor) -> Tensor:
+            nonlocal now
+            if type(x) is Tensor:  # and no proxy: the model is traced too
+                now = (float(x[0].double().sum().float()), len(x), 0)
+            return super().forward(x)
+
         def noise(self, shape: torch.Size) -> Tensor:
+            nonlocal now
             noise = super().noise(shape)
-            if type(noise) is Tensor:  # and no proxy: the model is traced too
-                seen.append(noise.flatten()[:4])
+            # Where forwards take turns, in threads, they draw from one generator.
+            if type(noise) is Tensor and threading.current_thread() is threading.main_thread():
+                seen.setdefault(now, []).append(tuple(noise.flatten()[:4].tolist()))
+                now = (*now[:2], now[2] + 1)
             return noise
 
     data = [images(64, 1), images(64, 2)]
     sepconv.convert(Watched("torch").eval(), rank=1, calibration=data)
-    kinds = {tuple(noise.tolist()) for noise in seen}
-    # Two batches, in two parts each that refining takes; three layers draw.
-    assert len(kinds) >= 4 * 3
-    assert len(seen) > 4 * len(kinds)
+    samples = {sample for sample, *_ in seen}
+    assert len(samples) >= 6  # two batches, in two parts each that refining takes, and what judges
+    assert all(len(set(draws)) == 1 for draws in seen.values()), "the same ones in every pass"
+    assert sum(map(len, seen.values())) > 2 * len(seen)
+    assert len({draws[0] for (*_, layer), draws in seen.items() if layer == 0}) == len(samples)
 
 
 class Detector(nn.Module):

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sepconv
 from sepconv import Form
-from sepconv.calibration.responses import Responses
+from sepconv.calibration.sensitivity import Sensitivity
 from sepconv.factorize import weight_curve
 from sepconv.factorize.curves import form_grid
 from sepconv.graph import ConvSpec
@@ -88,7 +88,7 @@ def test_plain_ranks_need_nothing_of_what_forms_do(monkeypatch: pytest.MonkeyPat
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("asked")
 
-    monkeypatch.setattr(Responses, "output_metrics", never)
+    monkeypatch.setattr(Sensitivity, "metrics", never)
     monkeypatch.setattr("sepconv.calibration.fit.solve_form", never)
     monkeypatch.setattr("sepconv.calibration.curves.outline", never)
     for rank in (2, Form(2), Form(9, 500, 500), "full"):

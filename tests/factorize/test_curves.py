@@ -124,6 +124,18 @@ def test_forms_together_have_the_least_error_in_their_nested_bases(
         assert found[form] == pytest.approx(expected, rel=1e-5), form
 
 
+def test_long_patches_are_outlined_in_float32(
+    weight: Tensor, rows: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted, held = (moments_of(x, weight) for x in rows)
+    problem, held_out = Problem.of(weight, damped(fitted.covariance)), HeldOut.of(weight, held, fitted)
+    wide = outline(problem, held_out, TAPS, FORMS)
+    monkeypatch.setattr("sepconv.factorize.symmetric.NARROW_FROM", C * TAPS)
+    narrow = outline(problem, held_out, TAPS, FORMS)
+    assert narrow != wide, "or it would show nothing"
+    assert narrow == pytest.approx(wide, rel=1e-3)
+
+
 def test_a_few_rows_look_better_than_others_do(weight: Tensor) -> None:
     """What the errors are held out for."""
     mixing = random(1, C * TAPS, C * TAPS)
