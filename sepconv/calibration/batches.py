@@ -155,6 +155,36 @@ def read_batches(
     return batches
 
 
+def joined(batches: Sequence[Batch], samples: int) -> list[Batch]:
+    """The same, those that follow each other and are alike in one batch of at most so many samples.
+
+    Alike: one tensor each, of samples of one shape.
+    """
+    found: list[list[Batch]] = []
+    for batch in batches:
+        last = found[-1] if found else []
+        fits = sum(b.samples for b in last) + batch.samples <= samples
+        if last and fits and _alike(last[-1], batch):
+            last.append(batch)
+        else:
+            found.append([batch])
+    return [group[0] if len(group) == 1 else _one(group) for group in found]
+
+
+def _alike(one: Batch, other: Batch) -> bool:
+    pair = [(b.args[0].shape[1:], b.args[0].dtype) for b in (one, other) if _is_a_tensor(b)]
+    return len(pair) == 2 and pair[0] == pair[1]
+
+
+def _is_a_tensor(batch: Batch) -> bool:
+    args = batch.args
+    return len(args) == 1 and not batch.kwargs and isinstance(args[0], Tensor) and args[0].dim() > 1
+
+
+def _one(group: Sequence[Batch]) -> Batch:
+    return group[0]._replace(args=(torch.cat([batch.args[0] for batch in group]),))
+
+
 def hold_out(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """The samples to fit to, and those to judge by: the last ones of each batch.
 

@@ -33,6 +33,7 @@ from sepconv.graph import ExampleInputs, Match
 Forms = Mapping[str, Form | None]  # None: dense
 
 SEARCH_MACS, LEAST_STEPS = 5e10, 5  # of the search for the factors of one layer
+MOST_OUTPUTS = 2048  # of a layer, up to which it is known how its outputs are felt together
 MOMENTS_BYTES = 2**30  # of the layers whose errors are predicted from one pass over the batches
 
 # Below so many pixels for each number of a patch the ridge is chosen on samples held out.
@@ -162,7 +163,7 @@ class Calibration:
         Returns:
             By layer, of the forms that are worth their cost.
         """
-        layers = [conv for conv in self.layers if len(costs.get(conv.name, {})) > 1]
+        layers = [conv for conv in self.layers if _is_planned(conv, costs.get(conv.name, {}))]
         self._prepare(layers)
         parts = track(self._parts(layers), "planning: what each form costs", len(layers))
         studies = {c: self._studied(c, fit, held, costs[c.name]) for c, fit, held in parts}
@@ -432,7 +433,12 @@ class Calibration:
             self._roots = {c: (torch.diag(s), torch.diag(1 / s)) for c, s in coordinates.items()}
             for c, metric in metrics.items():
                 metric = damped(metric)
-                self._roots[c] = roots(metric / metric.diagonal().mean())
+                metric = metric / metric.diagonal().mean()
+                if len(metric) > MOST_OUTPUTS:  # its roots would take minutes
+                    metric = torch.diag(metric.diagonal())
+                    self._roots[c] = (metric.sqrt(), torch.diag(metric.diagonal().rsqrt()))
+                else:
+                    self._roots[c] = roots(metric)
         return self._roots[conv]
 
     def _with_bias(self, conv: Match, problem: _Problem, factors: Factors) -> Fitted:
@@ -497,6 +503,11 @@ def _by_weight(conv: Match, forms: Forms) -> Dense:
     dense = dense_weight(weight.shape, form.within(tuple(weight.shape)), *factors)
     bias = conv.weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach()
     return Dense(dense.view_as(conv.weight), bias)
+
+
+def _is_planned(conv: Match, costs: Costs) -> bool:
+    """Whether there is a form to plan for."""
+    return any(_is_fitted(conv, form) for form in costs)
 
 
 def _is_fitted(conv: Match, form: Form | None) -> bool:

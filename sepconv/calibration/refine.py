@@ -19,7 +19,7 @@ from sepconv.factorize.solve import Factors
 from sepconv.factorize.solve_form import filtered, mapped, mean_block
 from sepconv.factorize.target import damped
 
-LEARNING_RATE = 0.01  # of normalised parameters; falls to zero as a cosine
+LEARNING_RATE = 1e-3  # of normalised parameters; falls to zero as a cosine
 WARM_UP = 10  # steps, while Adam's averages form
 INNER_WEIGHT = 50.0  # of the responses inside the network against those at its end
 CHECKS = 8  # looks at the samples held out; after a bad one the learning rate falls to a third

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from sepconv._util import evaluating
-from sepconv.calibration.batches import Batch
+from sepconv.calibration.batches import Batch, joined
 from sepconv.calibration.lockstep import Lockstep, Pair, interleaves
 from sepconv.calibration.observe import (
     Dense,
@@ -193,6 +193,7 @@ class Responses:
         """The samples to fit to as they run together; None where forwards must not be stopped."""
         size = max(TOGETHER, -(-self.samples() // (MOST_PARTS // 4)))
         parts = [part for b in self.fitted for part in b.parts(1 if b.listed else size)]
+        parts = joined(parts, size)
         if self.samples() == 1 or len(parts) > MOST_PARTS:
             return None
         first, last = parts[0].part(0, 1), parts[-1].part(parts[-1].samples - 1, 1)

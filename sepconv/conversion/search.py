@@ -83,6 +83,7 @@ def search(
                 # Of a candidate; the result's report says it.
                 warnings.filterwarnings("ignore", "convert: the model did not get faster")
                 warnings.filterwarnings("ignore", "convert: only_if_faster")
+                warnings.filterwarnings("ignore", "convert: the model has probably lost")
                 candidate = convert(
                     model, example_inputs, budget=budget, calibration=batches, **options
                 )

@@ -157,13 +157,14 @@ def _nested_errors(
         cross = fitted.cross[:, *here].flatten(1)
         root = torch.linalg.cholesky(regular(gram))
         mixing = torch.cholesky_solve(cross.mT, root).mT
-        energy = mixing @ judged.gram[*here, *here].flatten(2).flatten(0, 1) @ mixing.mT
-        change = energy - 2 * judged.cross[:, *here].flatten(1) @ mixing.mT  # [K, K]
+        energy = mixing @ judged.gram[*here, *here].flatten(2).flatten(0, 1)
+        change = energy - 2 * judged.cross[:, *here].flatten(1)  # [K, rank_in*T], of the mixing
         if any(form.rank_out for form in group):
             directions = leading(cross @ mixing.mT, len(cross))
-            by_direction = ((change @ directions) * directions).sum(0).cumsum(0)
+            pairs = (change.mT @ directions) * (mixing.mT @ directions)
+            by_direction = pairs.sum(0).cumsum(0)
         else:
-            by_direction = change.diagonal().cumsum(0)
+            by_direction = (change * mixing).sum(1).cumsum(0)
         for form in group:
             lost = by_direction[(form.rank_out or len(by_direction)) - 1]
             errors[form] = (held.energy + float(lost)) / max(held.energy, 1e-300)

@@ -123,7 +123,11 @@ def _two_pointwise(problem: Problem, rank: int) -> Factors:
     """A 1x1 convolution as two: the exact minimum, by reduced-rank regression."""
     weight = problem.weight
     # No other directions of the responses leave less error (Izenman 1975).
-    directions = leading(problem.cross @ weight.mT, rank)
+    white = weight @ torch.linalg.cholesky(regular(problem.metric))  # [K, C]
+    if len(weight) > white.shape[1]:
+        directions = torch.linalg.qr(white @ leading(white.mT @ white, rank)).Q
+    else:
+        directions = leading(white @ white.mT, rank)
     filters = weight.new_ones(rank, 1, 1)
     return Factors(filters, directions[:, :, None], weight_in=directions.mT @ weight)
 
