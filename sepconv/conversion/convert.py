@@ -197,12 +197,13 @@ def convert(
             layers[conv.name].error = weight_error(conv, layers[conv.name].form)
         return made
 
-    forms = {name: layer.form for name, layer in layers.items()}
+    planned, forms = forms, {name: layer.form for name, layer in layers.items()}
     fitted: Mapping[str, Fitted] = {}
     if study is not None and study.reached(forms):
         best = calibrated(study, forms, None if only_if_faster else budget, plan, matches)
         if not best.fitted:  # the weights' own factors are better
-            layers, made = described(best.forms, ())
+            # What was planned and is not faster is to say so again.
+            layers, made = described(planned if best.forms == forms else best.forms, ())
         forms, fitted = best.forms, best.fitted
         tell(made, best, study.held_out)
         warn_if_lost(best, plan, study.held_out)
