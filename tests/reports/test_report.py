@@ -30,6 +30,7 @@ FIELDS = {
     "params_before",
     "params_after",
     "error",
+    "output_error",
     "latency_before",
     "latency_after",
     "method",
