@@ -492,6 +492,7 @@ def test_a_model_that_catches_everything_is_ended_too() -> None:
 
 PAIR = 2 * 3  # forwards of a pair, and what each holds of a convolution's input and output
 
+
 def sizes_of(net: nn.Module, x: Tensor) -> list[int]:
     """Bytes of what each convolution reads and writes."""
     seen = by_hooks(deepcopy(net), x)

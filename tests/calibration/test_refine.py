@@ -149,9 +149,7 @@ def test_after_the_deadline_there_is_one_step() -> None:
 def test_outputs_of_other_shapes_cannot_be_refined() -> None:
     toy = Toy()
 
-    def respond(
-        index: int, weights: Mapping[str, Fitted]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def respond(index: int, weights: Mapping[str, Fitted]) -> tuple[list[Tensor], list[Tensor]]:
         inner, end = toy.respond(index, weights)
         return inner, [end[0][: 3 if weights else 4]]
 
