@@ -17,7 +17,7 @@ from sepconv.calibration.effort import PASSES, Effort, Limits
 from sepconv.calibration.long import LONGEST_PATCH, Basis, can_fit, is_long
 from sepconv.calibration.observe import Dense
 from sepconv.calibration.output import OutputError
-from sepconv.calibration.refine import Scale, Fitted, ShapesDifferError, refine
+from sepconv.calibration.refine import Fitted, Scale, ShapesDifferError, refine
 from sepconv.calibration.responses import Responses, Substitutes
 from sepconv.calibration.sensitivity import SAMPLES, Sensitivity
 from sepconv.factorize import Form, dense_weight, factorize, full_rank
