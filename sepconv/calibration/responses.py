@@ -193,7 +193,8 @@ class Responses:
         """The samples to fit to as they run together; None where forwards must not be stopped."""
         size = max(TOGETHER, -(-self.samples() // (MOST_PARTS // 4)))
         parts = [part for b in self.fitted for part in b.parts(1 if b.listed else size)]
-        parts = joined(parts, size)
+        if len(parts) > MOST_PARTS:
+            parts = joined(parts, size)
         if self.samples() == 1 or len(parts) > MOST_PARTS:
             return None
         first, last = parts[0].part(0, 1), parts[-1].part(parts[-1].samples - 1, 1)

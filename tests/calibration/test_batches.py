@@ -9,7 +9,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sepconv.calibration.batches import HELD_OUT, MOST_HELD_OUT, Batch, hold_out, read_batches
+from sepconv.calibration.batches import (
+    HELD_OUT,
+    MOST_HELD_OUT,
+    Batch,
+    hold_out,
+    joined,
+    read_batches,
+)
 from sepconv.factorize.moments import Moments
 
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=40)
@@ -77,7 +84,8 @@ def test_a_part_knows_where_it_comes_from(sizes: list[int]) -> None:
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     for part in hold_out(numbered(sizes, "tensors")):
         for batch in part:
-            assert numbers(batch)[0] == starts[batch.number] + batch.start
+            for piece in batch.parts(7):
+                assert numbers(piece)[0] == starts[piece.number] + piece.start
 
 
 def test_of_single_samples_every_fifth_judges() -> None:
@@ -156,3 +164,28 @@ def test_a_few_pixels_of_each_batch_are_taken(monkeypatch: pytest.MonkeyPatch) -
         found = responses.moments(responses.layers, held_out=held_out)
         assert found[first].count == batches * -(-100 // batches)
         assert found[second].count == batches * min(4 * 9, -(-100 // batches))
+
+
+def test_batches_that_are_alike_are_joined() -> None:
+    sizes = [3, 3, 3, 30, 1, 1]
+    given = [Batch((torch.randn(n, 2, 4, 4),), {}, number=i) for i, n in enumerate(sizes)]
+    found = joined(given, 8)
+    assert [batch.samples for batch in found] == [6, 3, 30, 2]
+    together = torch.cat([batch.args[0] for batch in given])
+    assert torch.equal(torch.cat([batch.args[0] for batch in found]), together)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Batch((torch.randn(1, 2, 4, 5),), {}),
+        Batch((torch.randn(1, 2, 4, 4).double(),), {}),
+        Batch((torch.randn(1, 2, 4, 4), torch.randn(1)), {}),
+        Batch((), {"x": torch.randn(1, 2, 4, 4)}),
+        Batch(([torch.randn(2, 4, 4)],), {}),
+    ],
+    ids=["size", "dtype", "two inputs", "by name", "list"],
+)
+def test_batches_that_differ_are_not_joined(other: Batch) -> None:
+    one = Batch((torch.randn(1, 2, 4, 4),), {})
+    assert len(joined([one, other, one], 8)) == 3

@@ -9,12 +9,13 @@ from calibration.small import random, study_of
 from torch import Tensor, nn
 
 import sepconv.calibration.refine as module
-from sepconv.calibration.refine import Coordinates, Fitted, ShapesDifferError, refine
+from sepconv.calibration.refine import Fitted, Scale, ShapesDifferError, refine
 from sepconv.factorize.form import Form
 from sepconv.factorize.solve import solve
 from sepconv.factorize.solve_form import Problem, solve_form
 
 C, TAPS, K, BATCHES = 4, 9, 6, 6
+PLAIN = Form(2)
 D = C * TAPS
 
 
@@ -24,7 +25,7 @@ class Toy:
     Everything that is asked is kept: errors on the rows held out, and batches.
     """
 
-    def __init__(self, form: Form = Form(2)) -> None:
+    def __init__(self, form: Form = PLAIN) -> None:
         mixing = random(1, D, D).double() / 3
         rows = random(2, 64 * BATCHES + 128, D).double() @ mixing + 2
         self.rows = rows[:-128].chunk(BATCHES)
@@ -41,7 +42,7 @@ class Toy:
         bias = self.bias + (self.weight - factors.dense()) @ self.mean
         self.given = {"conv": Fitted(factors, bias)}
         spread = float((rows @ self.weight.T).var(0).mean().sqrt())
-        self.inputs = {"conv": Coordinates.of(factors, metric, self.mean, spread)}
+        self.inputs = {"conv": Scale(self.mean, spread)}
         self.asked: list[int] = []
         self.errors: list[float] = []
 
@@ -70,7 +71,7 @@ class Toy:
         return refine(*given, BATCHES, 0, steps, deadline)
 
 
-@pytest.mark.parametrize("form", [Form(1), Form(2), Form(2, 3), Form(3, None, 4), Form(2, 3, 3)])
+@pytest.mark.parametrize("form", [Form(1), PLAIN, Form(2, 3), Form(3, None, 4), Form(2, 3, 3)])
 def test_steps_pay_and_what_did_best_is_returned(form: Form) -> None:
     toy = Toy(form)
     found = toy.refined()
