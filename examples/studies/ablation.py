@@ -10,7 +10,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from examples.cifar import correct, images, trained_resnet
 from sepconv import Form
 from sepconv._util import write_atomically
 from sepconv.calibration.curves import Curve
-from sepconv.calibration.fit import Calibration, Effort, Forms, Method, _Problem
+from sepconv.calibration.effort import Effort
+from sepconv.calibration.fit import Calibration, Forms, Method, Search, _Problem
 from sepconv.calibration.refine import Fitted
 from sepconv.conversion.costs import counted_costs
 from sepconv.conversion.plan import forms_within, weight_only_errors
 from sepconv.factorize.solve import Factors, channel_blocks, refit_mixing, whitened_filters
+from sepconv.factorize.solve_form import Problem
 from sepconv.graph import Match, capture, match
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +64,6 @@ VARIANTS = {
     "no BatchNorm metric": Variant(Method(norm_metric=False)),
     "no block updates": Variant(Method(sweeps=0)),
     "no bias correction": Variant(Method(correct_bias=False)),
-    "no restored variance": Variant(Method(restore_variance=False)),
     "ranks planned by the weights' error": Variant(planned="weights"),
     "one rank everywhere": Variant(planned="nothing"),
     "ragged ranks, no block updates": Variant(Method(sweeps=0), ragged=True),
@@ -91,9 +92,7 @@ def main() -> None:
     if missing:
         bench = Bench()
         for rank, name, refined in track(missing, "measuring"):
-            variant = VARIANTS[name]
-            method = replace(variant.method, refine=refined)
-            cells[_key(rank, name, refined)] = bench.measure(rank, replace(variant, method=method))
+            cells[_key(rank, name, refined)] = bench.measure(rank, VARIANTS[name], refined)
             write_atomically(options.results, json.dumps(cells, indent=1, sort_keys=True) + "\n")
     for rank in options.ranks:
         _print(cells, rank, options.variants)
@@ -120,11 +119,12 @@ class Bench:
         with torch.no_grad():
             self.wanted = self.model(self.x)
 
-    def measure(self, rank: int, variant: Variant) -> dict[str, float]:
+    def measure(self, rank: int, variant: Variant, refined: bool) -> dict[str, float]:
         """What a variant does at the multiply-adds of one rank everywhere."""
         kind = Ragged if variant.ragged else Calibration
         batches = self.calibration[: variant.images].split(64)
-        study = kind(self.model, self.matches, batches, method=variant.method)
+        effort: Effort = "default" if refined else "fast"
+        study = kind(self.model, self.matches, batches, method=variant.method, effort=effort)
         ranks = self.planned(rank, variant)
         fitted = study.fit(ranks)
         small = as_dense(self.model, fitted)
@@ -165,8 +165,15 @@ class Bench:
 class Ragged(Calibration):
     """As many filters in a layer, given to the channels where they are worth most."""
 
-    def _fitted(self, conv: Match, problem: _Problem, form: Form, effort: Effort) -> Fitted:
-        assert effort.sweeps == 0
+    def _fitted(
+        self,
+        conv: Match,
+        problem: _Problem,
+        form: Form,
+        search: Search,
+        felt: Problem | None = None,
+    ) -> Fitted:
+        assert search.sweeps == 0
         taps = conv.weight_2d[0, 0].numel()
         scale = self._responses.scale(conv)
         every = whitened_filters(problem.target, problem.metric, taps, taps, scale)

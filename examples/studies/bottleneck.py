@@ -126,7 +126,7 @@ def moments_of(
 ) -> dict[Match, Moments]:
     """Of what each convolution reads and writes."""
     given = read_batches(batches, None, torch.device("cpu"))
-    return Responses(model, convs, given, seed=0).inputs(convs)
+    return Responses(model, convs, given, given, seed=0).moments(convs)
 
 
 def best_forms(conv: Match, form: str, fit: Moments, held_out: Moments) -> dict[float, Cell]:

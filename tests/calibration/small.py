@@ -1,4 +1,4 @@
-"""What the tests of calibration share: a model's responses, and whether two sets of moments agree."""
+"""What tests of calibration share: a model's responses, and whether moments agree."""
 
 from collections.abc import Sequence
 from typing import Any

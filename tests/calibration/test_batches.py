@@ -46,7 +46,9 @@ def test_every_sample_is_fitted_to_or_judges(sizes: list[int], kind: str) -> Non
     batches = numbered(sizes, kind)
     total = sum(sizes)
     fitted, held = hold_out(batches)
-    ours, others = ([number for batch in part for number in numbers(batch)] for part in (fitted, held))
+    ours, others = (
+        [number for batch in part for number in numbers(batch)] for part in (fitted, held)
+    )
     assert ours
     assert others
     assert all(batch.samples for batch in (*fitted, *held))
@@ -75,7 +77,8 @@ def test_a_part_knows_where_it_comes_from(sizes: list[int]) -> None:
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     for part in hold_out(numbered(sizes, "tensors")):
         for batch in part:
-            assert numbers(batch)[0] == starts[batch.number] + batch.start
+            for piece in batch.parts(7):
+                assert numbers(piece)[0] == starts[piece.number] + piece.start
 
 
 def test_of_single_samples_every_fifth_judges() -> None:
@@ -114,10 +117,15 @@ def joined(parts: list[Moments]) -> tuple[Tensor, Tensor]:
 def test_both_parts_together_are_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sepconv.calibration.responses.MIN_ROWS", 10**9)
     model, data = net(), [random(0, 12, 5, 8, 8), random(1, 13, 5, 8, 8)]
-    fitted, held = ([batch.args[0] for batch in part] for part in hold_out(read_batches(data, None, CPU)))
+    fitted, held = (
+        [batch.args[0] for batch in part] for part in hold_out(read_batches(data, None, CPU))
+    )
     responses = responses_of(model, fitted, held)
     whole = responses_of(model, data)
-    parts = [responses.moments(responses.layers), responses.moments(responses.layers, held_out=True)]
+    parts = [
+        responses.moments(responses.layers),
+        responses.moments(responses.layers, held_out=True),
+    ]
     expected = whole.moments(whole.layers)
     for conv, same in zip(responses.layers, whole.layers, strict=True):
         pixels = 64 if conv.name == "0" else 9

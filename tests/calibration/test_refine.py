@@ -15,6 +15,7 @@ from sepconv.factorize.solve import solve
 from sepconv.factorize.solve_form import Problem, solve_form
 
 C, TAPS, K, BATCHES = 4, 9, 6, 6
+PLAIN = Form(2)
 D = C * TAPS
 
 
@@ -24,7 +25,7 @@ class Toy:
     Everything that is asked is kept: errors on the rows held out, and batches.
     """
 
-    def __init__(self, form: Form = Form(2)) -> None:
+    def __init__(self, form: Form = PLAIN) -> None:
         mixing = random(1, D, D).double() / 3
         rows = random(2, 64 * BATCHES + 128, D).double() @ mixing + 2
         self.rows = rows[:-128].chunk(BATCHES)
@@ -70,7 +71,7 @@ class Toy:
         return refine(*given, BATCHES, 0, steps, deadline)
 
 
-@pytest.mark.parametrize("form", [Form(1), Form(2), Form(2, 3), Form(3, None, 4), Form(2, 3, 3)])
+@pytest.mark.parametrize("form", [Form(1), PLAIN, Form(2, 3), Form(3, None, 4), Form(2, 3, 3)])
 def test_steps_pay_and_what_did_best_is_returned(form: Form) -> None:
     toy = Toy(form)
     found = toy.refined()
@@ -149,9 +150,7 @@ def test_after_the_deadline_there_is_one_step() -> None:
 def test_outputs_of_other_shapes_cannot_be_refined() -> None:
     toy = Toy()
 
-    def respond(
-        index: int, weights: Mapping[str, Fitted]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def respond(index: int, weights: Mapping[str, Fitted]) -> tuple[list[Tensor], list[Tensor]]:
         inner, end = toy.respond(index, weights)
         return inner, [end[0][: 3 if weights else 4]]
 

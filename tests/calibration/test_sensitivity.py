@@ -117,9 +117,7 @@ def test_metrics_and_errors_are_what_autograd_says(in_place: bool, frozen: bool)
     errors = sensitivity_of(responses).errors(changes)
     assert list(errors) == responses.layers
     for conv, (weights, biases) in changes.items():
-        expected = [
-            by_hand.error(conv.name, w, b) for w, b in zip(weights, biases, strict=True)
-        ]
+        expected = [by_hand.error(conv.name, w, b) for w, b in zip(weights, biases, strict=True)]
         assert errors[conv] == pytest.approx(expected, rel=1e-3)
 
 
@@ -145,7 +143,9 @@ def test_sequences_have_metrics_and_errors_too() -> None:
         reads.append(float(of_weight.flatten() @ change[0].flatten()) ** 2)
     metrics = sensitivity_of(responses).metrics()
     expected = torch.cat(rows).T @ torch.cat(rows) / 60
-    torch.testing.assert_close(metrics[first], expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
+    torch.testing.assert_close(
+        metrics[first], expected, rtol=1e-3, atol=1e-4 * float(expected.max())
+    )
     assert metrics[second].shape == (6, 6)
     (found,) = sensitivity_of(responses).errors({first: change})[first]
     assert found == pytest.approx(sum(reads) / 3, rel=1e-3)
@@ -309,7 +309,9 @@ def test_nothing_is_left_behind(frozen: bool) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert not model.norm.training
-    for (name, now), before in zip(model.state_dict().items(), kept.state_dict().values(), strict=True):
+    for (name, now), before in zip(
+        model.state_dict().items(), kept.state_dict().values(), strict=True
+    ):
         assert torch.equal(now, before), name
     for (name, now), before in zip(model.named_parameters(), kept.parameters(), strict=True):
         assert now.requires_grad == before.requires_grad

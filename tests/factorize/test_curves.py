@@ -128,7 +128,10 @@ def test_long_patches_are_outlined_in_float32(
     weight: Tensor, rows: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fitted, held = (moments_of(x, weight) for x in rows)
-    problem, held_out = Problem.of(weight, damped(fitted.covariance)), HeldOut.of(weight, held, fitted)
+    problem, held_out = (
+        Problem.of(weight, damped(fitted.covariance)),
+        HeldOut.of(weight, held, fitted),
+    )
     wide = outline(problem, held_out, TAPS, FORMS)
     monkeypatch.setattr("sepconv.factorize.symmetric.NARROW_FROM", C * TAPS)
     narrow = outline(problem, held_out, TAPS, FORMS)

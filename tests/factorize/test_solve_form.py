@@ -545,7 +545,9 @@ def test_the_last_mixing_weights_are_the_best_in_float64(
     monkeypatch.setattr("sepconv.factorize.symmetric.NARROW_FROM", WIDTH * 9)
     problem = realistic(0)
     factors = solve_form(problem, form, 9, 100)
-    first = torch.eye(WIDTH, dtype=torch.float64) if factors.weight_in is None else factors.weight_in
+    first = (
+        torch.eye(WIDTH, dtype=torch.float64) if factors.weight_in is None else factors.weight_in
+    )
     basis = torch.einsum("gtr,gc->gtcr", factors.filters, first).flatten(2).flatten(0, 1)
     root = torch.linalg.cholesky(problem.metric)
     target = problem.weight @ root
