@@ -17,7 +17,7 @@ from sepconv.calibration.effort import PASSES, Effort, Limits
 from sepconv.calibration.long import LONGEST_PATCH, Basis, can_fit, is_long
 from sepconv.calibration.observe import Dense
 from sepconv.calibration.output import OutputError
-from sepconv.calibration.refine import Coordinates, Fitted, ShapesDifferError, refine
+from sepconv.calibration.refine import Fitted, Scale, ShapesDifferError, refine
 from sepconv.calibration.responses import Responses, Substitutes
 from sepconv.calibration.sensitivity import SAMPLES, Sensitivity
 from sepconv.factorize import Form, dense_weight, factorize, full_rank
@@ -262,14 +262,14 @@ class Calibration:
             forms: By layer; None and layers not named stay dense. A full rank is exact without
                 a fit and is left out.
         """
-        fitted, coordinates = self._closed_forms(forms)
+        fitted, scales = self._closed_forms(forms)
         # Without comparable outputs, or gradients, there is nothing to aim at or no way to do it:
         # what is there stands.
         with suppress(ShapesDifferError, RuntimeError):
-            fitted = self._refined(fitted, coordinates)
+            fitted = self._refined(fitted, scales)
         return fitted
 
-    def _closed_forms(self, forms: Forms) -> tuple[dict[str, Fitted], dict[str, Coordinates]]:
+    def _closed_forms(self, forms: Forms) -> tuple[dict[str, Fitted], dict[str, Scale]]:
         """Layer by layer in order of execution; and what each layer reads and writes."""
         layers = self._inexact(forms)
         self._prepare(layers)
@@ -278,7 +278,7 @@ class Calibration:
             if not (forms[conv.name] or Form(1)).is_plain:
                 self._roots_of(conv)  # now, before forwards wait for one another
         fitted: dict[str, Fitted] = {}
-        coordinates: dict[str, Coordinates] = {}
+        scales: dict[str, Scale] = {}
         for conv, moments in track(self._wanted(layers, fitted), "fitting", len(layers)):
             form = forms[conv.name]
             assert form is not None, "_inexact() says so"
@@ -288,14 +288,14 @@ class Calibration:
                 spread = float(moments.variance_y.mean().sqrt())
                 # Its patches are not known, and its filters' outputs are white for each channel.
                 unknown = torch.zeros(conv.weight[0].numel()).to(moments.mean_x)
-                coordinates[conv.name] = Coordinates(unknown, spread, {})
+                scales[conv.name] = Scale(unknown, spread)
             else:
                 read = self._changed if self._method.sequential else self._unchanged
                 problem = read(conv, moments)
                 fitted[conv.name] = self._fitted(conv, problem, form, self._search)
                 self._lost[conv] = _shortfall(fitted[conv.name], problem)
-                coordinates[conv.name] = _coordinates(fitted[conv.name], problem)
-        return fitted, coordinates
+                scales[conv.name] = Scale(problem.mean_x, float(problem.variance_y.mean().sqrt()))
+        return fitted, scales
 
     def _wanted(
         self, layers: Sequence[Match], fitted: Mapping[str, Fitted]
@@ -310,9 +310,7 @@ class Calibration:
             yield conv, moments
             substitutes |= self._substitutes({conv.name: fitted[conv.name]})
 
-    def _refined(
-        self, fitted: dict[str, Fitted], coordinates: Mapping[str, Coordinates]
-    ) -> dict[str, Fitted]:
+    def _refined(self, fitted: dict[str, Fitted], scales: Mapping[str, Scale]) -> dict[str, Fitted]:
         """The layers after gradient steps on all of them at once, as far as those help."""
         layers = [conv for conv in self.layers if conv.name in fitted]
         macs = sum(self._responses.macs(conv) for conv in self.layers)
@@ -328,7 +326,7 @@ class Calibration:
             return self._responses.inner(layers, parts[index], self._substitutes(weights))
 
         with self._responses.quiet():
-            given = (fitted, coordinates, respond, self.output_error)
+            given = (fitted, scales, respond, self.output_error)
             deadline = self._start + (self._limits.seconds or math.inf)
             return refine(*given, len(parts), self._seed, steps, deadline)
 
@@ -429,8 +427,8 @@ class Calibration:
         """
         if self._roots is None:
             metrics = self._sensitivity().metrics()
-            coordinates = {c: self._responses.scale(c) for c in self.layers if c not in metrics}
-            self._roots = {c: (torch.diag(s), torch.diag(1 / s)) for c, s in coordinates.items()}
+            scales = {c: self._responses.scale(c) for c in self.layers if c not in metrics}
+            self._roots = {c: (torch.diag(s), torch.diag(1 / s)) for c, s in scales.items()}
             for c, metric in metrics.items():
                 metric = damped(metric)
                 metric = metric / metric.diagonal().mean()
@@ -466,11 +464,6 @@ def _problem(target: Tensor, metric: Tensor, moments: Moments) -> _Problem:
 
 def _weight(conv: Match) -> Tensor:
     return conv.weight_2d.detach().flatten(1).double()
-
-
-def _coordinates(fit: Fitted, problem: _Problem) -> Coordinates:
-    spread = float(problem.variance_y.mean().sqrt())
-    return Coordinates.of(fit.factors, problem.metric, problem.mean_x, spread)
 
 
 def _changes(conv: Match, fits: Sequence[Fitted]) -> tuple[Tensor, Tensor]:

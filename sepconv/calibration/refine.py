@@ -16,10 +16,8 @@ from torch import Tensor
 
 from sepconv._util import relative_error, track
 from sepconv.factorize.solve import Factors
-from sepconv.factorize.solve_form import filtered, mapped, mean_block
-from sepconv.factorize.target import damped
 
-LEARNING_RATE = 1e-3  # of normalised parameters; falls to zero as a cosine
+LEARNING_RATE = 3e-3  # of normalised parameters; falls to zero as a cosine
 WARM_UP = 10  # steps, while Adam's averages form
 INNER_WEIGHT = 50.0  # of the responses inside the network against those at its end
 CHECKS = 8  # looks at the samples held out; after a bad one the learning rate falls to a third
@@ -38,45 +36,21 @@ class Fitted(NamedTuple):
     bias: Tensor
 
 
-class Coordinates(NamedTuple):
-    """In which a layer's parameters are changed: white ones.
-
-    A step of one length then changes the response by as much in every direction. In the plain ones
-    a few directions of the inputs, their common level above all, would change it most of all, and
-    no learning rate would suit the others.
+class Scale(NamedTuple):
+    """What a layer reads and writes.
 
     Attributes:
-        mean: Of the input patches, [C*R*S]: the bias is that of centred inputs.
-        spread: Standard deviation of the outputs.
-        roots: By name of a factor [..., n], a root of the covariance of what it reads [n, n]; the
-            mixing weights [K, C, T] read C*T filters' outputs.
+        mean: Of its input patches, [C*R*S].
+        spread: Standard deviation of its outputs.
     """
 
     mean: Tensor
     spread: float
-    roots: Mapping[str, Tensor]
-
-    @staticmethod
-    def of(factors: Factors, metric: Tensor, mean: Tensor, spread: float) -> "Coordinates":
-        """For a layer whose patches have the covariance `metric` [C*R*S, C*R*S]."""
-        filters, _, weight_in, _ = factors
-        channels, taps = len(metric) // filters.shape[2], filters.shape[2]
-        found = {"filters": _root(mean_block(metric, channels, taps, False))}
-        covariance = metric
-        if weight_in is not None:
-            found["weight_in"] = _root(mean_block(metric, channels, taps, True))
-            covariance, _ = mapped(metric, metric, weight_in, taps)
-        found["mixing"] = _root(filtered(covariance, filters))
-        return Coordinates(mean, spread, found)
-
-
-def _root(covariance: Tensor) -> Tensor:
-    return torch.linalg.cholesky(damped(covariance, 1e-4))
 
 
 def refine(
     fitted: dict[str, Fitted],
-    inputs: Mapping[str, Coordinates],
+    inputs: Mapping[str, Scale],
     respond: Callable[[int, Mapping[str, Fitted]], Responses],
     judge: Callable[[Mapping[str, Fitted]], float],
     batches: int,
@@ -128,7 +102,7 @@ def refine(
 class _Layers:
     """All layers' parameters, and their optimizer."""
 
-    def __init__(self, fitted: Mapping[str, Fitted], inputs: Mapping[str, Coordinates]) -> None:
+    def __init__(self, fitted: Mapping[str, Fitted], inputs: Mapping[str, Scale]) -> None:
         self._free = {name: _Free(layer, inputs[name]) for name, layer in fitted.items()}
         self._parameters = [p for layer in self._free.values() for p in layer.parameters]
         self._optimizer = torch.optim.Adam(self._parameters, lr=LEARNING_RATE, betas=(0.9, 0.99))
@@ -154,54 +128,37 @@ class _Layers:
 
 
 class _Free:
-    """A layer's parameters in its coordinates, divided by their size: one rate fits all."""
+    """A layer's parameters, divided by their size so that one learning rate fits all.
 
-    def __init__(self, layer: Fitted, coordinates: Coordinates) -> None:
-        factors = layer.factors
-        self._mean, self._roots = coordinates.mean, coordinates.roots
-        self._shapes = {n: v.shape for n, v in factors._asdict().items() if v is not None}
-        start = {name: self._white(name, getattr(factors, name)) for name in self._shapes}
-        start["bias"] = layer.bias + factors.dense() @ self._mean
-        self._units = {n: max(float(v.square().mean().sqrt()), 1e-30) for n, v in start.items()}
-        self._units["bias"] = max(coordinates.spread, 1e-30)
-        self._free = {
-            name: (value / self._units[name]).float().requires_grad_()
-            for name, value in start.items()
-        }
+    The bias is that of centred inputs: or else a small change of the weight would shift the mean of
+    the output, by much where inputs are far from zero, as after a ReLU.
+    """
 
-    @property
-    def parameters(self) -> list[Tensor]:
-        return list(self._free.values())
+    def __init__(self, layer: Fitted, scale: Scale) -> None:
+        factors = layer.factors.balanced()
+        self._given = [name for name, value in factors._asdict().items() if value is not None]
+        start = [getattr(factors, name) for name in self._given]
+        self._units = [float(value.square().mean().sqrt().clamp(min=1e-30)) for value in start]
+        self._units.append(max(scale.spread, 1e-30))
+        self._mean = scale.mean.float()
+        centred = layer.bias + factors.dense() @ scale.mean
+        self.parameters = [
+            (value / unit).float().requires_grad_()
+            for value, unit in zip([*start, centred], self._units, strict=True)
+        ]
 
-    def _white(self, name: str, factor: Tensor) -> Tensor:
-        root = self._roots.get(name)
-        return factor if root is None else _rows(name, factor) @ root
-
-    def _plain(self, name: str, white: Tensor) -> Tensor:
-        root = self._roots.get(name)
-        if root is None:
-            return white
-        factor = torch.linalg.solve_triangular(root.to(white), white, upper=False, left=False)
-        return factor.view(self._shapes[name])
-
-    def _fitted(self, values: Mapping[str, Tensor]) -> Fitted:
-        scaled = {name: value * self._units[name] for name, value in values.items()}
-        bias = scaled.pop("bias")
-        factors = Factors(**{name: self._plain(name, value) for name, value in scaled.items()})
+    def _fitted(self, values: Sequence[Tensor]) -> Fitted:
+        *given, bias = (p * unit for p, unit in zip(values, self._units, strict=True))
+        factors = Factors(**dict(zip(self._given, given, strict=True)))
         return Fitted(factors, bias - factors.dense() @ self._mean.to(bias))
 
     def current(self) -> Fitted:
         """As they are, differentiable."""
-        return self._fitted(self._free)
+        return self._fitted(self.parameters)
 
     def result(self) -> Fitted:
         """As they are, for good."""
-        return self._fitted({name: p.detach().double() for name, p in self._free.items()})
-
-
-def _rows(name: str, factor: Tensor) -> Tensor:
-    """As a matrix, or some, whose rows are what reads."""
-    return factor.flatten(1) if name == "mixing" else factor
+        return self._fitted([p.detach().double() for p in self.parameters])
 
 
 def check_same_shapes(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:

@@ -65,17 +65,6 @@ def mapped(metric: Tensor, cross: Tensor, weight_in: Tensor, taps: int) -> tuple
     return (covariance + covariance.mT) / 2, read
 
 
-def filtered(covariance: Tensor, filters: Tensor) -> Tensor:
-    """Covariance [C*T, C*T] of filters' outputs, from that of what the filters [C, T, R*S] read."""
-    channels, _, taps = filters.shape
-    half = filters @ covariance.view(channels, taps, -1)  # [C, T, C*R*S]
-    return (
-        (half.flatten(0, 1).unflatten(1, (channels, taps)).transpose(0, 1) @ filters.mT)
-        .transpose(0, 1)
-        .flatten(1)
-    )
-
-
 def solve_form(problem: Problem, form: Form, taps: int, steps: int) -> Factors:
     """Factors of a weight in a form with `rank_in` or `rank_out`.
 
@@ -115,7 +104,7 @@ def input_map(problem: Problem, taps: int) -> Tensor:
     channels = len(problem.metric) // taps
     by_tap = problem.weight.unflatten(1, (channels, taps))
     matter = torch.einsum("kct,kdt->cd", by_tap, by_tap)
-    root, inverse = roots(mean_block(problem.metric, channels, taps, True))
+    root, inverse = roots(_mean_block(problem.metric, channels, taps, True))
     return leading(root @ matter @ root, channels).mT @ inverse
 
 
@@ -192,8 +181,8 @@ class _Search:
     def _set_coordinates(self) -> None:
         """Rows of norm 1 in white coordinates; how much of them is used is their length."""
         sizes = (self._channels, self._taps)
-        to_white_in, self._from_white_in = roots(mean_block(self._metric, *sizes, True))
-        to_white, self._from_white = roots(mean_block(self._metric, *sizes, False))
+        to_white_in, self._from_white_in = roots(_mean_block(self._metric, *sizes, True))
+        to_white, self._from_white = roots(_mean_block(self._metric, *sizes, False))
         filters = _unit(self._filters @ to_white)
         self._filters = filters @ self._from_white if not self._whole else self._filters
         weight_in = None
@@ -289,7 +278,7 @@ def _lengths(squares: Tensor) -> Tensor:
     return (lengths / lengths.mean().clamp(min=1e-150)).clamp(min=1e-3)
 
 
-def mean_block(metric: Tensor, channels: int, taps: int, of_channels: bool) -> Tensor:
+def _mean_block(metric: Tensor, channels: int, taps: int, of_channels: bool) -> Tensor:
     """Covariance of the channels averaged over the taps [C, C], or of the taps [R*S, R*S]."""
     blocks = metric.view(channels, taps, channels, taps)
     dims = (1, 3) if of_channels else (0, 2)
