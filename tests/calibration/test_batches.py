@@ -112,7 +112,7 @@ def net() -> nn.Module:
     ).eval()
 
 
-def joined(parts: list[Moments]) -> tuple[Tensor, Tensor]:
+def all_samples(parts: list[Moments]) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the inputs in all parts together."""
     count = sum(part.count for part in parts)
     mean = sum(part.count * part.mean_x for part in parts) / count
@@ -137,7 +137,7 @@ def test_both_parts_together_are_all_rows(monkeypatch: pytest.MonkeyPatch) -> No
     for conv, same in zip(responses.layers, whole.layers, strict=True):
         pixels = 64 if conv.name == "0" else 9
         assert [part[conv].count for part in parts] == [20 * pixels, 5 * pixels]
-        mean, covariance = joined([part[conv] for part in parts])
+        mean, covariance = all_samples([part[conv] for part in parts])
         torch.testing.assert_close(mean, expected[same].mean_x, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(covariance, expected[same].covariance, rtol=1e-3, atol=1e-5)
 
