@@ -9,7 +9,7 @@ from calibration.small import random, study_of
 from torch import Tensor, nn
 
 import sepconv.calibration.refine as module
-from sepconv.calibration.refine import Coordinates, Fitted, ShapesDifferError, refine
+from sepconv.calibration.refine import Fitted, Scale, ShapesDifferError, refine
 from sepconv.factorize.form import Form
 from sepconv.factorize.solve import solve
 from sepconv.factorize.solve_form import Problem, solve_form
@@ -42,7 +42,7 @@ class Toy:
         bias = self.bias + (self.weight - factors.dense()) @ self.mean
         self.given = {"conv": Fitted(factors, bias)}
         spread = float((rows @ self.weight.T).var(0).mean().sqrt())
-        self.inputs = {"conv": Coordinates.of(factors, metric, self.mean, spread)}
+        self.inputs = {"conv": Scale(self.mean, spread)}
         self.asked: list[int] = []
         self.errors: list[float] = []
 
