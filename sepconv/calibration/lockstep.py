@@ -274,7 +274,7 @@ def interleaves(run: Callable[[Any, int], Sequence[Tensor]], keys: Sequence[int]
     def in_turns(index: int) -> Callable[[Forward], Any]:
         return lambda forward: run(_Original(forward, keys, ()), index)
 
-    if _all_alike(*alone):
+    if all_alike(*alone):
         return False
     forwards = [Forward(in_turns(index)) for index in (0, 1)]
     running = list(forwards)
@@ -286,10 +286,11 @@ def interleaves(run: Callable[[Any, int], Sequence[Tensor]], keys: Sequence[int]
     finally:
         for forward in forwards:
             forward.end()
-    return all(_all_alike(f.result, theirs) for f, theirs in zip(forwards, alone, strict=True))
+    return all(all_alike(f.result, theirs) for f, theirs in zip(forwards, alone, strict=True))
 
 
-def _all_alike(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+def all_alike(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Whether two forwards have given the same tensors, up to rounding."""
     return len(ours) == len(theirs) and all(map(_alike, ours, theirs))
 
 

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from sepconv._util import evaluating
 from sepconv.calibration.batches import Batch, joined
-from sepconv.calibration.lockstep import Lockstep, Pair, interleaves
+from sepconv.calibration.lockstep import Lockstep, Pair, all_alike, interleaves
 from sepconv.calibration.observe import (
     Dense,
     Probe,
@@ -193,8 +193,7 @@ class Responses:
         """The samples to fit to as they run together; None where forwards must not be stopped."""
         size = max(TOGETHER, -(-self.samples() // (MOST_PARTS // 4)))
         parts = [part for b in self.fitted for part in b.parts(1 if b.listed else size)]
-        if len(parts) > MOST_PARTS:
-            parts = joined(parts, size)
+        parts = self._together(parts, size)
         if self.samples() == 1 or len(parts) > MOST_PARTS:
             return None
         first, last = parts[0].part(0, 1), parts[-1].part(parts[-1].samples - 1, 1)
@@ -204,6 +203,21 @@ class Responses:
 
         keys = [id(conv.weight) for conv in self.layers]
         return parts if interleaves(run, keys) else None
+
+    def _together(self, parts: list[Batch], size: int) -> list[Batch]:
+        """Small batches as larger ones, where the model answers those as it does the small ones."""
+        larger = joined(parts, size)
+        if len(larger) == len(parts):
+            return parts
+        known = set(map(id, parts))
+        pair = next(part for part in larger if id(part) not in known).part(0, 2)
+        try:
+            both = self._run(Substitution({}), pair)
+            alone = [self._run(Substitution({}), one) for one in pair.parts(1)]
+            same = all_alike(both, [torch.cat(some) for some in zip(*alone, strict=True)])
+        except Exception:  # code for one sample at a time may raise anything
+            return parts
+        return larger if same else parts
 
     def _paired(self, conv: Match, pairs: Sequence[Pair], parts: Sequence[Batch]) -> Moments:
         """The moments of waiting forwards."""

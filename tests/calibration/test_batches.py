@@ -1,5 +1,6 @@
 """Which samples are fitted to, and which judge."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -102,6 +103,30 @@ def test_what_is_no_sample_is_in_both() -> None:
         assert batch.args[2] is table
 
 
+@given(sizes, st.integers(1, 30))
+@example([1] * 40, 8)
+def test_small_batches_are_joined_in_their_order(sizes: list[int], most: int) -> None:
+    batches = numbered(sizes, "tensors")
+    together = joined(batches, most)
+    assert [n for batch in together for n in numbers(batch)] == list(range(sum(sizes)))
+    assert all(batch.samples <= max(most, *sizes, 1) for batch in together)
+    ends = set(torch.tensor([batch.samples for batch in together]).cumsum(0).tolist())
+    assert ends <= set(torch.tensor(sizes).cumsum(0).tolist()), "none is cut"
+    for one, other in pairwise(together):
+        first = next(b for b in batches if b.number == other.number)
+        assert one.samples + first.samples > most, "as many as may be"
+
+
+def test_only_tensors_of_one_shape_are_joined() -> None:
+    x, y = torch.zeros(1, 3, 5, 5), torch.zeros(1, 3, 5, 6)
+    for data in ([x, y], [x, x.double()], [{"x": x}, {"x": x}], [torch.zeros(3), torch.zeros(3)]):
+        batches = read_batches(data, None, CPU)
+        assert joined(batches, 8) == batches
+    pairs = read_batches([(x, x), (x, x)], (x, x), CPU)
+    assert joined(pairs, 8) == pairs
+    assert len(joined(read_batches([x, x, y, y, x], None, CPU), 8)) == 3
+
+
 # Moments of both parts
 
 
@@ -112,7 +137,7 @@ def net() -> nn.Module:
     ).eval()
 
 
-def all_samples(parts: list[Moments]) -> tuple[Tensor, Tensor]:
+def summed(parts: list[Moments]) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the inputs in all parts together."""
     count = sum(part.count for part in parts)
     mean = sum(part.count * part.mean_x for part in parts) / count
@@ -137,7 +162,7 @@ def test_both_parts_together_are_all_rows(monkeypatch: pytest.MonkeyPatch) -> No
     for conv, same in zip(responses.layers, whole.layers, strict=True):
         pixels = 64 if conv.name == "0" else 9
         assert [part[conv].count for part in parts] == [20 * pixels, 5 * pixels]
-        mean, covariance = all_samples([part[conv] for part in parts])
+        mean, covariance = summed([part[conv] for part in parts])
         torch.testing.assert_close(mean, expected[same].mean_x, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(covariance, expected[same].covariance, rtol=1e-3, atol=1e-5)
 
@@ -164,28 +189,3 @@ def test_a_few_pixels_of_each_batch_are_taken(monkeypatch: pytest.MonkeyPatch) -
         found = responses.moments(responses.layers, held_out=held_out)
         assert found[first].count == batches * -(-100 // batches)
         assert found[second].count == batches * min(4 * 9, -(-100 // batches))
-
-
-def test_batches_that_are_alike_are_joined() -> None:
-    sizes = [3, 3, 3, 30, 1, 1]
-    given = [Batch((torch.randn(n, 2, 4, 4),), {}, number=i) for i, n in enumerate(sizes)]
-    found = joined(given, 8)
-    assert [batch.samples for batch in found] == [6, 3, 30, 2]
-    together = torch.cat([batch.args[0] for batch in given])
-    assert torch.equal(torch.cat([batch.args[0] for batch in found]), together)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        Batch((torch.randn(1, 2, 4, 5),), {}),
-        Batch((torch.randn(1, 2, 4, 4).double(),), {}),
-        Batch((torch.randn(1, 2, 4, 4), torch.randn(1)), {}),
-        Batch((), {"x": torch.randn(1, 2, 4, 4)}),
-        Batch(([torch.randn(2, 4, 4)],), {}),
-    ],
-    ids=["size", "dtype", "two inputs", "by name", "list"],
-)
-def test_batches_that_differ_are_not_joined(other: Batch) -> None:
-    one = Batch((torch.randn(1, 2, 4, 4),), {})
-    assert len(joined([one, other, one], 8)) == 3

@@ -21,6 +21,7 @@ from sepconv.graph import Match
 def every_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else samples that run together in other numbers would give other pixels."""
     monkeypatch.setattr("sepconv.calibration.responses.MIN_ROWS", 10**9)
+    monkeypatch.setattr("sepconv.calibration.responses.TOGETHER", 8)
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +222,7 @@ def in_turn(
 
 
 @pytest.mark.parametrize("branch_sum", [True, False])
-@pytest.mark.parametrize("sizes", [(8, 8), (3, 40, 1, 33)], ids=str)
+@pytest.mark.parametrize("sizes", [(8, 8), (5, 20, 6, 13)], ids=str)
 @pytest.mark.parametrize("name", NETS)
 def test_each_layer_sees_what_a_forward_up_to_it_shows(
     name: str, sizes: tuple[int, ...], branch_sum: bool, met: list[tuple[int, int]]
@@ -234,7 +235,7 @@ def test_each_layer_sees_what_a_forward_up_to_it_shows(
         assert_same_moments(found, up_to(responses, conv, before, branch_sum))
         done.append(conv)
     assert sorted(done, key=responses.layers.index) == responses.layers, "each of them, once"
-    parts = sum(-(-size // 32) for size in sizes)
+    parts = sum(-(-size // 8) for size in sizes)
     assert met == [(id(conv.weight), parts) for conv in done]
     assert all(torch.equal(kept[key], value) for key, value in model.state_dict().items())
 
@@ -308,7 +309,7 @@ def test_what_is_wanted_is_the_original_plus_what_the_other_side_of_a_sum_lost(a
 
 
 def test_batches_that_never_run_a_layer_have_no_part_in_it(met: list[tuple[int, int]]) -> None:
-    given = [x.abs() if i % 2 else -x.abs() for i, x in enumerate(batches(6, 7, 8, 9, 5))][1:]
+    given = [x.abs() if i % 2 else -x.abs() for i, x in enumerate(batches(1, 7, 8, 6, 5))][1:]
     model = Untraceable(skips=True).eval()
     responses = responses_of(model, given)
     alone = responses_of(model, given[::2])
@@ -316,7 +317,7 @@ def test_batches_that_never_run_a_layer_have_no_part_in_it(met: list[tuple[int, 
         if conv.name == "a":
             assert_same_moments(found, up_to(alone, conv, before))
         else:
-            assert found.count == 90 * 29 if conv.name != "last" else 56 * 29
+            assert found.count == 90 * 26 if conv.name != "last" else 56 * 26
     assert [pairs for _, pairs in met] == [4, 2, 4, 4]
 
 
@@ -422,7 +423,7 @@ class Fails(nn.Module):
 @pytest.mark.parametrize("kind", ["batch", "changed"])
 def test_what_the_model_raises_is_raised(kind: str) -> None:
     def too_many(x: Tensor) -> bool:
-        return len(x) > 8
+        return len(x) > 1
 
     def too_large(x: Tensor) -> bool:
         return bool(x.max() > 1e3)
@@ -445,7 +446,7 @@ def test_what_the_model_raises_is_raised(kind: str) -> None:
 @pytest.mark.parametrize("end", ["close", "break", "raise", "never begun"])
 def test_a_consumer_may_stop_half_way(end: str) -> None:
     model = plain().train()
-    responses = responses_of(model, batches(20, 33))
+    responses = responses_of(model, batches(8, 7, 6))
     turns = responses.in_turn(responses.layers, {}, True)
     if end == "never begun":
         turns.close()
@@ -517,7 +518,7 @@ def widening() -> nn.Module:
 def test_with_little_memory_one_part_runs_first_and_the_others_join(
     met: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, given = narrowing().eval(), batches(32, 32, 32, 20)
+    model, given = narrowing().eval(), batches(8, 8, 8, 5)
     large, small = sizes_of(model, given[0])
     assert large > 8 * small
     monkeypatch.setattr("sepconv.calibration.lockstep.MOST_BYTES", PAIR * large)
@@ -532,7 +533,7 @@ def test_with_little_memory_one_part_runs_first_and_the_others_join(
 def test_forwards_end_early_where_layers_get_large(
     met: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, given = widening().eval(), batches(32, 32, 32, 32, 32, 32)
+    model, given = widening().eval(), batches(8, 8, 8, 8, 8, 8)
     small, large = sizes_of(model, given[0])
     assert large > 8 * small
     monkeypatch.setattr("sepconv.calibration.lockstep.MOST_BYTES", PAIR * large)
@@ -560,12 +561,53 @@ def counted(model: nn.Module) -> list[int]:
 @pytest.mark.parametrize("name", ["plain", "sums in place"])
 def test_one_forward_of_the_original_and_one_of_the_changed_model(name: str) -> None:
     model = normalised(NETS[name]())
-    responses = responses_of(model, batches(3, 40, 20))
+    responses = responses_of(model, batches(3, 20, 6))
     calls = counted(model)
     for _ in in_turn(responses):
         pass
-    # Two samples, alone and in turns, tell whether it may be stopped; 40 are two parts.
-    assert calls == 4 * [1] + [n for n in (3, 32, 8, 20) for _ in range(2)]
+    # Two samples, alone and in turns, tell whether it may be stopped; 20 are three parts.
+    assert calls == 4 * [1] + [n for n in (3, 8, 8, 4, 6) for _ in range(2)]
+
+
+def test_small_batches_run_together(met: list[tuple[int, int]]) -> None:
+    """One after the other they see the same."""
+    model = normalised(NETS["sums in place"]())
+    responses = responses_of(model, batches(1, 3, 3, 2, 4, 9, 1, 1))
+    calls = counted(model)
+    for conv, found, before in in_turn(responses):
+        together = list(calls)
+        assert_same_moments(found, up_to(responses, conv, before))
+        calls[:] = together
+    # Two samples, together and alone, tell whether small batches may be joined.
+    assert calls == [2, 1, 1] + 4 * [1] + [n for n in (7, 6, 8, 3) for _ in range(2)]
+    assert {pairs for _, pairs in met} == {4}
+
+
+class Whole(nn.Module):
+    """Treats its batch as a whole: takes but one sample, as code for inference may, or mixes."""
+
+    def __init__(self, mixes: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(5, 6, 3, padding=1), nn.Conv2d(6, 6, 3)
+        self.mixes = mixes
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mixes:
+            x = x - 0.5 * x.mean(0)
+        elif len(x) != 1:
+            raise PlantedError("one at a time")
+        return self.b(F.silu(self.a(x)))
+
+
+@pytest.mark.parametrize(("mixes", "sizes"), [(False, (1, 1, 1, 1)), (True, (2, 3, 1, 1))])
+def test_batches_that_are_more_than_their_samples_are_left_alone(
+    mixes: bool, sizes: tuple[int, ...], met: list[tuple[int, int]]
+) -> None:
+    responses = responses_of(Whole(mixes).eval(), batches(*sizes))
+    for conv, found, before in in_turn(responses):
+        assert_same_moments(found, up_to(responses, conv, before))
+    assert [pairs for _, pairs in met] == [4, 4]
 
 
 def test_many_samples_run_in_few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
