@@ -96,8 +96,16 @@ class ByHand:
         return float(torch.stack(read).square().mean())
 
 
+@pytest.fixture
+def one_projection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each of three to six samples: so few would be projected more than once."""
+    monkeypatch.setattr("sepconv.calibration.sensitivity.METRIC_SAMPLES", 5)
+    monkeypatch.setattr("sepconv.calibration.sensitivity.SAMPLES", 5)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.usefixtures("one_projection")
 def test_metrics_and_errors_are_what_autograd_says(in_place: bool, frozen: bool) -> None:
     model = normalised(Net(in_place)).requires_grad_(not frozen)
     x = random(0, 6, 3, 8, 8)
@@ -121,6 +129,7 @@ def test_metrics_and_errors_are_what_autograd_says(in_place: bool, frozen: bool)
         assert errors[conv] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.usefixtures("one_projection")
 def test_sequences_have_metrics_and_errors_too() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(8, 12, 5, padding=2), nn.ReLU(True), nn.Conv1d(12, 6, 3)).eval()
