@@ -17,7 +17,7 @@ from torch import Tensor
 from sepconv._util import relative_error, track
 from sepconv.factorize.solve import Factors
 
-LEARNING_RATE = 3e-3  # of normalised parameters; falls to zero as a cosine
+LEARNING_RATE = 1e-3  # of normalised parameters; falls to zero as a cosine
 WARM_UP = 10  # steps, while Adam's averages form
 INNER_WEIGHT = 50.0  # of the responses inside the network against those at its end
 CHECKS = 8  # looks at the samples held out; after a bad one the learning rate falls to a third

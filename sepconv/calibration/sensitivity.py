@@ -81,11 +81,12 @@ class Sensitivity:
         return {conv: (total / len(samples)).tolist() for conv, total in sums.items()}
 
     def _samples(self, count: int) -> list[Batch]:
-        """About so many single ones, evenly from all."""
+        """About so many single ones, evenly from all; of few each more than once."""
         batches = self._responses.fitted
         singles = [(batch, i) for batch in batches for i in range(batch.samples)]
         step = max(1, len(singles) // count)
-        return [batch.part(i, 1) for batch, i in singles[::step]]
+        times = max(1, count // len(singles))
+        return [batch.part(i, 1) for batch, i in singles[::step]] * times
 
     def _gradients(
         self, sample: Batch, see: See | None = None
