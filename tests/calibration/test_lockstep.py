@@ -569,6 +569,16 @@ def test_one_forward_of_the_original_and_one_of_the_changed_model(name: str) -> 
     assert calls == 4 * [1] + [n for n in (3, 8, 8, 4, 6) for _ in range(2)]
 
 
+def test_no_forward_keeps_a_history() -> None:
+    model = plain().eval()
+    responses = responses_of(model, batches(8, 8))
+    enabled: set[bool] = set()
+    model.register_forward_pre_hook(lambda *_: enabled.add(torch.is_grad_enabled()))
+    for _ in in_turn(responses):
+        pass
+    assert enabled == {False}
+
+
 def test_small_batches_run_together(met: list[tuple[int, int]]) -> None:
     """One after the other they see the same."""
     model = normalised(NETS["sums in place"]())
