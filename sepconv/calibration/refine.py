@@ -17,10 +17,11 @@ from torch import Tensor
 from sepconv._util import relative_error, track
 from sepconv.factorize.solve import Factors
 
-LEARNING_RATE = 1e-3  # of normalised parameters; falls to zero as a cosine
+LEARNING_RATE = 0.01  # of normalised parameters; falls to zero as a cosine
+_LARGE = 0.1  # error from which on steps are that large: a network that is nearly right bears less
 WARM_UP = 10  # steps, while Adam's averages form
 INNER_WEIGHT = 50.0  # of the responses inside the network against those at its end
-CHECKS = 8  # looks at the samples held out; after a bad one the learning rate falls to a third
+CHECKS = 8  # looks at the samples held out, of which the best state is kept
 
 Responses = tuple[list[Tensor], list[Tensor]]  # inside the network, at its end
 
@@ -78,7 +79,7 @@ def refine(
     free = _Layers(fitted, inputs)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    share, done = 1.0, 0.0
+    share, done = min(1.0, math.sqrt(least / _LARGE)), 0.0
     start = time.monotonic()
     for step in track(range(steps), "refining"):
         order = order or torch.randperm(batches, generator=generator).tolist()
@@ -92,8 +93,6 @@ def refine(
             error = judge(current)
             if error < least:
                 best, least = current, error
-            else:
-                free, share = _Layers(best, inputs), share / 3
         if done == 1:
             break
     return best
