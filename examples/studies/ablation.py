@@ -26,7 +26,8 @@ from sepconv import Form
 from sepconv._util import write_atomically
 from sepconv.calibration.curves import Curve
 from sepconv.calibration.effort import Effort
-from sepconv.calibration.fit import Calibration, Forms, Method, Search, _Problem
+from sepconv.calibration.fit import Calibration
+from sepconv.calibration.layers import Forms, LayerFits, LayerProblem, Method, Search
 from sepconv.calibration.refine import Fitted
 from sepconv.conversion.costs import counted_costs
 from sepconv.conversion.plan import forms_within, weight_only_errors
@@ -121,10 +122,12 @@ class Bench:
 
     def measure(self, rank: int, variant: Variant, refined: bool) -> dict[str, float]:
         """What a variant does at the multiply-adds of one rank everywhere."""
-        kind = Ragged if variant.ragged else Calibration
         batches = self.calibration[: variant.images].split(64)
         effort: Effort = "default" if refined else "fast"
-        study = kind(self.model, self.matches, batches, method=variant.method, effort=effort)
+        given = (self.model, self.matches, batches)
+        study = Calibration(*given, method=variant.method, effort=effort)
+        if variant.ragged:
+            study.fits = Ragged(study.responses, study.sensitivity, variant.method)
         ranks = self.planned(rank, variant)
         fitted = study.fit(ranks)
         small = as_dense(self.model, fitted)
@@ -162,17 +165,18 @@ class Bench:
         return self.macs - saved
 
 
-class Ragged(Calibration):
+class Ragged(LayerFits):
     """As many filters in a layer, given to the channels where they are worth most."""
 
-    def _fitted(
+    def fitted(
         self,
         conv: Match,
-        problem: _Problem,
+        problem: LayerProblem,
         form: Form,
         search: Search,
         felt: Problem | None = None,
     ) -> Fitted:
+        """The filters that are worth most, and the best mixing weights for them."""
         assert search.sweeps == 0
         taps = conv.weight_2d[0, 0].numel()
         scale = self._responses.scale(conv)

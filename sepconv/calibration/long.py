@@ -44,12 +44,11 @@ class Basis(NamedTuple):
 
     def fitted(self, moments: Moments, rank: int, ridge: float) -> Factors:
         """Factors of a rank for the moments of the filters' outputs and the wanted responses."""
-        channels, count, _ = self.filters.shape
-        kept = torch.arange(channels * count).view(channels, count)[:, :rank].flatten()
+        kept = self._leading(rank)
         covariance = moments.covariance[kept][:, kept]
         alone = self.mixing[:, :, :rank].flatten(1)
         mixing, _ = asymmetric_target(alone, covariance, moments.cross[:, kept], ridge)
-        return Factors(self.filters[:, :rank], mixing.view(len(mixing), channels, rank))
+        return Factors(self.filters[:, :rank], mixing.unflatten(1, (-1, rank)))
 
     def bias(self, moments: Moments, factors: Factors) -> Tensor:
         """What makes the mean of the responses right."""
@@ -58,14 +57,17 @@ class Basis(NamedTuple):
 
     def error(self, factors: Factors, held: Moments) -> float:
         """Relative squared error of the response on other samples."""
-        channels, count, _ = self.filters.shape
-        rank = factors.filters.shape[1]
-        kept = torch.arange(channels * count).view(channels, count)[:, :rank].flatten()
+        kept = self._leading(factors.filters.shape[1])
         mixing = factors.mixing.flatten(1)
         energy = float(held.variance_y.sum())
         explained = 2 * (mixing * held.cross[:, kept]).sum()
         explained = explained - ((mixing @ held.covariance[kept][:, kept]) * mixing).sum()
         return max(energy - float(explained), 0.0) / max(energy, 1e-300)
+
+    def _leading(self, rank: int) -> Tensor:
+        """Where the first filters of each channel stand among all."""
+        channels, count, _ = self.filters.shape
+        return torch.arange(channels * count).view(channels, count)[:, :rank].flatten()
 
 
 def is_long(size: int) -> bool:

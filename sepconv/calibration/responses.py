@@ -51,6 +51,7 @@ class Responses:
 
     Attributes:
         layers: The convolutions that run, in order.
+        seconds: That a forward of one sample takes, about.
         filters: [C, T, R*S] of layers whose moments are to be of the outputs of these filters.
 
     Raises:
@@ -74,8 +75,8 @@ class Responses:
             for index, batch in enumerate(self.fitted):
                 self._try(survey if index == 0 else Substitution({}), batch.part(0, 1), index)
             start = time.monotonic()
-            self._run(Substitution({}), self.fitted[0].part(0, 1))
-            self._seconds = time.monotonic() - start
+            self.run(Substitution({}), self.fitted[0].part(0, 1))
+            self.seconds = time.monotonic() - start
         by_key = {id(conv.weight): conv for conv in matches}
         self.layers = [by_key[key] for key in survey.found]
         self._around: dict[Match, Surroundings] = {
@@ -97,11 +98,6 @@ class Responses:
     def ends_branch(self, conv: Match) -> bool:
         """Whether the convolution's (normalised) output goes into a sum and nowhere else."""
         return self._around[conv].summed
-
-    @property
-    def seconds(self) -> float:
-        """What a forward of one sample takes, about."""
-        return self._seconds
 
     def samples(self) -> int:
         """How many there are to fit to."""
@@ -135,7 +131,7 @@ class Responses:
                     assert rows.x is not None
                     moments[by_key[key]].add(rows.x, rows.y)
 
-                self._run(Probe(by_key, {}, see), batch)
+                self.run(Probe(by_key, {}, see), batch)
         return moments
 
     def tap_covariances(self, layers: Sequence[Match]) -> dict[Match, Tensor]:
@@ -153,7 +149,7 @@ class Responses:
                     assert rows is not None
                     sums[conv].add(rows.view(len(rows), conv.weight.shape[1], -1))
 
-                self._run(Probe(by_key, {}, see), batch)
+                self.run(Probe(by_key, {}, see), batch)
         return {conv: taps.covariance() for conv, taps in sums.items()}
 
     def in_turn(
@@ -180,7 +176,7 @@ class Responses:
             ends = {key for key, conv in by_key.items() if branch_sum and self.ends_branch(conv)}
 
             def run(mode: TorchFunctionMode, index: int) -> list[Tensor]:
-                return self._run(mode, parts[index])
+                return self.run(mode, parts[index])
 
             for key, pairs in Lockstep(run, len(parts), list(by_key), ends, substitutes):
                 conv = by_key[key]
@@ -199,7 +195,7 @@ class Responses:
         first, last = parts[0].part(0, 1), parts[-1].part(parts[-1].samples - 1, 1)
 
         def run(mode: TorchFunctionMode, index: int) -> list[Tensor]:
-            return self._run(mode, (first, last)[index])
+            return self.run(mode, (first, last)[index])
 
         keys = [id(conv.weight) for conv in self.layers]
         return parts if interleaves(run, keys) else None
@@ -212,8 +208,8 @@ class Responses:
         known = set(map(id, parts))
         pair = next(part for part in larger if id(part) not in known).part(0, 2)
         try:
-            both = self._run(Substitution({}), pair)
-            alone = [self._run(Substitution({}), one) for one in pair.parts(1)]
+            both = self.run(Substitution({}), pair)
+            alone = [self.run(Substitution({}), one) for one in pair.parts(1)]
             same = all_alike(both, [torch.cat(some) for some in zip(*alone, strict=True)])
         except Exception:  # code for one sample at a time may raise anything
             return parts
@@ -242,6 +238,8 @@ class Responses:
             for index, batch in enumerate(self.fitted):
                 before = self._sample(conv, {}, index, batch, summed, want_x=False)
                 after = self._sample(conv, substitutes, index, batch, summed, want_x=True)
+                if before is None or after is None:  # this batch does not run the layer
+                    continue
                 assert after.x is not None
                 y = before.y
                 if before.addend is not None and after.addend is not None:
@@ -252,11 +250,7 @@ class Responses:
     def outputs(self, substitutes: Substitutes) -> list[list[Tensor]]:
         """The floating-point tensors that the model returns for the samples to judge by."""
         with self.quiet():
-            return [self._run(Substitution(substitutes), batch) for batch in self.held]
-
-    def run(self, mode: TorchFunctionMode, batch: Batch) -> list[Tensor]:
-        """The same for any samples under any mode; within `quiet`."""
-        return self._run(mode, batch)
+            return [self.run(Substitution(substitutes), batch) for batch in self.held]
 
     def inner(
         self, layers: Sequence[Match], batch: Batch, substitutes: Substitutes
@@ -285,7 +279,7 @@ class Responses:
 
         probe = Probe(followed, substitutes, see, see_sum if ends else None)
         with self.quiet(), torch.set_grad_enabled(bool(substitutes)):
-            outputs = self._run(probe, batch)
+            outputs = self.run(probe, batch)
         return seen, outputs
 
     def _sample(
@@ -296,8 +290,8 @@ class Responses:
         batch: Batch,
         summed: bool,
         want_x: bool,
-    ) -> Rows:
-        """Rows of one layer for one batch; the forward ends there."""
+    ) -> Rows | None:
+        """Rows of one layer for one batch, if it runs the layer; the forward ends there."""
         sampler = self._sampler(conv, len(self.fitted), index, batch)
         rows: list[Rows] = []
         addends: list[Tensor] = []
@@ -313,7 +307,9 @@ class Responses:
             stop = None  # a model may run its layers once for each image of a list
         key = id(conv.weight)
         probe = Probe([key], substitutes, see, see_sum if summed else None, stop)
-        self._run(probe, batch)
+        self.run(probe, batch)
+        if not rows:
+            return None
         x = torch.cat([r.x for r in rows if r.x is not None]) if want_x else None
         return Rows(x, torch.cat([r.y for r in rows]), torch.cat(addends) if addends else None)
 
@@ -333,7 +329,7 @@ class Responses:
         where = f"calibration: batch {index}"
         shapes = [list(t.shape) for t in batch.tensors()]
         try:
-            outputs = self._run(mode, batch)
+            outputs = self.run(mode, batch)
         except Exception as error:
             raise ValueError(
                 f"{where}: the model's forward fails on one sample of it, shapes {shapes}: "
@@ -342,7 +338,8 @@ class Responses:
         if not all(bool(torch.isfinite(t).all()) for t in outputs):
             raise ValueError(f"{where}: expected finite outputs, the model gives NaN or Inf")
 
-    def _run(self, mode: TorchFunctionMode, batch: Batch) -> list[Tensor]:
+    def run(self, mode: TorchFunctionMode, batch: Batch) -> list[Tensor]:
+        """The floating-point tensors that the model returns under a mode; within `quiet`."""
         seed_generators(self._model, self._seed_of(batch.number, batch.start))
         try:
             with mode:

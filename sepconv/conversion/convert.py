@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from sepconv._util import say
 from sepconv.calibration.effort import Effort, check_effort
-from sepconv.calibration.fit import Calibration, Forms
+from sepconv.calibration.fit import Calibration
+from sepconv.calibration.layers import Forms
 from sepconv.calibration.refine import Fitted
 from sepconv.conversion.apply import apply_plan, factored, weight_error
 from sepconv.conversion.costs import device_name, forward_seconds

@@ -4,7 +4,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sepconv.calibration.fit import Calibration, Forms
+from sepconv.calibration.fit import Calibration
+from sepconv.calibration.layers import Forms
 from sepconv.calibration.refine import Fitted, ShapesDifferError
 from sepconv.conversion.options import Budget
 from sepconv.conversion.plan import Plan, forms_within, weight_only_errors
@@ -55,7 +56,7 @@ def calibrated(
     try:
         error, of_weights = study.output_error(fitted), study.error_of_weights(forms)
         found = Conversion(forms, fitted, alone, error, of_weights)
-        if of_weights < error:
+        if not error <= of_weights:  # nor where the calibrated factors overflow
             found = found._replace(fitted={}, error=of_weights)
         if plan is not None and budget is not None and budget.kind in ("macs", "params"):
             by_weight = weight_only_errors(matches, plan.costs)

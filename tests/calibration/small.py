@@ -75,3 +75,19 @@ def normalised(model: nn.Module, seed: int = 0) -> nn.Module:
             module.weight.copy_(1 + 0.3 * random(seed + i + 200, count))
             module.bias.copy_(0.3 * random(seed + i + 300, count))
     return model.eval()
+
+
+class Watched(nn.Module):
+    """One layer whose result nobody reads, and one before something without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.unread = nn.Conv2d(8, 8, 3)
+        self.read = nn.Conv2d(8, 8, 3)
+        self.cut = nn.Conv2d(8, 8, 3)
+        self.seen: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(float(self.unread(x).mean().detach()))
+        return self.read(x).relu() + self.cut(x).detach()

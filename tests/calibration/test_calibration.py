@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sepconv
 from sepconv.calibration.effort import Effort
-from sepconv.calibration.fit import Calibration, Method
+from sepconv.calibration.fit import Calibration
+from sepconv.calibration.layers import Method
 from sepconv.calibration.observe import Survey
 from sepconv.factorize import Form, SeparableFactors, factorize
 from sepconv.graph import ConvSpec

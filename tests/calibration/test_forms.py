@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from calibration.small import study_of
+from calibration.small import Watched, study_of
 from torch import Tensor, nn
 
 import sepconv
 from sepconv import Form
-from sepconv.calibration.fit import PLANNING
+from sepconv.calibration.layers import PLANNING
 from sepconv.conversion.costs import counted_costs
 from sepconv.factorize.curves import HeldOut
 from sepconv.nn import SeparableConv2d
@@ -92,7 +92,7 @@ def test_the_bias_makes_each_outputs_mean_right(
     monkeypatch.setattr("sepconv.calibration.responses.MIN_ROWS", 10**9)
     study = study_of(net, batches, effort="fast")
     fitted = study.fit(dict.fromkeys(("wide", "down"), FORM))
-    x = torch.cat([batch.args[0] for batch in study._responses.fitted])
+    x = torch.cat([batch.args[0] for batch in study.responses.fitted])
     with torch.no_grad():
         stem = F.relu(net.stem(x))
         weight = fitted["wide"].factors.dense().view(24, 16, 3, 3).float()
@@ -153,12 +153,12 @@ def test_with_few_rows_errors_are_those_of_others(net: Net, digits: tuple[Tensor
     """The last layer sees 16 pixels of each image, and has 216 inputs."""
     study = study_of(net, [digits[0][:12]])
     conv = next(c for c in study.layers if c.name == "down")
-    ((_, fitted, held),) = study._parts([conv])
+    ((_, fitted, held),) = study.fits.parts([conv])
     assert fitted.count < conv.weight[0].numel()
     weight = conv.weight.detach().flatten(1).double()
-    problem = study._unchanged(conv, fitted)
+    problem = study.fits.unchanged(conv, fitted)
     for form in (Form(2, 6), Form(1, 12), Form(2)):
-        dense = study._fitted(conv, problem, form, PLANNING).factors.dense()
+        dense = study.fits.fitted(conv, problem, form, PLANNING).factors.dense()
         apart = HeldOut.of(weight, held, fitted).error(dense)
         assert apart > 1.3 * HeldOut.of(weight, fitted, fitted).error(dense)
 
@@ -222,27 +222,11 @@ def test_a_budget_with_hardly_any_samples(batches: list[int], size: int) -> None
     assert all(torch.isfinite(small(x)).all() for x in given)
     study = study_of(model, given, effort="fast")
     total = sum(batches)
-    for conv, fitted, held in study._parts(study.layers):
+    for conv, fitted, held in study.fits.parts(study.layers):
         assert fitted.count
         assert held.count
         if total > 1 and size == 3:  # a pixel for each sample: none is in both parts
             assert fitted.count + held.count == total, conv.name
-
-
-class Watched(nn.Module):
-    """One layer whose result nobody reads, and one before something without a gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.unread = nn.Conv2d(8, 8, 3)
-        self.read = nn.Conv2d(8, 8, 3)
-        self.cut = nn.Conv2d(8, 8, 3)
-        self.seen: list[float] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(float(self.unread(x).mean().detach()))
-        return self.read(x).relu() + self.cut(x).detach()
 
 
 @pytest.mark.filterwarnings("ignore:convert. the model has probably lost")

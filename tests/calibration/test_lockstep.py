@@ -314,6 +314,7 @@ def test_batches_that_never_run_a_layer_have_no_part_in_it(met: list[tuple[int, 
     responses = responses_of(model, given)
     alone = responses_of(model, given[::2])
     for conv, found, before in in_turn(responses):
+        assert_same_moments(found, up_to(responses, conv, before))
         if conv.name == "a":
             assert_same_moments(found, up_to(alone, conv, before))
         else:

@@ -8,7 +8,8 @@ from calibration.small import CPU, matches_of, random, study_of
 from torch import Tensor, nn
 
 from sepconv.calibration.batches import hold_out, read_batches
-from sepconv.calibration.fit import ENOUGH_ROWS, RIDGES, Calibration
+from sepconv.calibration.fit import Calibration
+from sepconv.calibration.layers import ENOUGH_ROWS, RIDGES
 from sepconv.calibration.output import OutputError
 from sepconv.calibration.refine import Fitted
 from sepconv.conversion.costs import counted_costs
@@ -55,7 +56,7 @@ def test_with_few_pixels_the_ridge_lowers_the_error_on_others(
         data = [smooth(seed, samples)]
         unseen = study_of(Net().eval(), [smooth(seed + 50, 100)])
         for which, ridges in (("chosen", RIDGES), ("fixed", (RIDGE,))):
-            monkeypatch.setattr("sepconv.calibration.fit.RIDGES", ridges)
+            monkeypatch.setattr("sepconv.calibration.layers.RIDGES", ridges)
             study = study_of(Net().eval(), data, effort="fast")
             fitted = study.fit(FORMS)
             errors[which].append(unseen.output_error(fitted))
@@ -68,26 +69,26 @@ def test_with_few_pixels_the_ridge_lowers_the_error_on_others(
 
 def ridges_of(study: Calibration) -> dict[str, float]:
     """By layer, what it was fitted with."""
-    return {conv.name: study._ridges.get(conv, RIDGE) for conv in study.layers}
+    return {conv.name: study.fits.ridges.get(conv, RIDGE) for conv in study.layers}
 
 
 def test_only_layers_with_few_pixels_get_another_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
     few = study_of(Net().eval(), [smooth(0, 20)], effort="fast")
     few.fit(FORMS)
     for conv in few.layers:
-        assert few._responses.pixels(conv) == 9 * 16 < ENOUGH_ROWS * conv.weight[0].numel()
+        assert few.responses.pixels(conv) == 9 * 16 < ENOUGH_ROWS * conv.weight[0].numel()
     assert all(ridge > RIDGE for ridge in ridges_of(few).values())
     planned = study_of(Net().eval(), [smooth(0, 20)])
     planned.error_curves(counted_costs(planned.layers, "macs", new_biases=True))
     assert ridges_of(planned) == ridges_of(few), "planning looks at the same moments"
-    monkeypatch.setattr("sepconv.calibration.fit.RIDGES", (0.7,))  # which nobody would choose
+    monkeypatch.setattr("sepconv.calibration.layers.RIDGES", (0.7,))  # which nobody would choose
     many = study_of(Net().eval(), [smooth(0, 330)], effort="fast")
     many.error_curves(counted_costs(many.layers, "macs", new_biases=True))
     many.fit(FORMS)
     enough = {
         conv.name
         for conv in many.layers
-        if many._responses.pixels(conv) >= ENOUGH_ROWS * conv.weight[0].numel()
+        if many.responses.pixels(conv) >= ENOUGH_ROWS * conv.weight[0].numel()
     }
     assert enough == {"2"}
     assert ridges_of(many) == {"2": RIDGE, "4": 0.7, "6": 0.7}
@@ -100,8 +101,8 @@ def test_a_1x1_convolution_gets_a_ridge_too() -> None:
     matches = matches_of(model, x[0][:1], first=False, pointwise=True)
     study = Calibration(model, matches, x, effort="fast")
     study.fit({"2": Form(1, 5)})
-    assert list(study._ridges) == study.layers
-    assert study._ridges[study.layers[0]] in RIDGES
+    assert list(study.fits.ridges) == study.layers
+    assert study.fits.ridges[study.layers[0]] in RIDGES
 
 
 # Nothing is fitted to what judges
@@ -113,7 +114,7 @@ def test_what_judges_changes_no_factor(
     form: Form, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no ridge is chosen and no step is judged."""
-    monkeypatch.setattr("sepconv.calibration.fit.RIDGES", (RIDGE,))
+    monkeypatch.setattr("sepconv.calibration.layers.RIDGES", (RIDGE,))
     # They are the unit of what the outputs feel; its rounding sends a search to other minima.
     monkeypatch.setattr(OutputError, "variances", lambda _: [1.0])
     forms = dict.fromkeys(FORMS, form)

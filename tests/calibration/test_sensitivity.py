@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from calibration.small import changed, normalised, random, responses_of
+from calibration.small import Watched, changed, normalised, random, responses_of
 from torch import Tensor, nn
 
 from sepconv.calibration.observe import Dense
@@ -242,22 +242,6 @@ def test_a_bias_that_keeps_the_mean_lowers_the_error() -> None:
 
 
 # What is not reached, and what is left behind
-
-
-class Watched(nn.Module):
-    """One layer whose result nobody reads, and one before something without a gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.unread = nn.Conv2d(8, 8, 3)
-        self.read = nn.Conv2d(8, 8, 3)
-        self.cut = nn.Conv2d(8, 8, 3)
-        self.seen: list[float] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(float(self.unread(x).mean().detach()))
-        return self.read(x).relu() + self.cut(x).detach()
 
 
 class ForInference(nn.Module):

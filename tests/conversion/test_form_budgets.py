@@ -89,7 +89,7 @@ def test_plain_ranks_need_nothing_of_what_forms_do(monkeypatch: pytest.MonkeyPat
         raise AssertionError("asked")
 
     monkeypatch.setattr(Sensitivity, "metrics", never)
-    monkeypatch.setattr("sepconv.calibration.fit.solve_form", never)
+    monkeypatch.setattr("sepconv.calibration.layers.solve_form", never)
     monkeypatch.setattr("sepconv.calibration.curves.outline", never)
     for rank in (2, Form(2), Form(9, 500, 500), "full"):
         small = sepconv.convert(net(), X, rank=rank, calibration=batches())

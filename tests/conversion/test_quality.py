@@ -1,6 +1,7 @@
 """What a calibrated conversion says of itself: the error on samples that nothing was fitted to."""
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -79,18 +80,20 @@ def test_totals_say_the_error() -> None:
     assert f"error of the output {report.output_error:.2g} of its variance on 8 samples" in told
 
 
-def garbage(self: Calibration, forms: Any) -> dict[str, Fitted]:
-    """Factors that no calibration would find."""
-    fitted, _ = self._closed_forms(forms)
-    return {n: Fitted(f.factors.scaled(torch.full((8,), -3.0)), f.bias) for n, f in fitted.items()}
-
-
+@pytest.mark.parametrize("garbage", [-3.0, math.nan])
 @pytest.mark.parametrize("asked", [{"rank": 4}, {"budget": Budget(macs=0.7)}])
 def test_weights_alone_are_taken_where_they_do_better(
-    asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    asked: dict[str, Any], garbage: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = chain()
-    monkeypatch.setattr(Calibration, "fit", garbage)
+
+    def fit(self: Calibration, forms: Any) -> dict[str, Fitted]:
+        """Factors that no calibration would find."""
+        fitted, _ = self._closed_forms(forms)
+        scale = torch.full((8,), garbage)
+        return {name: Fitted(f.factors.scaled(scale), f.bias) for name, f in fitted.items()}
+
+    monkeypatch.setattr(Calibration, "fit", fit)
     small = quietly(net, X[:1], calibration=[X], **asked)
     alone = quietly(net, X[:1], **asked)
     report = sepconv.report(small)
