@@ -169,7 +169,7 @@ class Calibration:
         with self.responses.quiet():
             given = (fitted, scales, respond, self.output_error)
             deadline = self._start + (self._limits.seconds or math.inf)
-            return refine(*given, len(parts), self._seed, steps, deadline)
+            return refine(*given, len(parts), samples, self._seed, steps, deadline)
 
     def output_error(self, fitted: Mapping[str, Fitted]) -> float:
         """Mean squared change of the model's outputs on held-out samples, over their variance.

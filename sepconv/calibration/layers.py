@@ -1,6 +1,7 @@
 """One convolution: the forms it may take and their errors, and its factors in one of them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from sepconv.calibration.curves import Costs, Layer, LayerErrors, layer_errors
 from sepconv.calibration.long import LONGEST_PATCH, Basis, can_fit, is_long
+from sepconv.calibration.parallel import in_parallel, threads_each
 from sepconv.calibration.refine import Fitted, Scale
 from sepconv.calibration.responses import Responses
 from sepconv.calibration.sensitivity import Sensitivity
@@ -30,6 +32,8 @@ MOMENTS_BYTES = 2**30  # of the layers whose errors are predicted from one pass 
 # Below so many pixels for each number of a patch the ridge is chosen on samples held out.
 ENOUGH_ROWS, RIDGES = 20, (RIDGE, 0.03, 0.1, 0.3, 1.0, 3.0)
 
+_SHARED_FROM = 2**18  # numbers in a weight: threads that share less wait for one another
+_COPIES = 4  # of its moments that a layer's study makes, about
 _FITS = 12  # forms that are fitted to plan a layer, about
 
 
@@ -119,21 +123,25 @@ class LayerFits:
         self._bases: dict[Match, Basis] = {}  # of long layers
         self.ridges: dict[Match, float] = {}
 
-    def parts(self, layers: Sequence[Match]) -> Iterator[tuple[Match, Moments, Moments]]:
+    def parts(self, group: Sequence[Match]) -> list[tuple[Match, Moments, Moments]]:
         """Each layer's moments of the samples to fit to and of those held out."""
-        for group in _in_groups(layers):
-            fitted = self._responses.moments(group)
-            held = self._responses.moments(group, held_out=True)
-            for conv in group:
-                yield conv, fitted.pop(conv), held.pop(conv)
+        fitted = self._responses.moments(group)
+        held = self._responses.moments(group, held_out=True)
+        return [(conv, fitted[conv], held[conv]) for conv in group]
 
     def studies(
         self, layers: Sequence[Match], costs: Mapping[str, Costs]
     ) -> Iterator[tuple[Match, Study]]:
         """The errors of each layer in the forms that are worth their cost."""
         self._prepare(layers)
-        for conv, fitted, held in self.parts(layers):
-            yield conv, self._studied(conv, fitted, held, costs[conv.name])
+
+        def studied(part: tuple[Match, Moments, Moments]) -> tuple[Match, Study]:
+            conv, fitted, held = part
+            return conv, self._studied(conv, fitted, held, costs[conv.name])
+
+        for group in _in_groups(layers):
+            self._roots_of(group[0])  # of all layers, by forwards: not in a thread
+            yield from in_parallel(studied, self.parts(group), _workers(group))
 
     def get_ready(self, forms: Mapping[Match, Form]) -> None:
         """Learn what fitting layers in these forms takes, with forwards of its own."""
@@ -153,7 +161,8 @@ class LayerFits:
             return FittedLayer(fit, _changes(conv, [fit]), Scale(unknown, spread))
         read = self._changed if self._method.sequential else self.unchanged
         problem = read(conv, moments)
-        fit = self.fitted(conv, problem, form, self._search)
+        with threads_each(1) if conv.weight.numel() < _SHARED_FROM else nullcontext():
+            fit = self.fitted(conv, problem, form, self._search)
         return FittedLayer(fit, _shortfall(fit, problem), Scale(problem.mean_x, spread))
 
     def _prepare(self, layers: Sequence[Match]) -> None:
@@ -198,8 +207,9 @@ class LayerFits:
     def _choose_ridges(self, layers: Sequence[Match]) -> None:
         """How much to damp the moments of those with few rows that no plan has looked at."""
         new = [c for c in layers if c not in self.ridges and not _is_long(c)]
-        for conv, fitted, held in self.parts([c for c in new if self._has_few_rows(c)]):
-            self.ridges[conv] = self._best_ridge(conv, fitted, held)
+        for group in _in_groups([c for c in new if self._has_few_rows(c)]):
+            for conv, fitted, held in self.parts(group):
+                self.ridges[conv] = self._best_ridge(conv, fitted, held)
 
     def _has_few_rows(self, conv: Match) -> bool:
         return self._responses.pixels(conv) < ENOUGH_ROWS * conv.weight[0].numel()
@@ -335,12 +345,24 @@ def _taps(conv: Match) -> int:
     return conv.weight_2d[0, 0].numel()
 
 
+def _moments_bytes(conv: Match) -> int:
+    """Of both parts of the samples, about."""
+    return 2 * 8 * min(conv.weight[0].numel(), LONGEST_PATCH) ** 2
+
+
+def _workers(group: Sequence[Match]) -> int:
+    """How many layers may be studied at a time."""
+    if group[0].weight.device.type != "cpu":
+        return 1
+    return max(1, MOMENTS_BYTES // (_COPIES * max(map(_moments_bytes, group))))
+
+
 def _in_groups(layers: Sequence[Match]) -> Iterator[list[Match]]:
     """One after the other, as many together as `MOMENTS_BYTES` hold both parts' moments of."""
     group: list[Match] = []
     size = 0
     for conv in layers:
-        own = 2 * 8 * min(conv.weight[0].numel(), LONGEST_PATCH) ** 2
+        own = _moments_bytes(conv)
         if group and size + own > MOMENTS_BYTES:
             yield group
             group, size = [], 0

@@ -17,7 +17,8 @@ from torch import Tensor
 from sepconv._util import relative_error, track
 from sepconv.factorize.solve import Factors
 
-LEARNING_RATE = 0.01  # of normalised parameters; falls to zero as a cosine
+LEARNING_RATE = 0.01  # of normalised parameters, at `_SAMPLES` a step; falls as a cosine
+_SAMPLES = 32  # of which the gradient's noise bears that rate; it falls with the root of them
 _LARGE = 0.1  # error from which on steps are that large: a network that is nearly right bears less
 WARM_UP = 10  # steps, while Adam's averages form
 INNER_WEIGHT = 50.0  # of the responses inside the network against those at its end
@@ -55,6 +56,7 @@ def refine(
     respond: Callable[[int, Mapping[str, Fitted]], Responses],
     judge: Callable[[Mapping[str, Fitted]], float],
     batches: int,
+    samples: int,
     seed: int,
     steps: int,
     deadline: float = math.inf,
@@ -68,6 +70,7 @@ def refine(
             differentiable in their factors and biases.
         judge: The error of these layers on samples held out.
         batches: How many there are.
+        samples: About how many each has.
         seed: Of their order.
         steps: At most so many, of one batch each.
         deadline: Of `time.monotonic()`, by which they end.
@@ -79,11 +82,12 @@ def refine(
     free = _Layers(fitted, inputs)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    share, done = min(1.0, math.sqrt(least / _LARGE)), 0.0
+    largest = LEARNING_RATE * math.sqrt(min(least / _LARGE, 1.0) * min(samples / _SAMPLES, 1.0))
+    done = 0.0
     start = time.monotonic()
     for step in track(range(steps), "refining"):
         order = order or torch.randperm(batches, generator=generator).tolist()
-        rate = share * LEARNING_RATE * min(1, (step + 1) / WARM_UP)
+        rate = largest * min(1, (step + 1) / WARM_UP)
         free.step(respond, order.pop(), rate * (1 + math.cos(math.pi * done)) / 2)
         before = done
         spent = (time.monotonic() - start) / max(deadline - start, 1e-3)

@@ -104,7 +104,8 @@ def input_map(problem: Problem, taps: int) -> Tensor:
     channels = len(problem.metric) // taps
     by_tap = problem.weight.unflatten(1, (channels, taps))
     matter = torch.einsum("kct,kdt->cd", by_tap, by_tap)
-    root, inverse = roots(_mean_block(problem.metric, channels, taps, True))
+    blocks = problem.metric.view(channels, taps, channels, taps)
+    root, inverse = roots(blocks.diagonal(dim1=1, dim2=3).mean(-1))
     return leading(root @ matter @ root, channels).mT @ inverse
 
 
@@ -139,9 +140,11 @@ class _Search:
         # No weight depends on the unit of the inputs, but float32 does not hold all of them.
         level = problem.metric.diagonal().mean()
         problem = problem._replace(metric=problem.metric / level, cross=problem.cross / level)
-        self._metric = problem.metric
-        self._cross = problem.cross.unflatten(1, (self._channels, taps))  # [K, C, R*S]
-        self._energy = max(float((self._cross.flatten(1) * problem.weight).sum()), 1e-300)
+        # Channels last: to map them is then a product with A', and nothing is to be reordered.
+        sizes = (self._channels, taps)
+        self._metric = problem.metric.view(*sizes, *sizes).permute(0, 1, 3, 2).contiguous()
+        self._cross = problem.cross.unflatten(1, sizes).mT.contiguous()  # [K, R*S, C]
+        self._energy = max(float((problem.cross * problem.weight).sum()), 1e-300)
         self._weight_in = self._first_map(problem)
         if self._weight_in is not None:
             problem = problem.reduced(self._weight_in, taps)
@@ -166,7 +169,7 @@ class _Search:
         if steps > 0 and not (self._whole and self._weight_in is None):
             self._set_coordinates()
             moments = self._metric, self._cross
-            self._cast(precision(len(self._metric)))
+            self._cast(precision(self._channels * self._taps))
             self._search(steps)
             self._cast(torch.float64)
             self._metric, self._cross = moments
@@ -180,9 +183,10 @@ class _Search:
 
     def _set_coordinates(self) -> None:
         """Rows of norm 1 in white coordinates; how much of them is used is their length."""
-        sizes = (self._channels, self._taps)
-        to_white_in, self._from_white_in = roots(_mean_block(self._metric, *sizes, True))
-        to_white, self._from_white = roots(_mean_block(self._metric, *sizes, False))
+        of_channels = self._metric.diagonal(dim1=1, dim2=2).mean(-1)  # [C, C]
+        of_taps = self._metric.diagonal(dim1=0, dim2=3).mean(-1)  # [R*S, R*S]
+        to_white_in, self._from_white_in = roots(of_channels)
+        to_white, self._from_white = roots(of_taps)
         filters = _unit(self._filters @ to_white)
         self._filters = filters @ self._from_white if not self._whole else self._filters
         weight_in = None
@@ -233,56 +237,52 @@ class _Search:
         """J over the energy of the response; leaves its gradient."""
         self._take_free()
         read, mixing, error = self._best_mixing()
-        made = (mixing.flatten(1) @ read.flatten(0, 1)).view_as(self._cross)  # W' S
-        core = torch.einsum("kgt,gtr->kgr", mixing, self._filters)
-        surplus = made - self._cross
+        made = mixing.flatten(1) @ read.flatten(0, 1).flatten(1)  # W' S
+        surplus = made.view_as(self._cross) - self._cross
+        by_channel = mixing.transpose(0, 1)  # [g, K, T]
         gradients = []
         if self._weight_in is not None:
-            of_map = torch.einsum("kgr,kcr->gc", core, surplus) @ self._from_white_in
+            core = by_channel @ self._filters  # [g, K, R*S]
+            of_map = core.flatten(1) @ surplus.flatten(0, 1) @ self._from_white_in
             gradients.append(of_map / self._used_in[:, None])
         if not self._whole:
-            of_filters = torch.einsum("kgt,kgr->gtr", mixing, self._through(surplus))
+            of_filters = by_channel.mT @ self._through(surplus)
             gradients.append(of_filters @ self._from_white / self._used[..., None])
         for parameter, gradient in zip(self._free, gradients, strict=True):
             parameter.grad = 2 / self._energy * gradient
         return error / self._energy
 
     def _best_mixing(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the filters read of the metric [g, T, C*R*S], and the best P for it [K, g, T]; J."""
-        channels, taps = self._channels, self._taps
-        rows = self._metric.view(channels, -1)
+        """What the filters read of the metric [g, T, R*S, C]; the best P for it [K, g, T]; J."""
+        rows = self._metric.flatten(1)
         if self._weight_in is not None:
             rows = self._weight_in @ rows
-        read = self._filters @ rows.view(len(rows), taps, -1)
-        count = read.shape[0] * read.shape[1]
-        gram = torch.einsum(
-            "xgr,gtr->xgt", self._through(read.view(count, channels, taps)), self._filters
-        ).flatten(1)
-        cross = torch.einsum("kgr,gtr->kgt", self._through(self._cross), self._filters).flatten(1)
+        read = self._filters @ rows.view(len(rows), self._taps, -1)
+        read = read.unflatten(2, (self._taps, self._channels))
+        gram = self._filtered(read.flatten(0, 1))
+        cross = self._filtered(self._cross)
         root = torch.linalg.cholesky(regular((gram + gram.mT) / 2))
         mixing = torch.cholesky_solve(cross.mT, root).mT
         if self._form.rank_out is not None:
             kept = leading(cross @ mixing.mT, self._form.rank_out)
             mixing = kept @ (kept.mT @ mixing)
         error = self._energy - 2 * (mixing * cross).sum() + ((mixing @ gram) * mixing).sum()
-        return read, mixing.view(len(mixing), *read.shape[:2]), error
+        return read, mixing.unflatten(1, read.shape[:2]), error
 
     def _through(self, t: Tensor) -> Tensor:
-        """[n, C, R*S] through A: [n, rank_in, R*S]."""
-        return t if self._weight_in is None else torch.einsum("ncr,gc->ngr", t, self._weight_in)
+        """[n, R*S, C] through A: [rank_in, n, R*S]."""
+        mapped = t if self._weight_in is None else t @ self._weight_in.mT
+        return mapped.permute(2, 0, 1)
+
+    def _filtered(self, t: Tensor) -> Tensor:
+        """[n, R*S, C] through A and D: [n, rank_in*T]."""
+        return (self._through(t) @ self._filters.mT).transpose(0, 1).flatten(1)
 
 
 def _lengths(squares: Tensor) -> Tensor:
     """Their roots, of mean 1 and not too small."""
     lengths = squares.sqrt()
     return (lengths / lengths.mean().clamp(min=1e-150)).clamp(min=1e-3)
-
-
-def _mean_block(metric: Tensor, channels: int, taps: int, of_channels: bool) -> Tensor:
-    """Covariance of the channels averaged over the taps [C, C], or of the taps [R*S, R*S]."""
-    blocks = metric.view(channels, taps, channels, taps)
-    dims = (1, 3) if of_channels else (0, 2)
-    return blocks.diagonal(dim1=dims[0], dim2=dims[1]).mean(-1)
 
 
 def _unit(t: Tensor) -> Tensor:

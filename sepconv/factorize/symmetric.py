@@ -5,7 +5,7 @@ from torch import Tensor
 
 # Of each variance: little to a number of that kind, much to its rounding.
 _REGULAR = {torch.float64: 1e-9, torch.float32: 1e-6}
-NARROW_FROM = 1000  # numbers in a patch: what is only compared or searched is then float32
+NARROW_FROM = 500  # numbers in a patch: what is only compared or searched is then float32
 
 
 def precision(size: int) -> torch.dtype:

@@ -68,7 +68,7 @@ class Toy:
 
     def refined(self, steps: int = 80, deadline: float = math.inf) -> dict[str, Fitted]:
         given = (self.given, self.inputs, self.respond, self.judge)
-        return refine(*given, BATCHES, 0, steps, deadline)
+        return refine(*given, BATCHES, 64, 0, steps, deadline)
 
 
 @pytest.mark.parametrize("form", [Form(1), PLAIN, Form(2, 3), Form(3, None, 4), Form(2, 3, 3)])
@@ -121,7 +121,7 @@ def test_a_good_state_is_kept_when_later_ones_are_worse() -> None:
         states.append(weights)
         return next(told)
 
-    found = refine(toy.given, toy.inputs, toy.respond, judge, BATCHES, 0, 80)
+    found = refine(toy.given, toy.inputs, toy.respond, judge, BATCHES, 64, 0, 80)
     assert found is states[3]
 
 
@@ -155,7 +155,7 @@ def test_outputs_of_other_shapes_cannot_be_refined() -> None:
         return inner, [end[0][: 3 if weights else 4]]
 
     with pytest.raises(ShapesDifferError, match="depend on its weights"):
-        refine(toy.given, toy.inputs, respond, toy.judge, BATCHES, 0, 80)
+        refine(toy.given, toy.inputs, respond, toy.judge, BATCHES, 64, 0, 80)
 
 
 # In the whole of it
