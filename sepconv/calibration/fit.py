@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from typing import Any
 
 import torch
@@ -83,7 +83,11 @@ class Calibration:
 
     def reached(self, forms: Forms) -> list[str]:
         """The names of the layers that `fit` finds factors for, in order of execution."""
-        return [conv.name for conv in self._inexact(forms)]
+        return [conv.name for conv in self._fitted(forms)]
+
+    def changes(self, forms: Forms) -> bool:
+        """Whether any layer that the batches reach is not exact in its form."""
+        return bool(self._inexact(forms))
 
     def error_curves(self, costs: Mapping[str, Costs]) -> dict[str, Curve]:
         """Relative squared change of the output when one layer alone is converted.
@@ -118,40 +122,49 @@ class Calibration:
 
         Args:
             forms: By layer; None and layers not named stay dense. A full rank is exact without
-                a fit and is left out.
+                a fit and is left out, and so are forms that are too large for one: they have the
+                weight's own factors, which the others are fitted beside.
         """
         fitted, scales = self._closed_forms(forms)
         # Without comparable outputs, or gradients, there is nothing to aim at or no way to do it:
         # what is there stands.
         with suppress(ShapesDifferError, RuntimeError):
-            fitted = self._refined(fitted, scales)
+            fitted = self._refined(forms, fitted, scales)
         return fitted
 
     def _closed_forms(self, forms: Forms) -> tuple[dict[str, Fitted], dict[str, Scale]]:
         """Layer by layer in order of execution; and what each layer reads and writes."""
-        chosen = self._inexact(forms)
+        chosen, beside = self._fitted(forms), self._beside(forms)
         self.fits.get_ready(chosen)  # now, before forwards wait for one another
         fitted: dict[str, Fitted] = {}
         scales: dict[str, Scale] = {}
-        for conv, moments in track(self._wanted(list(chosen), fitted), "fitting", len(chosen)):
-            made = self.fits.fit(conv, moments, chosen[conv])
-            fitted[conv.name], self._lost[conv], scales[conv.name] = made
+        with closing(self._wanted(list(chosen), fitted, dict(beside))) as wanted:
+            for conv, moments in track(wanted, "fitting", len(chosen)):
+                made = self.fits.fit(conv, moments, chosen[conv])
+                fitted[conv.name], self._lost[conv], scales[conv.name] = made
         return fitted, scales
 
     def _wanted(
-        self, layers: Sequence[Match], fitted: Mapping[str, Fitted]
-    ) -> Iterator[tuple[Match, Moments]]:
-        """What each layer is to be fitted to, in turn; `fitted` gets the result of each."""
+        self,
+        layers: Sequence[Match],
+        fitted: Mapping[str, Fitted],
+        substitutes: dict[int, Dense],
+    ) -> Generator[tuple[Match, Moments], None, None]:
+        """What each layer is to be fitted to, in turn; `fitted` gets the result of each.
+
+        `substitutes` are what convolutions run with beside them.
+        """
         if not self._method.sequential:
             yield from self.responses.moments(layers).items()
             return
-        substitutes: dict[int, Dense] = {}
         branch_sum = self._method.branch_sum
         for conv, moments in self.responses.in_turn(layers, substitutes, branch_sum):
             yield conv, moments
             substitutes |= self._substitutes({conv.name: fitted[conv.name]})
 
-    def _refined(self, fitted: dict[str, Fitted], scales: Mapping[str, Scale]) -> dict[str, Fitted]:
+    def _refined(
+        self, forms: Forms, fitted: dict[str, Fitted], scales: Mapping[str, Scale]
+    ) -> dict[str, Fitted]:
         """The layers after gradient steps on all of them at once, as far as those help."""
         layers = [conv for conv in self.layers if conv.name in fitted]
         macs = sum(self.responses.macs(conv) for conv in self.layers)
@@ -163,26 +176,35 @@ class Calibration:
         if not steps or not layers:
             return fitted
 
+        beside = self._beside(forms)
+
         def respond(index: int, weights: Mapping[str, Fitted]) -> tuple[list[Tensor], list[Tensor]]:
-            return self.responses.inner(layers, parts[index], self._substitutes(weights))
+            substitutes = {**beside, **self._substitutes(weights)} if weights else {}
+            return self.responses.inner(layers, parts[index], substitutes)
+
+        def judge(weights: Mapping[str, Fitted]) -> float:
+            return self._output.of({**beside, **self._substitutes(weights)})
 
         with self.responses.quiet():
-            given = (fitted, scales, respond, self.output_error)
+            given = (fitted, scales, respond, judge)
             deadline = self._start + (self._limits.seconds or math.inf)
             return refine(*given, len(parts), samples, self._seed, steps, deadline)
 
-    def output_error(self, fitted: Mapping[str, Fitted]) -> float:
+    def output_error(self, fitted: Mapping[str, Fitted], forms: Forms | None = None) -> float:
         """Mean squared change of the model's outputs on held-out samples, over their variance.
+
+        Args:
+            fitted: Factors by layer.
+            forms: By layer; those of them that are not fitted have the weight's own factors.
 
         Raises:
             ShapesDifferError: The outputs' shapes depend on the weights (detections, say).
         """
-        return self._output.of(self._substitutes(fitted))
+        return self._output.of({**self._beside(forms or {}), **self._substitutes(fitted)})
 
     def error_of_weights(self, forms: Forms) -> float:
         """The same of the weights' own factors, which no sample was needed for."""
-        weights = {id(c.weight): _by_weight(c, form) for c, form in self._inexact(forms).items()}
-        return self._output.of(weights)
+        return self._output.of(_own_factors(self._inexact(forms)))
 
     def error_alone(self) -> dict[str, float]:
         """What each layer that was fitted does to the outputs, to first order, by name.
@@ -221,12 +243,21 @@ class Calibration:
 
     def plain_error(self, forms: Forms) -> float:
         """`output_error` of the closed forms alone, which refining only lowers."""
-        return self.output_error(self._closed_forms(forms)[0])
+        return self.output_error(self._closed_forms(forms)[0], forms)
 
     def _inexact(self, forms: Forms) -> dict[Match, Form]:
-        """The layers that are fitted: their forms are not exact, nor beyond what fits memory."""
+        """The layers whose forms are not exact."""
         given = ((conv, forms.get(conv.name)) for conv in self.layers)
-        return {conv: form for conv, form in given if form is not None and is_fitted(conv, form)}
+        return {c: form for c, form in given if form is not None and not _is_exact(c, form)}
+
+    def _fitted(self, forms: Forms) -> dict[Match, Form]:
+        """Those of them that are fitted: not the ones whose form is too large for it."""
+        return {c: form for c, form in self._inexact(forms).items() if is_fitted(c, form)}
+
+    def _beside(self, forms: Forms) -> Substitutes:
+        """The others, as the weight's own factors stand for them."""
+        inexact = self._inexact(forms)
+        return _own_factors({c: form for c, form in inexact.items() if not is_fitted(c, form)})
 
     def _substitutes(self, fitted: Mapping[str, Fitted]) -> Substitutes:
         """The fitted layers as dense weights: the same function, one convolution each."""
@@ -238,6 +269,14 @@ class Calibration:
             for conv in self.layers
             if conv.name in fitted
         }
+
+
+def _is_exact(conv: Match, form: Form) -> bool:
+    return form.is_exact(tuple(conv.weight_2d.shape))
+
+
+def _own_factors(forms: Mapping[Match, Form]) -> Substitutes:
+    return {id(conv.weight): _by_weight(conv, form) for conv, form in forms.items()}
 
 
 def _by_weight(conv: Match, form: Form) -> Dense:

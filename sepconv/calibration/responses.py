@@ -162,7 +162,7 @@ class Responses:
 
         Args:
             layers: In order of execution.
-            substitutes: What convolutions run with; empty at first.
+            substitutes: What convolutions run with; at first those that are not of `layers`.
             branch_sum: Whether the last convolution of a residual branch is wanted to undo the
                 change of the other side of the sum.
         """

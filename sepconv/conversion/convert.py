@@ -200,7 +200,7 @@ def convert(
 
     planned, forms = forms, {name: layer.form for name, layer in layers.items()}
     fitted: Mapping[str, Fitted] = {}
-    if study is not None and study.reached(forms):
+    if study is not None and study.changes(forms):
         best = calibrated(study, forms, None if only_if_faster else budget, plan, matches)
         if not best.fitted:  # the weights' own factors are better
             # What was planned and is not faster is to say so again.

@@ -54,7 +54,7 @@ def calibrated(
     fitted = study.fit(forms)
     alone = study.error_alone() if plan is None else plan.alone(forms)
     try:
-        error, of_weights = study.output_error(fitted), study.error_of_weights(forms)
+        error, of_weights = study.output_error(fitted, forms), study.error_of_weights(forms)
         found = Conversion(forms, fitted, alone, error, of_weights)
         if not error <= of_weights:  # nor where the calibrated factors overflow
             found = found._replace(fitted={}, error=of_weights)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sepconv
+from sepconv._util import relative_error
 from sepconv.calibration.effort import Effort
 from sepconv.calibration.fit import Calibration
 from sepconv.calibration.layers import Method
@@ -537,3 +538,48 @@ def test_no_warning_and_no_progress_bar_off_a_terminal(
         warnings.simplefilter("error")
         sepconv.convert(net, batches[0][:1], rank=2, calibration=batches[:1])
     assert capsys.readouterr() == ("", "")
+
+
+class TestFormsTooLargeForAFit:
+    """Above the longest patch a layer is fitted at small ranks only; at others it is not exact."""
+
+    @pytest.fixture
+    def net(self, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+        for module in ("long", "layers"):
+            monkeypatch.setattr(f"sepconv.calibration.{module}.LONGEST_PATCH", 64)
+        monkeypatch.setattr("sepconv.calibration.long._MOST_RANK", 2)
+        torch.manual_seed(0)
+        layers = nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()
+        return nn.Sequential(*layers, nn.Conv2d(16, 4, 2)).eval()
+
+    @staticmethod
+    def true_error(ours: nn.Module, theirs: nn.Module, x: Tensor) -> float:
+        with torch.no_grad():
+            return float(relative_error(ours(x), theirs(x)))
+
+    def test_their_error_is_told(self, net: nn.Module) -> None:
+        """It was said to be zero: nothing had been fitted."""
+        x = torch.randn(40, 4, 10, 10)
+        small = sepconv.convert(net, x[:1], rank={"2": 4}, calibration=[x], effort="fast")
+        report = sepconv.report(small)
+        assert [layer.method for layer in report.converted] == ["svd"]
+        assert report.output_error == report.output_error_svd
+        assert report.output_error == pytest.approx(self.true_error(small, net, x[32:]), rel=1e-3)
+
+    def test_the_others_are_fitted_beside_them(self, net: nn.Module) -> None:
+        x = torch.randn(40, 4, 10, 10)
+        forms = {"2": sepconv.Form(4), "4": sepconv.Form(1)}
+        study = study_of(net, [x])
+        assert study.reached(forms) == ["4"]
+        beside = study.output_error(study.fit(forms), forms)
+        alone = study.output_error(study.fit({"4": forms["4"]}), forms)
+        assert beside < alone
+
+    @pytest.mark.parametrize("share", [0.5, 0.65, 0.8])
+    def test_a_budget_is_not_met_by_them_for_nothing(self, net: nn.Module, share: float) -> None:
+        """Where they are what the weights alone would get."""
+        x = torch.randn(40, 4, 10, 10)
+        budget = sepconv.Budget(macs=share)
+        small = sepconv.convert(net, x[:1], budget=budget, calibration=[x], effort="fast")
+        error = self.true_error(small, net, x[32:])
+        assert sepconv.report(small).output_error == pytest.approx(error, rel=1e-3)

@@ -197,3 +197,20 @@ def test_the_error_on_samples_held_out_never_rises(form: Form) -> None:
             study = study_of(Net().eval(), data, effort=effort, seed=seed)
             errors.append(study.output_error(study.fit({"2": form, "4": form})))
         assert errors[1] <= errors[0]
+
+
+def test_fewer_samples_a_step_make_smaller_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their gradient is noisier: a quarter of them, half the rate."""
+    rates: dict[int, list[float]] = {}
+
+    class Told(module._Layers):
+        def step(self, respond: object, batch: int, rate: float) -> None:
+            rates[samples].append(rate)
+
+    monkeypatch.setattr(module, "_Layers", Told)
+    toy = Toy()
+    for samples in (8, 32, 64):
+        rates[samples] = []
+        refine(toy.given, toy.inputs, toy.respond, toy.judge, BATCHES, samples, 0, 40)
+    assert rates[8] == pytest.approx([rate / 2 for rate in rates[32]])
+    assert rates[64] == rates[32]
