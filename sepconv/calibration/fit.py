@@ -29,6 +29,7 @@ from sepconv.calibration.responses import Responses, Substitutes
 from sepconv.calibration.sensitivity import SAMPLES, Sensitivity
 from sepconv.factorize import Form, dense_weight, factorize
 from sepconv.factorize.moments import Moments
+from sepconv.factorize.target import RIDGE
 from sepconv.graph import ExampleInputs, Match
 
 ALGEBRA_RATE = 4e9  # multiply-adds a second, to say beforehand how long it will take
@@ -214,6 +215,17 @@ class Calibration:
         """
         errors = self.sensitivity().errors(self._lost)
         return {conv.name: error for conv, (error,) in errors.items()}
+
+    def remarks(self, forms: Forms) -> dict[str, str]:
+        """What the fit of a layer lacked, by name."""
+        few = {c: ridge for c, ridge in self.fits.ridges.items() if ridge > RIDGE}
+        found = {}
+        for conv, form in self._inexact(forms).items():
+            if not is_fitted(conv, form):
+                found[conv.name] = "too large for a fit"
+            elif conv in few:
+                found[conv.name] = f"few pixels, ridge {few[conv]:g}"
+        return found
 
     def announced(self) -> str:
         """What will be done, in a line."""

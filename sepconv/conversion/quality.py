@@ -23,6 +23,7 @@ class Conversion(NamedTuple):
         forms: By layer.
         fitted: Calibrated factors by layer; without any the weights' own are better.
         alone: What each layer alone does to the outputs, to first order.
+        remarks: What the fit of a layer lacked.
         error: Relative squared error of the outputs, None where they cannot be compared.
         error_of_weights: The same of the weights' own factors in these forms.
     """
@@ -30,6 +31,7 @@ class Conversion(NamedTuple):
     forms: Forms
     fitted: Mapping[str, Fitted]
     alone: Mapping[str, float]
+    remarks: Mapping[str, str]
     error: float | None = None
     error_of_weights: float | None = None
 
@@ -55,16 +57,16 @@ def calibrated(
     alone = study.error_alone() if plan is None else plan.alone(forms)
     try:
         error, of_weights = study.output_error(fitted, forms), study.error_of_weights(forms)
-        found = Conversion(forms, fitted, alone, error, of_weights)
+        found = Conversion(forms, fitted, alone, study.remarks(forms), error, of_weights)
         if not error <= of_weights:  # nor where the calibrated factors overflow
-            found = found._replace(fitted={}, error=of_weights)
+            found = found._replace(fitted={}, remarks={}, error=of_weights)
         if plan is not None and budget is not None and budget.kind in ("macs", "params"):
             by_weight = weight_only_errors(matches, plan.costs)
             other = forms_within(budget, plan.costs, by_weight, plan.total)
             if (error := study.error_of_weights(other)) < (found.error or 0.0):
-                found = Conversion(other, {}, {}, error, error)
+                found = Conversion(other, {}, {}, {}, error, error)
     except ShapesDifferError:
-        return Conversion(forms, fitted, alone)
+        return Conversion(forms, fitted, alone, study.remarks(forms))
     return found
 
 
@@ -80,6 +82,7 @@ def tell(made: Report, found: Conversion, samples: int) -> None:
     made.held_out = samples
     for layer in made.converted:
         layer.output_error = found.alone.get(layer.name)
+        layer.reason = found.remarks.get(layer.name, "")
 
 
 def warn_if_lost(found: Conversion, plan: Plan | None, samples: int) -> None:

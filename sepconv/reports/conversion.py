@@ -31,7 +31,7 @@ class LayerReport:
         name: Of the convolution module, or of the weight of a functional call.
         status: `converted`; `skipped`, not a standard convolution or not asked for; `kept`,
             could be converted but is better left dense.
-        reason: Why, for the last two.
+        reason: Why, for the last two; of a converted one, what its calibration lacked.
         rank: Terms kept, where converted.
         rank_in: Channels that the depthwise filters read, where they are not the layer's own.
         rank_out: Channels between the two last pointwise convolutions, where there are two.

@@ -562,7 +562,8 @@ class TestFormsTooLargeForAFit:
         x = torch.randn(40, 4, 10, 10)
         small = sepconv.convert(net, x[:1], rank={"2": 4}, calibration=[x], effort="fast")
         report = sepconv.report(small)
-        assert [layer.method for layer in report.converted] == ["svd"]
+        told = [(layer.method, layer.reason) for layer in report.converted]
+        assert told == [("svd", "too large for a fit")]
         assert report.output_error == report.output_error_svd
         assert report.output_error == pytest.approx(self.true_error(small, net, x[32:]), rel=1e-3)
 

@@ -1,12 +1,15 @@
 """How much the moments of layers with few pixels are damped, and that no fit sees what judges."""
 
 from collections.abc import Mapping
+from io import StringIO
 
 import pytest
 import torch
 from calibration.small import CPU, matches_of, random, study_of
+from rich.console import Console
 from torch import Tensor, nn
 
+import sepconv
 from sepconv.calibration.batches import hold_out, read_batches
 from sepconv.calibration.fit import Calibration
 from sepconv.calibration.layers import ENOUGH_ROWS, RIDGES
@@ -129,3 +132,23 @@ def test_what_judges_changes_no_factor(
         found.append(factors_of(study.fit(forms)))
     assert all(map(torch.equal, found[0], found[1]))
     assert not any(map(torch.allclose, found[0], found[2]))
+
+
+def test_the_report_says_which_layers_had_few_pixels() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3), nn.ReLU()).eval()
+    x = torch.randn(10, 3, 6, 6)
+    small = sepconv.convert(net, x[:1], rank=2, calibration=[x], effort="fast")
+    _, second = sepconv.report(small).layers
+    assert second.status == "converted"
+    assert second.reason.startswith("few pixels, ridge ")
+    assert "few pixels" in str(rendered(sepconv.report(small)))
+    many = torch.randn(400, 3, 10, 10)
+    report = sepconv.report(sepconv.convert(net, x[:1], rank=2, calibration=[many], effort="fast"))
+    assert [layer.reason for layer in report.converted] == [""]
+
+
+def rendered(report: sepconv.Report) -> str:
+    console = Console(width=100, record=True, file=StringIO())
+    console.print(report)
+    return console.export_text()
