@@ -218,13 +218,12 @@ class Calibration:
 
     def remarks(self, forms: Forms) -> dict[str, str]:
         """What the fit of a layer lacked, by name."""
-        few = {c: ridge for c, ridge in self.fits.ridges.items() if ridge > RIDGE}
         found = {}
         for conv, form in self._inexact(forms).items():
             if not is_fitted(conv, form):
                 found[conv.name] = "too large for a fit"
-            elif conv in few:
-                found[conv.name] = f"few pixels, ridge {few[conv]:g}"
+            elif self.fits.ridges.get(conv, RIDGE) > RIDGE:
+                found[conv.name] = "few pixels"
         return found
 
     def announced(self) -> str:

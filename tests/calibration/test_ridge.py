@@ -141,7 +141,7 @@ def test_the_report_says_which_layers_had_few_pixels() -> None:
     small = sepconv.convert(net, x[:1], rank=2, calibration=[x], effort="fast")
     _, second = sepconv.report(small).layers
     assert second.status == "converted"
-    assert second.reason.startswith("few pixels, ridge ")
+    assert second.reason == "few pixels"
     assert "few pixels" in str(rendered(sepconv.report(small)))
     many = torch.randn(400, 3, 10, 10)
     report = sepconv.report(sepconv.convert(net, x[:1], rank=2, calibration=[many], effort="fast"))
