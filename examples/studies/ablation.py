@@ -22,6 +22,7 @@ from sepconv import Form
 from sepconv.calibration.fit import Calibration
 from sepconv.calibration.layers import Forms, Method
 from sepconv.conversion.costs import counted_costs
+from sepconv.conversion.options import FIRST_SHARE
 from sepconv.conversion.plan import forms_within
 from sepconv.factorize import full_rank
 from sepconv.graph import Match, capture, match
@@ -94,11 +95,9 @@ class Bench:
         self.macs = captured.macs
         found = match(self.model, captured, pointwise=True)
         # The first layer takes part where it holds much, as in `convert`.
-        self.layers = [
-            conv
-            for conv in found
-            if isinstance(conv, Match) and (not conv.first or conv.dense_macs > self.macs / 10)
-        ]
+        least = FIRST_SHARE * self.macs
+        convs = [conv for conv in found if isinstance(conv, Match)]
+        self.layers = [conv for conv in convs if not conv.first or conv.dense_macs >= least]
 
     def study(self, method: Method) -> Calibration:
         """That leaves something out."""

@@ -19,6 +19,7 @@ from sepconv.calibration.layers import (
     Method,
     Study,
     algebra_macs,
+    is_exact,
     is_fitted,
     is_planned,
 )
@@ -259,7 +260,7 @@ class Calibration:
     def _inexact(self, forms: Forms) -> dict[Match, Form]:
         """The layers whose forms are not exact."""
         given = ((conv, forms.get(conv.name)) for conv in self.layers)
-        return {c: form for c, form in given if form is not None and not _is_exact(c, form)}
+        return {c: form for c, form in given if form is not None and not is_exact(c, form)}
 
     def _fitted(self, forms: Forms) -> dict[Match, Form]:
         """Those of them that are fitted: not the ones whose form is too large for it."""
@@ -280,10 +281,6 @@ class Calibration:
             for conv in self.layers
             if conv.name in fitted
         }
-
-
-def _is_exact(conv: Match, form: Form) -> bool:
-    return form.is_exact(tuple(conv.weight_2d.shape))
 
 
 def _own_factors(forms: Mapping[Match, Form]) -> Substitutes:

@@ -327,9 +327,14 @@ def is_planned(conv: Match, costs: Costs) -> bool:
 
 def is_fitted(conv: Match, form: Form | None) -> bool:
     """Whether factors in a form are found from data: not if it is exact, or too large for it."""
-    if form is None or form.is_exact(tuple(conv.weight_2d.shape)):
+    if form is None or is_exact(conv, form):
         return False
     return not _is_long(conv) or _can_fit(conv, form)
+
+
+def is_exact(conv: Match, form: Form) -> bool:
+    """Whether a form changes nothing of what the layer computes."""
+    return form.is_exact(tuple(conv.weight_2d.shape))
 
 
 def _is_long(conv: Match) -> bool:

@@ -1,6 +1,7 @@
 """The same work for many layers at a time: in order, and torch's threads as they were."""
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from sepconv.calibration.parallel import in_parallel, threads_each
 
 
 @pytest.fixture(autouse=True)
-def four_threads() -> object:
+def four_threads() -> Iterator[None]:
     with threads_each(4):
         yield
 
