@@ -35,7 +35,7 @@ VARIANTS: Mapping[str, Method] = {
     "nothing": Method(),
     "the inputs as they have changed": Method(sequential=False),
     "branch sums": Method(branch_sum=False),
-    "the BatchNorm metric": Method(norm_metric=False),
+    "what the outputs feel": Method(felt=False),
     "the search, or block updates": Method(sweeps=0),
     "the right mean": Method(correct_bias=False),
 }

@@ -197,8 +197,7 @@ def layer_errors(
     errors = {}
     for form in dict.fromkeys(forms):
         if form.is_plain:
-            ones = problem.weight.new_ones(len(problem.weight))
-            factors = solve(problem.weight, problem.metric, form.rank, taps, ones)
+            factors = solve(problem.weight, problem.metric, form.rank, taps)
         else:
             steps = STEPS if len(problem.metric) < LONG else FEW_STEPS
             factors = solve_form(problem, form, taps, steps)

@@ -117,7 +117,7 @@ class Calibration:
 
     def sensitivity(self) -> Sensitivity:
         """Gradients of the model's outputs; without any forward yet."""
-        return Sensitivity(self.responses, self._output.variances(), self._seed)
+        return Sensitivity(self.responses, self._output.variances, self._seed)
 
     def fit(self, forms: Forms) -> dict[str, Fitted]:
         """Calibrated factors by name, for every form that is not exact.
@@ -251,7 +251,7 @@ class Calibration:
     @property
     def held_out(self) -> int:
         """How many samples judge."""
-        return sum(batch.samples for batch in self.responses.held)
+        return self.responses.held_out
 
     def plain_error(self, forms: Forms) -> float:
         """`output_error` of the closed forms alone, which refining only lowers."""

@@ -61,14 +61,14 @@ class Method:
     Attributes:
         sequential: Fit to the inputs as the layers before have changed them.
         branch_sum: Fit the last convolution of a residual branch to the sum.
-        norm_metric: Weigh outputs by the BatchNorm after them.
+        felt: Weigh the outputs of channel maps by what the model's outputs feel of them.
         sweeps: Block updates over the channels; without any, closed forms alone.
         correct_bias: Give outputs the original's mean.
     """
 
     sequential: bool = True
     branch_sum: bool = True
-    norm_metric: bool = True
+    felt: bool = True
     sweeps: int = SWEEPS
     correct_bias: bool = True
 
@@ -251,16 +251,13 @@ class LayerFits:
         """Factors in a form; `felt` is the problem as the outputs feel it, if it is known."""
         weight, metric, taps = problem.target, problem.metric, _taps(conv)
         if form.is_plain:
-            scale = self._responses.scale(conv)
-            if not self._method.norm_metric:
-                scale = torch.ones_like(scale)
-            factors = solve(weight, metric, form.rank, taps, scale, search.sweeps)
+            factors = solve(weight, metric, form.rank, taps, search.sweeps)
         else:
             root, inverse = self._roots_of(conv)
             affordable = int(search.macs / step_macs(form, tuple(conv.weight_2d.shape)))
             steps = min(search.steps, max(affordable, LEAST_STEPS))
             felt = felt or Problem.of(root @ weight, metric)
-            factors = solve_form(felt, form, taps, steps).scaled(inverse)
+            factors = solve_form(felt, form, taps, steps).mixed(inverse)
         return self._with_bias(conv, problem, factors)
 
     def _roots_of(self, conv: Match) -> tuple[Tensor, Tensor]:
@@ -270,10 +267,9 @@ class LayerFits:
         these may matter as much as others.
         """
         if self._roots is None:
-            metrics = self._sensitivity().metrics()
+            metrics = self._sensitivity().metrics() if self._method.felt else {}
             unknown = [c for c in self._responses.layers if c not in metrics]
-            scales = {c: self._responses.scale(c) for c in unknown}
-            self._roots = {c: (torch.diag(s), torch.diag(1 / s)) for c, s in scales.items()}
+            self._roots = {c: (_identity(c), _identity(c)) for c in unknown}
             for c, metric in metrics.items():
                 metric = damped(metric)
                 metric = metric / metric.diagonal().mean()
@@ -344,6 +340,10 @@ def _is_long(conv: Match) -> bool:
 def _can_fit(conv: Match, form: Form) -> bool:
     """Whether a long layer can be fitted in a form."""
     return can_fit(form, conv.weight.shape[1], _taps(conv))
+
+
+def _identity(conv: Match) -> Tensor:
+    return torch.eye(len(conv.weight), dtype=torch.float64, device=conv.weight.device)
 
 
 def _taps(conv: Match) -> int:

@@ -1,11 +1,15 @@
 """What replaced convolutions do to a model's output."""
 
+from collections.abc import Sequence
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
-from sepconv._util import relative_error
 from sepconv.calibration.refine import check_same_shapes
 from sepconv.calibration.responses import Responses, Substitutes
+
+_ALIKE = 1e-6  # of an output's variance, below which samples differ by rounding alone
 
 
 class OutputError:
@@ -17,21 +21,20 @@ class OutputError:
 
     def __init__(self, responses: Responses) -> None:
         self._responses = responses
-        self._wanted: list[list[Tensor]] | None = None
 
-    @property
+    @cached_property
     def wanted(self) -> list[list[Tensor]]:
         """The original's outputs, batch by batch."""
-        if self._wanted is None:
-            self._wanted = self._responses.outputs({})
-        return self._wanted
+        return self._responses.outputs({})
 
+    @cached_property
     def variances(self) -> list[float]:
-        """Of each of the original's outputs."""
-        return [float(t.var(correction=0)) for t in _joined(self.wanted)]
+        """Of each of the original's outputs, from one input to the next."""
+        samples = self._responses.held_out
+        return [_variance(parts, samples) for parts in zip(*self.wanted, strict=False)]
 
     def of(self, substitutes: Substitutes) -> float:
-        """Relative squared error of each output over all batches, averaged over the outputs.
+        """Squared error of each output over its variance, averaged over the outputs.
 
         Raises:
             ShapesDifferError: The outputs' shapes depend on the weights.
@@ -39,8 +42,24 @@ class OutputError:
         outputs = self._responses.outputs(substitutes)
         for ours, theirs in zip(outputs, self.wanted, strict=True):
             check_same_shapes(ours, theirs)
-        errors = list(map(relative_error, _joined(outputs), _joined(self.wanted)))
-        return float(torch.stack(errors).mean()) if errors else 0.0
+        triples = zip(_joined(outputs), _joined(self.wanted), self.variances, strict=True)
+        errors = [float((a - b).square().mean()) / variance for a, b, variance in triples]
+        return sum(errors) / len(errors) if errors else 0.0
+
+
+def _variance(parts: Sequence[Tensor], samples: int) -> float:
+    """Of an output around its mean over the samples, so that what all have in common is no merit.
+
+    Of a single sample, or where the samples do not differ or cannot be told apart, that of all
+    its numbers.
+    """
+    of_all = float(torch.cat([t.double().reshape(-1) for t in parts]).var(correction=0))
+    alike = all(t.dim() and t.shape[1:] == parts[0].shape[1:] for t in parts)
+    if samples > 1 and alike and sum(map(len, parts)) == samples:
+        of_samples = float(torch.cat(list(parts)).double().var(0).mean())
+        if of_samples > _ALIKE * of_all:
+            return of_samples
+    return max(of_all, 1e-12)
 
 
 def _joined(batches: list[list[Tensor]]) -> list[Tensor]:

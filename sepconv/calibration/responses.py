@@ -83,14 +83,6 @@ class Responses:
             conv: survey.found[id(conv.weight)] for conv in self.layers
         }
 
-    def scale(self, conv: Match) -> Tensor:
-        """|factor| of the BatchNorm after a convolution, [K], mean 1; ones without one."""
-        scale = self._around[conv].scale
-        if scale is None or not bool(scale.any()):
-            return torch.ones(len(conv.weight), dtype=torch.float64, device=conv.weight.device)
-        # An output that is multiplied by zero still gets a finite metric.
-        return (scale.abs() / scale.abs().mean()).clamp(min=1e-3)
-
     def macs(self, conv: Match) -> int:
         """Multiply-adds of the dense convolution for one sample."""
         return self._around[conv].outputs * conv.weight[0].numel()
@@ -102,6 +94,11 @@ class Responses:
     def samples(self) -> int:
         """How many there are to fit to."""
         return sum(batch.samples for batch in self.fitted)
+
+    @property
+    def held_out(self) -> int:
+        """How many judge."""
+        return sum(batch.samples for batch in self.held)
 
     def pixels(self, conv: Match) -> int:
         """Output pixels of a convolution over all samples to fit to."""

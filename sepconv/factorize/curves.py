@@ -142,8 +142,7 @@ def _nested_errors(
         taps: R*S.
         forms: Any.
     """
-    ones = problem.weight.new_ones(len(problem.weight))
-    filters = whitened_filters(problem.weight, problem.metric, taps, taps, ones).flip(1)
+    filters = whitened_filters(problem.weight, problem.metric, taps, taps).flip(1)
     dtype = precision(len(problem.metric))
     fitted = _in_basis(filters, problem.metric, problem.cross, dtype)
     judged = _in_basis(filters, *others, dtype)

@@ -2,11 +2,11 @@
 
 With W [K, C*R*S] flattened and S the covariance of its input patches, the factors minimise
 
-    J(P, D) = || L (W - P D) S^(1/2) ||_F^2
+    J(P, D) = || (W - P D) S^(1/2) ||_F^2
 
-where D holds T filters [R*S] per input channel, P their mixing weights and L a positive scale
-per output channel. Weight-only SVD is the special case S = I, and misses that channels are
-correlated: what one channel's filters cannot express, other channels' mixing weights can.
+where D holds T filters [R*S] per input channel and P their mixing weights. Weight-only SVD is the
+special case S = I, and misses that channels are correlated: what one channel's filters cannot
+express, other channels' mixing weights can.
 """
 
 from typing import NamedTuple
@@ -56,16 +56,11 @@ class Factors(NamedTuple):
             "weight_out": self.weight_out,
         }
 
-    def scaled(self, scale: Tensor) -> "Factors":
-        """With outputs multiplied by scale [K], or mixed by it [K, K]."""
-
-        def changed(last: Tensor) -> Tensor:
-            flat = last.flatten(1)
-            return (scale[:, None] * flat if scale.dim() == 1 else scale @ flat).view_as(last)
-
+    def mixed(self, matrix: Tensor) -> "Factors":
+        """With outputs mixed by `matrix` [K, K]."""
         if self.weight_out is not None:
-            return self._replace(weight_out=changed(self.weight_out))
-        return self._replace(mixing=changed(self.mixing))
+            return self._replace(weight_out=matrix @ self.weight_out)
+        return self._replace(mixing=(matrix @ self.mixing.flatten(1)).view_as(self.mixing))
 
     def balanced(self) -> "Factors":
         """The same weight by factors of one size, as gradient steps and half precision want them.
@@ -97,9 +92,7 @@ def _between(one: Tensor, other: Tensor) -> Tensor:
     return torch.where((sizes > 0) & (others > 0), others / sizes, 1.0) ** 0.25
 
 
-def solve(
-    weight: Tensor, metric: Tensor, rank: int, taps: int, scale: Tensor, sweeps: int = SWEEPS
-) -> Factors:
+def solve(weight: Tensor, metric: Tensor, rank: int, taps: int, sweeps: int = SWEEPS) -> Factors:
     """Factors of `weight` at `rank`: whitened SVD, block updates, pointwise refit.
 
     Args:
@@ -107,36 +100,34 @@ def solve(
         metric: S [C*R*S, C*R*S], symmetric positive definite, float64.
         rank: T, below min(K, R*S).
         taps: R*S.
-        scale: The diagonal of L, [K] and positive.
         sweeps: Passes of block updates over the channels.
 
     Example:
         >>> w, s = torch.randn(8, 36).double(), torch.eye(36).double()
-        >>> factors = solve(w, s, rank=2, taps=9, scale=torch.ones(8).double())
+        >>> factors = solve(w, s, rank=2, taps=9)
         >>> factors.filters.shape, factors.mixing.shape
         (torch.Size([4, 2, 9]), torch.Size([8, 4, 2]))
     """
-    factors = refit_mixing(weight, metric, whitened_filters(weight, metric, rank, taps, scale))
+    factors = refit_mixing(weight, metric, whitened_filters(weight, metric, rank, taps))
     for _ in range(sweeps):
-        factors = update_channels(weight, metric, factors, scale)
+        factors = update_channels(weight, metric, factors)
     return refit_mixing(weight, metric, factors.filters) if sweeps else factors
 
 
-def whitened_filters(weight: Tensor, metric: Tensor, rank: int, taps: int, scale: Tensor) -> Tensor:
+def whitened_filters(weight: Tensor, metric: Tensor, rank: int, taps: int) -> Tensor:
     """Filters [C, T, R*S] that would be the best if channels were uncorrelated.
 
-    The singular vectors of L W_c S_cc^(1/2), from its R*S x R*S Gram matrix (the whitening of
+    The singular vectors of W_c S_cc^(1/2), from its R*S x R*S Gram matrix (the whitening of
     SVD-LLM, Wang et al. 2024, one channel at a time).
     """
     root, inverse = roots(channel_blocks(metric, taps))
-    channels = (weight * scale[:, None]).unflatten(1, (-1, taps)).transpose(0, 1)  # [C, K, R*S]
-    whitened = channels @ root
+    whitened = weight.unflatten(1, (-1, taps)).transpose(0, 1) @ root  # [C, K, R*S]
     _, vectors = torch.linalg.eigh(whitened.mT @ whitened)
     return vectors[..., -rank:].mT @ inverse
 
 
 def refit_mixing(weight: Tensor, metric: Tensor, filters: Tensor) -> Factors:
-    """The best mixing weights for given filters: P = W S D' (D S D')^-1, whatever L is."""
+    """The best mixing weights for given filters: P = W S D' (D S D')^-1."""
     channels, rank, taps = filters.shape
     blocks = metric.unflatten(1, (channels, taps))  # [C*R*S, C, R*S]
     read = torch.einsum("jdr,dur->jdu", blocks, filters).flatten(1)  # S D' [C*R*S, C*T]
@@ -148,11 +139,11 @@ def refit_mixing(weight: Tensor, metric: Tensor, filters: Tensor) -> Factors:
     return Factors(filters, mixing.unflatten(1, (channels, rank)))
 
 
-def update_channels(weight: Tensor, metric: Tensor, factors: Factors, scale: Tensor) -> Factors:
+def update_channels(weight: Tensor, metric: Tensor, factors: Factors) -> Factors:
     """One sweep of block updates: each channel's factors, best given all the others'.
 
     With E the residual without channel c, the best rank T block is the truncated SVD of
-    L (E S)_c S_cc^(-1/2), so that J never rises.
+    (E S)_c S_cc^(-1/2), so that J never rises.
     """
     filters, mixing = factors.filters.clone(), factors.mixing.clone()
     channels, rank, taps = filters.shape
@@ -163,8 +154,7 @@ def update_channels(weight: Tensor, metric: Tensor, factors: Factors, scale: Ten
         here = slice(c * taps, (c + 1) * taps)
         old = mixing[:, c] @ filters[c]
         whitened = (residual[:, here] + old @ blocks[c]) @ inverses[c]  # [K, R*S]
-        scaled = whitened * scale[:, None]
-        _, vectors = torch.linalg.eigh(scaled.mT @ scaled)
+        _, vectors = torch.linalg.eigh(whitened.mT @ whitened)
         kept = vectors[:, -rank:]
         filters[c] = kept.mT @ inverses[c]
         mixing[:, c] = whitened @ kept

@@ -153,8 +153,7 @@ class _Search:
             eye = torch.eye(taps, dtype=torch.float64, device=problem.metric.device)
             self._filters = eye.expand(len(problem.metric) // taps, -1, -1)
         else:
-            ones = problem.weight.new_ones(len(problem.weight))
-            self._filters = whitened_filters(problem.weight, problem.metric, form.rank, taps, ones)
+            self._filters = whitened_filters(problem.weight, problem.metric, form.rank, taps)
 
     def _first_map(self, problem: Problem) -> Tensor | None:
         rank_in = self._form.rank_in

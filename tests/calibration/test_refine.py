@@ -34,9 +34,8 @@ class Toy:
         self.head = random(5, 3, K).double()
         self.mean = rows[:-128].mean(0)
         metric = torch.cov(rows[:-128].T)
-        ones = torch.ones(K, dtype=torch.float64)
         if form.is_plain:
-            factors = solve(self.weight, metric, form.rank, TAPS, ones, 0)
+            factors = solve(self.weight, metric, form.rank, TAPS, 0)
         else:
             factors = solve_form(Problem.of(self.weight, metric), form, TAPS, 0)
         bias = self.bias + (self.weight - factors.dense()) @ self.mean

@@ -119,7 +119,7 @@ def test_what_judges_changes_no_factor(
     """Where no ridge is chosen and no step is judged."""
     monkeypatch.setattr("sepconv.calibration.layers.RIDGES", (RIDGE,))
     # They are the unit of what the outputs feel; its rounding sends a search to other minima.
-    monkeypatch.setattr(OutputError, "variances", lambda _: [1.0])
+    monkeypatch.setattr(OutputError, "variances", [1.0])
     forms = dict.fromkeys(FORMS, form)
     found = []
     for changed in ("nothing", "held", "fitted"):

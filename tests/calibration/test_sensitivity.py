@@ -38,12 +38,12 @@ class Net(nn.Module):
 
 
 def sensitivity_of(responses: Responses, seed: int = SEED) -> Sensitivity:
-    return Sensitivity(responses, OutputError(responses).variances(), seed)
+    return Sensitivity(responses, OutputError(responses).variances, seed)
 
 
 def variances(model: nn.Module, x: Tensor) -> list[float]:
     with torch.no_grad():
-        return [float(y.var(correction=0)) for y in model(x)]
+        return [float(y.var(0).mean()) for y in model(x)]
 
 
 class ByHand:
@@ -138,7 +138,7 @@ def test_sequences_have_metrics_and_errors_too() -> None:
     first, second = responses.layers
     draw = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
-        spread = float(model(x).var(correction=0))
+        spread = float(model(x).var(0).mean())
     weight = model[0].weight.detach().clone().requires_grad_()
     rows, reads = [], []
     change = random(1, 1, 12, 40), torch.zeros(1, 12)
@@ -189,7 +189,7 @@ def test_a_linear_network_has_the_errors_that_are_measured(
     monkeypatch.setattr("sepconv.calibration.sensitivity.SAMPLES", samples)
     model, x = normalised(linear()), random(seed, samples, 3, 8, 8) + 2
     responses = responses_of(model, [x])
-    spread = float(model(x).detach().var(correction=0))
+    spread = float(model(x).detach().var(0).mean())
     changes = {conv: changed(conv, 0.5, seed) for conv in responses.layers}
     found = sensitivity_of(responses, seed).errors(
         {conv: as_change(conv, dense) for conv, dense in changes.items()}

@@ -39,7 +39,7 @@ def quietly(*args: Any, **options: Any) -> Any:
 def squared_error(model: nn.Module, other: nn.Module, x: Tensor) -> float:
     with torch.no_grad():
         ours, theirs = model(x), other(x)
-    return float((ours - theirs).square().mean() / theirs.var(correction=0))
+    return float((ours - theirs).square().mean() / theirs.var(0).mean())
 
 
 @pytest.mark.parametrize("asked", [{"rank": 2}, {"budget": Budget(macs=0.5)}])
@@ -90,8 +90,8 @@ def test_weights_alone_are_taken_where_they_do_better(
     def fit(self: Calibration, forms: Any) -> dict[str, Fitted]:
         """Factors that no calibration would find."""
         fitted, _ = self._closed_forms(forms)
-        scale = torch.full((8,), garbage)
-        return {name: Fitted(f.factors.scaled(scale), f.bias) for name, f in fitted.items()}
+        matrix = garbage * torch.eye(8, dtype=torch.float64)
+        return {name: Fitted(f.factors.mixed(matrix), f.bias) for name, f in fitted.items()}
 
     monkeypatch.setattr(Calibration, "fit", fit)
     small = quietly(net, X[:1], calibration=[X], **asked)
@@ -154,8 +154,11 @@ def test_efforts_differ_in_steps(steps: list[int]) -> None:
 
 
 def test_a_second_is_enough_for_the_closed_forms(steps: list[int]) -> None:
-    small = quietly(chain(), X[:1], rank=2, calibration=list(X.split(2)), effort=1e-3)
-    assert sepconv.report(small).output_error < 0.5
+    hurried, fast = (
+        sepconv.report(quietly(chain(), X[:1], rank=2, calibration=list(X.split(2)), effort=effort))
+        for effort in (1e-3, "fast")
+    )
+    assert hurried.output_error <= fast.output_error < hurried.output_error_svd
     assert len(steps) <= 1
 
 

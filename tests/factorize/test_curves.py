@@ -87,8 +87,7 @@ def test_a_form_alone_has_the_error_of_its_closed_form(
     fitted, held = (moments_of(x, weight) for x in rows)
     problem = Problem.of(weight, damped(fitted.covariance))
     if form.is_plain:
-        ones = torch.ones(K, dtype=torch.float64)
-        factors = solve(problem.weight, problem.metric, form.rank, TAPS, ones, sweeps=0)
+        factors = solve(problem.weight, problem.metric, form.rank, TAPS, sweeps=0)
     else:
         factors = solve_form(problem, form, TAPS, 0)
     for part in (in_sample(problem), HeldOut.of(weight, held, fitted)):
@@ -109,8 +108,7 @@ def test_forms_together_have_the_least_error_in_their_nested_bases(
     for form in FORMS:
         mapped = form.rank_in is not None
         reduced = problem.reduced(widest, TAPS) if mapped else problem
-        ones = torch.ones(K, dtype=torch.float64)
-        filters = whitened_filters(reduced.weight, reduced.metric, TAPS, TAPS, ones).flip(1)
+        filters = whitened_filters(reduced.weight, reduced.metric, TAPS, TAPS).flip(1)
         filters = filters[: form.rank_in, : form.rank]
         maps = widest[: form.rank_in] if mapped else torch.eye(C, dtype=torch.float64)
         basis = torch.einsum("gtr,gc->gtcr", filters, maps).flatten(2).flatten(0, 1)

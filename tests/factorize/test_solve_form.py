@@ -335,8 +335,8 @@ def test_searched_forms_of_more_ranks_have_less_error(rank: str) -> None:
 
 def test_an_output_map_of_a_plain_rank_starts_from_its_filters() -> None:
     """With all outputs the closed form is that of the plain rank."""
-    problem, ones = problem_of(2), torch.ones(K, dtype=torch.float64)
-    plain = error(problem, solve(problem.weight, problem.metric, 2, TAPS, ones, sweeps=0))
+    problem = problem_of(2)
+    plain = error(problem, solve(problem.weight, problem.metric, 2, TAPS, sweeps=0))
     assert solved(problem, Form(2, None, K), steps=0) == pytest.approx(plain, rel=1e-6)
 
 
