@@ -70,16 +70,15 @@ class Batch(NamedTuple):
         return self._changed(cut)._replace(start=self.start + start)
 
     def mirrored(self) -> "Batch":
-        """The same with images [N, C, H, W], or a list of [C, H, W], flipped left to right."""
+        """The same with images [N, 3, H, W], or a list of [3, H, W], flipped left to right.
+
+        Not those of other numbers of channels: they may be spectrograms or written lines.
+        """
         listed = self.listed
 
         def flip(value: Any) -> Any:
             dims = 3 if listed and isinstance(value, list) else 4
-            return tree_map_only(
-                Tensor,
-                lambda t: t.flip(-1) if t.dim() == dims and t.is_floating_point() else t,
-                value,
-            )
+            return tree_map_only(Tensor, lambda t: t.flip(-1) if _is_image(t, dims) else t, value)
 
         return self._changed(flip)
 
@@ -90,6 +89,10 @@ class Batch(NamedTuple):
     def parts(self, n: int) -> "list[Batch]":
         """All samples, n at a time."""
         return [self.part(start, n) for start in range(0, self.samples, n)]
+
+
+def _is_image(t: Tensor, dims: int) -> bool:
+    return t.dim() == dims and t.shape[-3] == 3 and t.is_floating_point()
 
 
 def check_iterable(batches: Any, name: str) -> None:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ class Calibration:
         self._output = OutputError(self.responses)
         self.fits = LayerFits(self.responses, self.sensitivity, self._method)
         self._lost: dict[Match, tuple[Tensor, Tensor]] = {}  # by the last fit
+        self._by_weight = cache(_by_weight)
 
     @property
     def layers(self) -> list[Match]:
@@ -206,7 +208,7 @@ class Calibration:
 
     def error_of_weights(self, forms: Forms) -> float:
         """The same of the weights' own factors, which no sample was needed for."""
-        return self._output.of(_own_factors(self._inexact(forms)))
+        return self._output.of(self._own_factors(self._inexact(forms)))
 
     def error_alone(self) -> dict[str, float]:
         """What each layer that was fitted does to the outputs, to first order, by name.
@@ -269,7 +271,10 @@ class Calibration:
     def _beside(self, forms: Forms) -> Substitutes:
         """The others, as the weight's own factors stand for them."""
         inexact = self._inexact(forms)
-        return _own_factors({c: form for c, form in inexact.items() if not is_fitted(c, form)})
+        return self._own_factors({c: f for c, f in inexact.items() if not is_fitted(c, f)})
+
+    def _own_factors(self, forms: Mapping[Match, Form]) -> Substitutes:
+        return {id(conv.weight): self._by_weight(conv, form) for conv, form in forms.items()}
 
     def _substitutes(self, fitted: Mapping[str, Fitted]) -> Substitutes:
         """The fitted layers as dense weights: the same function, one convolution each."""
@@ -281,10 +286,6 @@ class Calibration:
             for conv in self.layers
             if conv.name in fitted
         }
-
-
-def _own_factors(forms: Mapping[Match, Form]) -> Substitutes:
-    return {id(conv.weight): _by_weight(conv, form) for conv, form in forms.items()}
 
 
 def _by_weight(conv: Match, form: Form) -> Dense:

@@ -9,6 +9,7 @@ this from overfitting to a few hundred images: they are thousands of numbers per
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ _SAMPLES = 32  # of which the gradient's noise bears that rate; it falls with th
 _LARGE = 0.1  # error from which on steps are that large: a network that is nearly right bears less
 WARM_UP = 10  # steps, while Adam's averages form
 INNER_WEIGHT = 50.0  # of the responses inside the network against those at its end
+_KEPT_BYTES = 2**30  # of the original's responses, so that they need not be computed each time
 CHECKS = 8  # looks at the samples held out, of which the best state is kept
 
 Responses = tuple[list[Tensor], list[Tensor]]  # inside the network, at its end
@@ -79,7 +81,7 @@ def refine(
         The layers as they did best on the samples held out: at worst, as they were given.
     """
     best, least = fitted, judge(fitted)
-    free = _Layers(fitted, inputs)
+    free, wanted = _Layers(fitted, inputs), _Wanted(respond)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     largest = LEARNING_RATE * math.sqrt(min(least / _LARGE, 1.0) * min(samples / _SAMPLES, 1.0))
@@ -88,7 +90,9 @@ def refine(
     for step in track(range(steps), "refining"):
         order = order or torch.randperm(batches, generator=generator).tolist()
         rate = largest * min(1, (step + 1) / WARM_UP)
-        free.step(respond, order.pop(), rate * (1 + math.cos(math.pi * done)) / 2)
+        batch = order.pop()
+        rate *= (1 + math.cos(math.pi * done)) / 2
+        free.step(partial(respond, batch), wanted.of(batch), rate)
         before = done
         spent = (time.monotonic() - start) / max(deadline - start, 1e-3)
         done = min(max((step + 1) / steps, spent), 1.0)
@@ -102,6 +106,24 @@ def refine(
     return best
 
 
+class _Wanted:
+    """The original's responses, which stay the same: kept as far as there is room."""
+
+    def __init__(self, respond: Callable[[int, Mapping[str, Fitted]], Responses]) -> None:
+        self._respond, self._room = respond, _KEPT_BYTES
+        self._kept: dict[int, Responses] = {}
+
+    def of(self, batch: int) -> Responses:
+        if batch in self._kept:
+            return self._kept[batch]
+        found = self._respond(batch, {})
+        size = sum(t.numel() * t.element_size() for some in found for t in some)
+        if size <= self._room:
+            self._kept[batch] = found
+            self._room -= size
+        return found
+
+
 class _Layers:
     """All layers' parameters, and their optimizer."""
 
@@ -111,15 +133,17 @@ class _Layers:
         self._optimizer = torch.optim.Adam(self._parameters, lr=LEARNING_RATE, betas=(0.9, 0.99))
 
     def step(
-        self, respond: Callable[[int, Mapping[str, Fitted]], Responses], batch: int, rate: float
+        self,
+        respond: Callable[[Mapping[str, Fitted]], Responses],
+        wanted: Responses,
+        rate: float,
     ) -> None:
-        """One step on a batch at a learning rate."""
+        """One step towards the original's responses to a batch, at a learning rate."""
         self._optimizer.param_groups[0]["lr"] = rate
-        inner_wanted, end_wanted = respond(batch, {})
         with torch.enable_grad():
             weights = {name: layer.current() for name, layer in self._free.items()}
-            inner, end = respond(batch, weights)
-            loss = INNER_WEIGHT * _error(inner, inner_wanted) + _error(end, end_wanted)
+            inner, end = map(_error, respond(weights), wanted)
+            loss = INNER_WEIGHT * inner + end
         gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient

@@ -84,10 +84,10 @@ def test_the_generators_of_the_caller_and_of_the_model_are_left_alone() -> None:
         assert torch.equal(one, other)
 
 
-def test_other_samples_get_other_draws() -> None:
+def test_other_samples_get_other_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that is the same for all would be learned as if it were data."""
     seen: dict[tuple[float, int, int], list[tuple[float, ...]]] = {}
-    now = (0.0, 0, 0)  # the first sample, mirrored or not, how many there are, and the layer
+    now = (0.0, 0, 0)  # the first sample, how many there are, and the layer
 
     class Watched(Noisy):
         def forward(self, x: Tensor) -> Tensor:
@@ -105,6 +105,7 @@ def test_other_samples_get_other_draws() -> None:
                 now = (*now[:2], now[2] + 1)
             return noise
 
+    monkeypatch.setattr("sepconv.calibration.refine._KEPT_BYTES", 0)
     data = [images(64, 1), images(64, 2)]
     sepconv.convert(Watched("torch").eval(), rank=1, calibration=data)
     samples = {sample for sample, *_ in seen}
@@ -226,6 +227,8 @@ def test_a_tuple_of_tensors_is_one_input() -> None:
     assert [t.shape for t in part.tensors()] == [(2, 3, 5, 5), (2, 7)]
     assert torch.equal(batch.mirrored().args[0][0], pair[0].flip(3))
     assert torch.equal(batch.mirrored().args[0][1], pair[1])
+    (spectrogram,) = read_batches([torch.rand(4, 1, 5, 5)], None, CPU)
+    assert torch.equal(spectrogram.mirrored().args[0], spectrogram.args[0])
     assert Batch((3,), {}).samples == 1
 
 

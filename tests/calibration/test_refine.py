@@ -124,7 +124,21 @@ def test_a_good_state_is_kept_when_later_ones_are_worse() -> None:
     assert found is states[3]
 
 
-def test_every_batch_is_asked_in_turn() -> None:
+@pytest.mark.parametrize("room", [0, 5 * 64 * (K + 3) * 8, 2**30], ids=["none", "five", "all"])
+def test_the_original_is_asked_once_as_far_as_there_is_room(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_KEPT_BYTES", room)
+    toy, steps = Toy(), 4 * BATCHES
+    found = toy.refined(steps)
+    kept = min(BATCHES, room // (64 * (K + 3) * 8))
+    assert len(toy.asked) - steps == steps - kept * 3
+    monkeypatch.setattr(module, "_KEPT_BYTES", 0)
+    assert torch.equal(Toy().refined(steps)["conv"].bias, found["conv"].bias)
+
+
+def test_every_batch_is_asked_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_KEPT_BYTES", 0)
     toy = Toy()
     toy.refined(steps=3 * BATCHES)
     pairs = toy.asked[::2], toy.asked[1::2]  # of the original, and of what is fitted
@@ -203,7 +217,7 @@ def test_fewer_samples_a_step_make_smaller_ones(monkeypatch: pytest.MonkeyPatch)
     rates: dict[int, list[float]] = {}
 
     class Told(module._Layers):
-        def step(self, respond: object, batch: int, rate: float) -> None:
+        def step(self, respond: object, wanted: object, rate: float) -> None:
             rates[samples].append(rate)
 
     monkeypatch.setattr(module, "_Layers", Told)

@@ -131,20 +131,20 @@ def test_an_effort_that_is_none(effort: Any) -> None:
 
 
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many batches each step of refinement took its gradients on."""
-    seen: list[int] = []
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The learning rate of each step of refinement."""
+    seen: list[float] = []
     step: Callable[..., None] = refine._Layers.step
 
-    def counted(self: Any, respond: Any, batch: int, rate: float) -> None:
-        seen.append(batch)
-        step(self, respond, batch, rate)
+    def counted(self: Any, respond: Any, wanted: Any, rate: float) -> None:
+        seen.append(rate)
+        step(self, respond, wanted, rate)
 
     monkeypatch.setattr(refine._Layers, "step", counted)
     return seen
 
 
-def test_efforts_differ_in_steps(steps: list[int]) -> None:
+def test_efforts_differ_in_steps(steps: list[float]) -> None:
     counts = []
     for effort in ("fast", "default", "thorough"):
         steps.clear()
@@ -153,7 +153,7 @@ def test_efforts_differ_in_steps(steps: list[int]) -> None:
     assert counts[0] == 0 < counts[1] < counts[2]
 
 
-def test_a_second_is_enough_for_the_closed_forms(steps: list[int]) -> None:
+def test_a_second_is_enough_for_the_closed_forms(steps: list[float]) -> None:
     hurried, fast = (
         sepconv.report(quietly(chain(), X[:1], rank=2, calibration=list(X.split(2)), effort=effort))
         for effort in (1e-3, "fast")
