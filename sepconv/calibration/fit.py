@@ -246,7 +246,7 @@ class Calibration:
         """Seconds that all of it may take, from one forward and the sizes of the layers."""
         macs = sum(self.responses.macs(conv) for conv in self.layers)
         samples = self.responses.samples()
-        forwards = 3 * samples + 4 * SAMPLES + PASSES * steps * self._limits.samples(macs)
+        forwards = 3 * samples + 8 * SAMPLES + PASSES * steps * self._limits.samples(macs)
         algebra = sum(algebra_macs(conv) for conv in self.layers) / ALGEBRA_RATE
         return forwards * self.responses.seconds + algebra
 

@@ -7,7 +7,7 @@ passes predict the error of any form of any layer (to a factor of 0.6 to 2.6, do
 where measuring it takes a forward of many samples each.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -19,7 +19,8 @@ from sepconv.calibration.responses import Responses
 from sepconv.calibration.sampler import as_images
 from sepconv.graph import Match
 
-METRIC_SAMPLES, SAMPLES = 16, 64  # for metrics, for predictions
+METRIC_SAMPLES = 16
+SAMPLES = 64  # to predict errors with: of those that are fitted to, and as many held out
 
 
 class Sensitivity:
@@ -56,18 +57,22 @@ class Sensitivity:
                 y.register_hook(lambda gradient: means[conv].add(as_images(gradient, conv)))
 
         with suppress(RuntimeError), self._responses.quiet():
-            for sample in self._samples(METRIC_SAMPLES):
+            for sample in _singles(self._responses.fitted, METRIC_SAMPLES):
                 self._gradients(sample, see)
         return {conv: mean.value() for conv, mean in means.items() if mean.count}
 
     def errors(self, changes: Mapping[Match, tuple[Tensor, Tensor]]) -> dict[Match, list[float]]:
         """Relative squared errors of the outputs for some changes of each layer alone.
 
+        Half of the samples are held out: factors fit the particulars of the others, and what they
+        leave there is less than elsewhere, by half in SqueezeNet's last layer.
+
         Args:
             changes: Of the weight, [n, K, C*R*S], and of the bias, [n, K].
         """
         sums: dict[Match, Tensor] = {}
-        samples = self._samples(SAMPLES)
+        parts = self._responses.fitted, self._responses.held
+        samples = [sample for part in parts for sample in _singles(part, SAMPLES)]
         with suppress(RuntimeError), self._responses.quiet():
             for sample in samples:
                 gradients = self._gradients(sample)
@@ -79,14 +84,6 @@ class Sensitivity:
                     read = read + of_bias @ bias.to(of_bias)
                     sums[conv] = sums.get(conv, 0.0) + read.square()
         return {conv: (total / len(samples)).tolist() for conv, total in sums.items()}
-
-    def _samples(self, count: int) -> list[Batch]:
-        """About so many single ones, evenly from all; of few each more than once."""
-        batches = self._responses.fitted
-        singles = [(batch, i) for batch in batches for i in range(batch.samples)]
-        step = max(1, len(singles) // count)
-        times = max(1, count // len(singles))
-        return [batch.part(i, 1) for batch, i in singles[::step]] * times
 
     def _gradients(
         self, sample: Batch, see: See | None = None
@@ -108,6 +105,14 @@ class Sensitivity:
         """On a random direction, relative to the output's variance."""
         direction = torch.randn(output.shape, generator=self._draw).to(output)
         return (output * direction).sum() / max(variance * output.numel(), 1e-30) ** 0.5
+
+
+def _singles(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """About so many single samples, evenly from all; of few each more than once."""
+    singles = [(batch, i) for batch in batches for i in range(batch.samples)]
+    step = max(1, len(singles) // count)
+    times = max(1, count // len(singles))
+    return [batch.part(i, 1) for batch, i in singles[::step]] * times
 
 
 def _nothing(key: int, x: Tensor, y: Tensor) -> None:

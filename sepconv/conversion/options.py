@@ -30,8 +30,8 @@ class Budget:
         macs: Multiply-adds, as a fraction (0, 1] of the **whole** original model's.
         params: Parameters, likewise.
         latency: Measured time on the model's device, likewise.
-        error: The largest loss of the converted model's output that is allowed, as the relative
-            mean squared change of the output on the calibration batches, in (0, 1].
+        error: The largest squared error of the converted model's outputs that is allowed, over
+            their variance from input to input, predicted on the calibration batches, in (0, 1].
 
     Raises:
         ValueError: None or several are given, or one is outside (0, 1].

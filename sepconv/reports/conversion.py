@@ -112,8 +112,8 @@ class Report:
             None without them and in a dry run.
         latency_after: The same of the converted model.
         device: The name of what both were measured on, empty where they were not.
-        output_error: Squared error of the model's outputs over their variance, on the calibration
-            samples that nothing was fitted to; None without calibration.
+        output_error: Squared error of the model's outputs over their variance from sample to
+            sample, on the calibration samples that nothing was fitted to; None without calibration.
         output_error_svd: The same of factors of the weights alone.
         held_out: How many samples these are.
     """

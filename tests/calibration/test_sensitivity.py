@@ -49,8 +49,9 @@ def variances(model: nn.Module, x: Tensor) -> list[float]:
 class ByHand:
     """Gradients of random projections of the outputs of each of a few samples."""
 
-    def __init__(self, model: Net, x: Tensor) -> None:
-        draw, spreads = torch.Generator().manual_seed(SEED), variances(model, x)
+    def __init__(self, model: Net, fitted: Tensor, held: Tensor) -> None:
+        draw, spreads = torch.Generator().manual_seed(SEED), variances(model, held)
+        x, self.fitted = torch.cat([fitted, held]), len(fitted)
         self.responses: list[dict[str, Tensor]] = []
         self.parameters: list[dict[str, tuple[Tensor, Tensor]]] = []
         for i in range(len(x)):
@@ -82,8 +83,9 @@ class ByHand:
             self.parameters.append(dict(zip(inner, pairs, strict=True)))
 
     def metric(self, name: str) -> Tensor:
-        """The mean of g g' over the pixels of all samples."""
-        rows = torch.cat([g[name].movedim(1, -1).flatten(0, 2).double() for g in self.responses])
+        """The mean of g g' over the pixels of all samples that are fitted to."""
+        each = self.responses[: self.fitted]
+        rows = torch.cat([g[name].movedim(1, -1).flatten(0, 2).double() for g in each])
         return rows.T @ rows / len(rows)
 
     def error(self, name: str, weight: Tensor, bias: Tensor) -> float:
@@ -108,9 +110,9 @@ def one_projection(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("one_projection")
 def test_metrics_and_errors_are_what_autograd_says(in_place: bool, frozen: bool) -> None:
     model = normalised(Net(in_place)).requires_grad_(not frozen)
-    x = random(0, 6, 3, 8, 8)
-    by_hand = ByHand(model, x)
-    responses = responses_of(model, [x[:4], x[4:]])
+    x, held = random(0, 6, 3, 8, 8), random(1, 5, 3, 8, 8)
+    by_hand = ByHand(model, x, held)
+    responses = responses_of(model, [x[:4], x[4:]], [held])
     metrics = sensitivity_of(responses).metrics()
     assert [conv.name for conv in metrics] == ["stem", "wide", "down"]
     for conv, found in metrics.items():
@@ -142,7 +144,7 @@ def test_sequences_have_metrics_and_errors_too() -> None:
     weight = model[0].weight.detach().clone().requires_grad_()
     rows, reads = [], []
     change = random(1, 1, 12, 40), torch.zeros(1, 12)
-    for i in range(3):
+    for i in (0, 1, 2, 0, 1, 2):  # fitted to and held out are the same
         response = F.conv1d(x[i : i + 1], weight, model[0].bias, padding=2)
         output = model[2](F.relu(response))
         direction = torch.randn(output.shape, generator=draw)
@@ -151,13 +153,13 @@ def test_sequences_have_metrics_and_errors_too() -> None:
         rows.append(of_response[0].T.double())
         reads.append(float(of_weight.flatten() @ change[0].flatten()) ** 2)
     metrics = sensitivity_of(responses).metrics()
-    expected = torch.cat(rows).T @ torch.cat(rows) / 60
+    expected = torch.cat(rows[:3]).T @ torch.cat(rows[:3]) / 60
     torch.testing.assert_close(
         metrics[first], expected, rtol=1e-3, atol=1e-4 * float(expected.max())
     )
     assert metrics[second].shape == (6, 6)
     (found,) = sensitivity_of(responses).errors({first: change})[first]
-    assert found == pytest.approx(sum(reads) / 3, rel=1e-3)
+    assert found == pytest.approx(sum(reads) / len(reads), rel=1e-3)
 
 
 # Against what is measured
