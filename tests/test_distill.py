@@ -191,6 +191,25 @@ def test_what_is_kept_is_the_moving_average(
     torch.testing.assert_close(student[3].weight_pw.detach(), mean)
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_calibrated_student_learns_in_smaller_steps(
+    calibrated: bool, teacher: nn.Module, x: Tensor, tmp_path: Path
+) -> None:
+    given = {"calibration": [x], "effort": "fast"} if calibrated else {}
+    student, log = sepconv.convert(teacher, x[:1], rank=1, **given), tmp_path / "log.csv"
+    start: list[float] = []
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        start.append(optimizer.param_groups[0]["lr"])
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        sepconv.distill(student, teacher, [x], 1, log=log)
+    finally:
+        handle.remove()
+    assert start == [1e-4 if calibrated else 1e-3]
+
+
 def test_no_progress_bar_off_a_terminal(
     student: nn.Module, teacher: nn.Module, x: Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from sepconv.distillation.run import Run, put
 from sepconv.graph import ExampleInputs
 from sepconv.graph.state import trainable, untouched
 from sepconv.nn import SeparableConv2d
+from sepconv.reports.conversion import attached
 
 _COLUMNS = ("epoch", "kind", "loss", "held_out", "learning_rate", "seconds")
 
@@ -32,7 +33,7 @@ def distill(
     example_inputs: ExampleInputs | None = None,
     held_out: Iterable[Any] | None = None,
     loss: Loss | None = None,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
     weight_decay: float = 1e-4,
     temperature: float = 4.0,
     label_weight: float = 0.0,
@@ -82,7 +83,8 @@ def distill(
             batch to judge by is [N, classes] with at least two classes and not all of it is in
             0..1, as probabilities are; else "error". Embeddings [N, features] look like logits:
             say "error" for them.
-        learning_rate: At the start.
+        learning_rate: At the start. Default: 1e-3; 1e-4 for a student that was calibrated, which is
+            near the original and is led away from it by larger steps.
         weight_decay: Of pointwise and dense weights.
         temperature: Both outputs are divided by it in "kl".
         label_weight: Of the cross-entropy, with "kl"; batches are pairs then, of inputs and
@@ -140,9 +142,8 @@ def distill(
             label_weight=label_weight,
             layer_weight=layer_weight,
         )
-        run = Run(
-            student, learning_rate, weight_decay, average, epochs, length(loader), objective.loss
-        )
+        rate = _default_rate(student) if learning_rate is None else learning_rate
+        run = Run(student, rate, weight_decay, average, epochs, length(loader), objective.loss)
         judgement = objective.judge(judged)
         if not math.isfinite(judgement):
             raise ValueError(f"{name}: the loss is {judgement} before training")
@@ -174,6 +175,12 @@ def distill(
             stacklevel=3,
         )
     return student
+
+
+def _default_rate(student: nn.Module) -> float:
+    report = attached(student)
+    calibrated = report is not None and any(c.method == "calibrated" for c in report.converted)
+    return 1e-4 if calibrated else 1e-3
 
 
 def _run_epoch(
