@@ -78,7 +78,7 @@ class Calibration:
         self._output = OutputError(self.responses)
         self.fits = LayerFits(self.responses, self.sensitivity, self._method)
         self._lost: dict[Match, tuple[Tensor, Tensor]] = {}  # by the last fit
-        self._by_weight = cache(_by_weight)
+        self._own_factors = cache(_by_weight)  # of layers too large for a fit: each takes long
 
     @property
     def layers(self) -> list[Match]:
@@ -208,7 +208,9 @@ class Calibration:
 
     def error_of_weights(self, forms: Forms) -> float:
         """The same of the weights' own factors, which no sample was needed for."""
-        return self._output.of(self._own_factors(self._inexact(forms)))
+        others = self._fitted(forms).items()
+        own = {id(conv.weight): _by_weight(conv, form) for conv, form in others}
+        return self._output.of({**self._beside(forms), **own})
 
     def error_alone(self) -> dict[str, float]:
         """What each layer that was fitted does to the outputs, to first order, by name.
@@ -271,10 +273,8 @@ class Calibration:
     def _beside(self, forms: Forms) -> Substitutes:
         """The others, as the weight's own factors stand for them."""
         inexact = self._inexact(forms)
-        return self._own_factors({c: f for c, f in inexact.items() if not is_fitted(c, f)})
-
-    def _own_factors(self, forms: Mapping[Match, Form]) -> Substitutes:
-        return {id(conv.weight): self._by_weight(conv, form) for conv, form in forms.items()}
+        large = {conv: form for conv, form in inexact.items() if not is_fitted(conv, form)}
+        return {id(conv.weight): self._own_factors(conv, form) for conv, form in large.items()}
 
     def _substitutes(self, fitted: Mapping[str, Fitted]) -> Substitutes:
         """The fitted layers as dense weights: the same function, one convolution each."""

@@ -53,15 +53,19 @@ def _variance(parts: Sequence[Tensor], samples: int) -> float:
     Of a single sample, or where the samples do not differ or cannot be told apart, that of all
     its numbers.
     """
-    of_all = float(torch.cat([t.double().reshape(-1) for t in parts]).var(correction=0))
+    numbers = _flat(parts)
+    of_all = float(numbers.var(correction=0))
     alike = all(t.dim() and t.shape[1:] == parts[0].shape[1:] for t in parts)
     if samples > 1 and alike and sum(map(len, parts)) == samples:
-        of_samples = float(torch.cat(list(parts)).double().var(0).mean())
+        of_samples = float(numbers.view(samples, len(numbers) // samples).var(0).mean())
         if of_samples > _ALIKE * of_all:
             return of_samples
     return max(of_all, 1e-12)
 
 
 def _joined(batches: list[list[Tensor]]) -> list[Tensor]:
-    tensors = zip(*batches, strict=False)
-    return [torch.cat([t.double().reshape(-1) for t in parts]) for parts in tensors]
+    return list(map(_flat, zip(*batches, strict=False)))
+
+
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.double().reshape(-1) for t in parts])

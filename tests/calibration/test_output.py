@@ -31,15 +31,16 @@ def found(answer: Callable[[Tensor], object], sizes: tuple[int, ...] = (5, 7)) -
     return OutputError(responses).of({id(conv.weight): changed(conv)})
 
 
-def by_hand(answer: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """The squared error, and the original's output, both [12, ...] in float64."""
+def by_hand(
+    answer: Callable[[Tensor], Tensor], sizes: tuple[int, ...] = (5, 7)
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs of the changed convolution and of the original, batch by batch."""
     net = Net(answer).eval()
-    conv = responses_of(net, [X]).layers[0]
+    dense = changed(responses_of(net, [X]).layers[0])
+    x = X[: sum(sizes)].split(sizes)
     with torch.no_grad():
-        wanted = answer(net.conv(X))
-        dense = changed(conv)
-        ours = answer(nn.functional.conv2d(X, dense.weight, dense.bias))
-    return (ours - wanted).double().square(), wanted.double()
+        ours = [answer(nn.functional.conv2d(part, dense.weight, dense.bias)) for part in x]
+        return ours, [answer(net.conv(part)) for part in x]
 
 
 def embedding(y: Tensor) -> Tensor:
@@ -55,8 +56,8 @@ def common(y: Tensor) -> Tensor:
 def test_what_all_inputs_have_in_common_does_not_make_an_error_small(
     answer: Callable[[Tensor], Tensor],
 ) -> None:
-    squares, wanted = by_hand(answer)
-    expected = float(squares.mean() / wanted.var(0).mean())
+    ours, wanted = map(torch.cat, by_hand(answer))
+    expected = float((ours - wanted).square().mean() / wanted.var(0).mean())
     assert found(answer) == pytest.approx(expected, rel=1e-4)
     assert found(common) == pytest.approx(found(embedding), rel=1e-4)
 
@@ -78,15 +79,7 @@ def test_the_mean_over_several_outputs() -> None:
 def test_where_samples_cannot_be_told_apart_it_is_over_the_variance_of_all_numbers(
     answer: Callable[[Tensor], Tensor], sizes: tuple[int, ...]
 ) -> None:
-    net = Net(answer).eval()
-    conv = responses_of(net, [X]).layers[0]
-    dense = changed(conv)
-    with torch.no_grad():
-        pairs = [
-            (answer(net.conv(x)), answer(nn.functional.conv2d(x, dense.weight, dense.bias)))
-            for x in X[: sum(sizes)].split(sizes)
-        ]
-    wanted, ours = (torch.cat([t.flatten() for t in side]) for side in zip(*pairs, strict=True))
+    ours, wanted = (torch.cat([t.flatten() for t in side]) for side in by_hand(answer, sizes))
     expected = float((ours - wanted).square().mean() / wanted.var(correction=0))
     assert found(answer, sizes) == pytest.approx(expected, rel=1e-4)
 

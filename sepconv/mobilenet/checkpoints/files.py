@@ -1,9 +1,9 @@
 """Checkpoint files to mappings of tensors, without running anything that is inside them."""
 
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +42,7 @@ def read_tensors(path: Path) -> Loaded:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (
         SafetensorError,
-        pickle.UnpicklingError,
+        UnpicklingError,
         zipfile.BadZipFile,
         RuntimeError,
         ValueError,
