@@ -19,6 +19,8 @@ from sepconv.reports.conversion import Report, report
 from sepconv.reports.fusion import FusionReport
 from sepconv.saving.files import load, read_recipe, save
 from sepconv.saving.recipe import Recipe, apply_recipe
+from sepconv.sweeps.result import Sweep
+from sepconv.sweeps.sweep import sweep
 from sepconv.tuning import Tuned, tune
 
 __version__ = package_version()
@@ -30,6 +32,7 @@ __all__ = [
     "FusionReport",
     "Recipe",
     "Report",
+    "Sweep",
     "Tuned",
     "__version__",
     "apply_recipe",
@@ -47,5 +50,6 @@ __all__ = [
     "report",
     "save",
     "search",
+    "sweep",
     "tune",
 ]

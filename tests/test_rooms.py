@@ -26,6 +26,7 @@ ROOMS = (
     "conversion",
     "fusion",
     "saving",
+    "sweeps",
     "distillation",
     "cli",
 )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sepconv.factorize.curves import HeldOut, hull, outline
+from sepconv.factorize.curves import LARGE, HeldOut, hull, outline
 from sepconv.factorize.form import Form
 from sepconv.factorize.solve_form import Problem
 
@@ -14,6 +14,7 @@ from sepconv.factorize.solve_form import Problem
 # some shares of the input channels.
 _PROBED_RANKS = (1, 4)
 _PROBED_SHARES = (1 / 8, 3 / 8, 1)
+_FEWER = _PROBED_SHARES[:2]  # of large layers: the last takes half of the time
 
 Costs = Mapping[Form | None, float]  # of each form, and of the dense layer
 Curve = dict[Form, float]  # relative squared change of the output
@@ -56,7 +57,7 @@ def layer_errors(layer: Layer, costs: Costs, fit: Callable[[Form], float]) -> La
 
     The error of every form is predicted in closed form from moments. What a search for the factors
     takes off it changes slowly from one form to the next: it is measured for a few, and then for
-    those that look best.
+    those that look best; of large layers for the few alone, which tells the others to a tenth.
 
     Args:
         layer: Where its errors are predicted.
@@ -68,23 +69,26 @@ def layer_errors(layer: Layer, costs: Costs, fit: Callable[[Form], float]) -> La
     """
     forms = [form for form in costs if form is not None]
     predicted = outline(*layer, forms)
-    probes = {form: fit(form) for form in _probes(forms)}
+    is_large = len(layer.problem.metric) >= LARGE
+    probes = {form: fit(form) for form in _probes(forms, _FEWER if is_large else _PROBED_SHARES)}
     by_cost = {form: costs[form] for form in forms}
-    best = hull(by_cost, _searched(predicted, probes), costs[None])
-    known = probes | {form: fit(form) for form in best if form not in probes}
-    errors = _searched(predicted, known)
+    errors = _searched(predicted, probes)
     best = hull(by_cost, errors, costs[None])
+    if not is_large:
+        known = probes | {form: fit(form) for form in best if form not in probes}
+        errors = _searched(predicted, known)
+        best = hull(by_cost, errors, costs[None])
     kept = dict.fromkeys([*best, *(form for form in forms if form.is_plain)])
     return LayerErrors({form: errors[form] for form in kept}, probes)
 
 
-def _probes(forms: list[Form]) -> list[Form]:
+def _probes(forms: list[Form], shares: Sequence[float]) -> list[Form]:
     """The forms nearest to some ranks and shares of the channels."""
     plain = [form for form in forms if form.is_plain]
     mapped = [form for form in forms if form.rank_in is not None and form.rank_out is None]
     widest = max((form.rank_in or 1 for form in mapped), default=1)
     wanted: list[tuple[list[Form], int, float | None]] = [(plain, r, None) for r in _PROBED_RANKS]
-    wanted += [(mapped, _PROBED_RANKS[-1], share * widest) for share in _PROBED_SHARES]
+    wanted += [(mapped, _PROBED_RANKS[-1], share * widest) for share in shares]
     nearest = (
         min(some, key=lambda form: _apart(form, rank, width))
         for some, rank, width in wanted

@@ -79,6 +79,11 @@ class Calibration:
         self.fits = LayerFits(self.responses, self.sensitivity, self._method)
         self._lost: dict[Match, tuple[Tensor, Tensor]] = {}  # by the last fit
         self._own_factors = cache(_by_weight)  # of layers too large for a fit: each takes long
+        self._planned: tuple[Mapping[str, Costs], dict[str, Curve]] = ({}, {})  # the last curves
+
+    def begin(self) -> None:
+        """Count an effort's seconds from now on: the samples serve one more conversion."""
+        self._start = time.monotonic()
 
     @property
     def layers(self) -> list[Match]:
@@ -102,8 +107,16 @@ class Calibration:
             costs: By layer, of every form that it may take, and dense.
 
         Returns:
-            By layer, of the forms that are worth their cost.
+            By layer, of the forms that are worth their cost; for the same costs as before, the
+            same ones.
         """
+        known, curves = self._planned
+        if known != costs:
+            curves = self._error_curves(costs)
+            self._planned = costs, curves
+        return curves
+
+    def _error_curves(self, costs: Mapping[str, Costs]) -> dict[str, Curve]:
         layers = [conv for conv in self.layers if is_planned(conv, costs.get(conv.name, {}))]
         each = self.fits.studies(layers, costs)
         studies = dict(track(each, "planning: what each form costs", len(layers)))
@@ -249,8 +262,8 @@ class Calibration:
         macs = sum(self.responses.macs(conv) for conv in self.layers)
         samples = self.responses.samples()
         forwards = 3 * samples + 8 * SAMPLES + PASSES * steps * self._limits.samples(macs)
-        algebra = sum(algebra_macs(conv) for conv in self.layers) / ALGEBRA_RATE
-        return forwards * self.responses.seconds + algebra
+        algebra = sum(algebra_macs(conv, self.responses.pixels(conv)) for conv in self.layers)
+        return forwards * self.responses.seconds + algebra / ALGEBRA_RATE
 
     @property
     def held_out(self) -> int:

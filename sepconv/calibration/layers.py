@@ -12,10 +12,10 @@ from sepconv.calibration.curves import Costs, Layer, LayerErrors, layer_errors
 from sepconv.calibration.long import LONGEST_PATCH, Basis, can_fit, is_long
 from sepconv.calibration.parallel import in_parallel, threads_each
 from sepconv.calibration.refine import Fitted, Scale
-from sepconv.calibration.responses import Responses
+from sepconv.calibration.responses import Responses, rows_wanted
 from sepconv.calibration.sensitivity import Sensitivity
 from sepconv.factorize import Form, full_rank
-from sepconv.factorize.curves import HeldOut, outline
+from sepconv.factorize.curves import LARGE, HeldOut, outline
 from sepconv.factorize.moments import Moments
 from sepconv.factorize.solve import SWEEPS, Factors, solve
 from sepconv.factorize.solve_form import STEPS, Problem, solve_form, step_macs
@@ -34,7 +34,7 @@ ENOUGH_ROWS, RIDGES = 20, (RIDGE, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 _SHARED_FROM = 2**18  # numbers in a weight: threads that share less wait for one another
 _COPIES = 4  # of its moments that a layer's study makes, about
-_FITS = 12  # forms that are fitted to plan a layer, about
+_FITS = 12  # forms that are fitted to plan a layer, about; a third of them where it is large
 
 
 class Search(NamedTuple):
@@ -309,11 +309,21 @@ def _shortfall(fit: Fitted, problem: LayerProblem) -> tuple[Tensor, Tensor]:
     return change.float()[None], -(change @ problem.mean_x).float()[None]
 
 
-def algebra_macs(conv: Match) -> float:
-    """About what planning and fitting a layer take beside forwards."""
+def algebra_macs(conv: Match, rows: int) -> float:
+    """About what planning and fitting a layer take beside forwards.
+
+    Args:
+        conv: The layer.
+        rows: Pixels that its moments are of.
+    """
     shape = tuple(conv.weight_2d.shape)
+    size = conv.weight[0].numel()
     step = step_macs(Form(4, -(-shape[1] // 2)), shape)
-    return _FITS * min(PLANNING.steps * step, PLANNING.macs) + min(STEPS * step, SEARCH_MACS)
+    fits = _FITS // 3 if size >= LARGE else _FITS
+    gathered = 2 * min(rows, rows_wanted(size)) * min(size, LONGEST_PATCH) ** 2
+    return (
+        gathered + fits * min(PLANNING.steps * step, PLANNING.macs) + min(STEPS * step, SEARCH_MACS)
+    )
 
 
 def is_planned(conv: Match, costs: Costs) -> bool:

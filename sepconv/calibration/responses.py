@@ -314,7 +314,7 @@ class Responses:
         """Chooses a layer's pixels for one of so many batches."""
         filters = self.filters.get(conv)
         size = conv.weight[0].numel() if filters is None else filters.shape[:2].numel()
-        wanted = max(MIN_ROWS, ROWS_PER_DIMENSION * size)
+        wanted = rows_wanted(size)
         calls = self._around[conv].calls * (batch.samples if batch.listed else 1)
         seed = self._seed_of(self.layers.index(conv), index)
         return Sampler(conv, -(-wanted // (batches * calls)), seed, filters)
@@ -358,6 +358,11 @@ class Responses:
                 yield
         finally:
             self._is_quiet = False
+
+
+def rows_wanted(size: int) -> int:
+    """How many pixels tell the moments of so many numbers each."""
+    return max(MIN_ROWS, ROWS_PER_DIMENSION * size)
 
 
 class _TapMoments:

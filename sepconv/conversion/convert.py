@@ -1,41 +1,24 @@
-"""The story: capture, match, options, plan, keep what is faster, factors, rewrite, report."""
+"""The story: prepare, plan, keep what is faster, factors, rewrite, report."""
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sepconv._util import say
 from sepconv.calibration.effort import Effort, check_effort
-from sepconv.calibration.fit import Calibration
 from sepconv.calibration.layers import Forms
 from sepconv.calibration.refine import Fitted
 from sepconv.conversion.apply import apply_plan, factored, weight_error
 from sepconv.conversion.costs import device_name, forward_seconds
 from sepconv.conversion.optimizers import check_optimizers, update_optimizers
-from sepconv.conversion.options import (
-    Budget,
-    FilterFn,
-    RankChoice,
-    check_finite,
-    check_options,
-    first_from,
-    select,
-    wants_pointwise,
-)
-from sepconv.conversion.plan import (
-    Plan,
-    forms_asked,
-    is_reachable,
-    plan_for,
-    warn_unless_within,
-)
+from sepconv.conversion.options import Budget, Choice, FilterFn, RankChoice, check_options
+from sepconv.conversion.plan import Plan, forms_asked, plan_for, warn_unless_within
+from sepconv.conversion.prepare import Prepared, prepare
 from sepconv.conversion.quality import calibrated, tell, warn_if_lost
-from sepconv.conversion.trial import tried
-from sepconv.graph import ExampleInputs, Match, capture, match
+from sepconv.graph import ExampleInputs
 from sepconv.graph.checked import checked_model
 from sepconv.graph.state import check_copyable, trainable
 from sepconv.reports.conversion import (
@@ -46,7 +29,6 @@ from sepconv.reports.conversion import (
     planned_layers,
     summarise,
 )
-from sepconv.reports.latency import LatencyTable
 
 
 @torch.inference_mode(False)  # the result is to be trained, wherever it was made
@@ -138,45 +120,52 @@ def convert(
     """
     model = checked_model(model)
     listed = check_optimizers(optimizers)
-    flags = {"first_conv": first_conv, "bottleneck": bottleneck, "pointwise": pointwise}
-    check_options(rank, budget, example_inputs, only_if_faster, filter_fn, **flags)
-    check_effort(effort)
     if rank is None and budget is None:
         rank = 1
+    choice = Choice(rank, include, exclude, filter_fn, first_conv, bottleneck, pointwise)
+    check_options(choice, budget, example_inputs, only_if_faster)
+    check_effort(effort)
     if not (inplace or dryrun):
         check_copyable(model)
     # Optimizers know the parameters themselves, as the caller of `inplace` does.
     model = trainable(model, itself=inplace or bool(listed))
 
-    captured = capture(model, example_inputs)
-    if bottleneck is None:
-        bottleneck = calibration is not None
-    if budget is not None and calibration is not None and bottleneck and pointwise is None:
-        pointwise = True
-    first_macs = first_from(first_conv, budget, captured.macs)
-    choice = (rank, include, exclude, filter_fn, first_macs)
-    found = match(model, captured, pointwise=wants_pointwise(rank, pointwise))
-    asked, found = select(model, found, *choice, pointwise)
-    if budget is not None and pointwise is None:
-        new_biases = calibration is not None
-        if not is_reachable(budget, model, captured, found, new_biases, bottleneck):
-            asked, found = select(model, match(model, captured, pointwise=True), *choice, True)
-    check_finite(conv for conv in found if isinstance(conv, Match))
-    if example_inputs is not None:
-        captured, found = tried(model, example_inputs, captured, found)
-    matches = [conv for conv in found if isinstance(conv, Match)]
+    ready = prepare(model, example_inputs, choice, budget, calibration, effort, seed)
+    return carry_out(ready, budget, only_if_faster, inplace, dryrun, listed)
 
-    table = LatencyTable()
-    study = None
-    if calibration is not None:
-        study = Calibration(model, matches, calibration, example_inputs, seed, effort=effort)
-        say(study.announced())
+
+def carry_out(
+    ready: Prepared,
+    budget: Budget | None,
+    only_if_faster: bool = False,
+    inplace: bool = False,
+    dryrun: bool = False,
+    optimizers: Sequence[Optimizer] = (),
+) -> Any:
+    """What `convert` does with a model that it has looked at.
+
+    Args:
+        ready: The model; for several budgets prepared for one of them.
+        budget: To plan for, None for the ranks that were asked for.
+        only_if_faster: As for `convert`.
+        inplace: Likewise.
+        dryrun: Likewise.
+        optimizers: Likewise.
+
+    Returns:
+        The converted model, or a report where there was nothing to be done.
+
+    Raises:
+        ValueError: The budget cannot be reached.
+    """
+    model, example_inputs, captured, found = ready[:4]
+    matches, study, table = ready.matches, ready.study, ready.table
     plan: Plan | None = None
     if budget is None:
-        forms: Forms = forms_asked(matches, asked)
+        forms: Forms = forms_asked(matches, ready.asked)
     else:
         given = (budget, model, example_inputs, captured, found, study, table)
-        plan = plan_for(*given, bottleneck, only_if_faster)
+        plan = plan_for(*given, ready.bottleneck, only_if_faster)
         forms = plan.forms
 
     def described(
@@ -211,13 +200,13 @@ def convert(
     new = factored(matches, layers, fitted, captured.channels_last)
     converting = any(form is not None for form in forms.values())
     if not converting:
-        warnings.warn(f"convert: nothing was converted: {made.reasons()}", stacklevel=3)
+        warnings.warn(f"convert: nothing was converted: {made.reasons()}", stacklevel=4)
     times: dict[str, float] = {}
     if converting and example_inputs is not None and inplace:
         times = forward_seconds(example_inputs, before=model)
     converted, successors = apply_plan(model, new, inplace)
     names = {id(p): name for name, p in converted.named_parameters()}
-    update_optimizers(listed, successors, names)
+    update_optimizers(optimizers, successors, names)
     attach(converted, made)
     if converting and example_inputs is not None:
         timed = {"after": converted} if inplace else {"before": model, "after": converted}
@@ -225,5 +214,5 @@ def convert(
         made.latency_before, made.latency_after = times["before"], times["after"]
         made.device = device_name(converted)
         if times["after"] >= times["before"]:
-            warnings.warn(f"convert: the model did not get faster: {made.speed()}", stacklevel=3)
+            warnings.warn(f"convert: the model did not get faster: {made.speed()}", stacklevel=4)
     return converted

@@ -67,28 +67,34 @@ class Budget:
         return float(getattr(self, self.kind))
 
 
-def check_options(
-    rank: object,
-    budget: object,
-    example_inputs: object,
-    only_if_faster: bool,
-    filter_fn: object,
-    **flags: object,
-) -> None:
-    """Raise `ValueError` for options that contradict each other or lack what they need.
+@dataclass(frozen=True)
+class Choice:
+    """Which convolutions take part and what they may become; as `sepconv.convert` is given them."""
 
-    `flags` are those that may be True, False or None.
-    """
-    for name, flag in flags.items():
+    rank: RankChoice = None
+    include: Iterable[str] | None = None
+    exclude: Iterable[str] | None = None
+    filter_fn: FilterFn | None = None
+    first_conv: bool | None = None
+    bottleneck: bool | None = None
+    pointwise: bool | None = None
+
+
+def check_options(
+    choice: Choice, budget: object, example_inputs: object, only_if_faster: bool
+) -> None:
+    """Raise `ValueError` for options that contradict each other or lack what they need."""
+    for name in ("first_conv", "bottleneck", "pointwise"):
+        flag = getattr(choice, name)
         if flag is not None and not isinstance(flag, bool):
             raise ValueError(f"{name}: expected True, False or None, got {flag!r}")
-    if filter_fn is not None and not callable(filter_fn):
+    if choice.filter_fn is not None and not callable(choice.filter_fn):
         raise ValueError(
-            f"filter_fn: expected a function (module, name) -> bool, got {filter_fn!r}"
+            f"filter_fn: expected a function (module, name) -> bool, got {choice.filter_fn!r}"
         )
     if budget is not None and not isinstance(budget, Budget):
         raise ValueError(f"budget: expected a sepconv.Budget, got {budget!r}")
-    if rank is not None and budget is not None:
+    if choice.rank is not None and budget is not None:
         raise ValueError("rank, budget: expected one of them, got both")
     if example_inputs is None:
         if budget is not None and budget.kind != "params":

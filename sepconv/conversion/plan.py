@@ -346,5 +346,5 @@ def warn_unless_within(budget: Budget, made: Report) -> None:
         warnings.warn(
             f"convert: only_if_faster: the layers that measure faster reach "
             f"{budget.kind}={after / before:.4g} of the model, not {budget.fraction:g} as asked",
-            stacklevel=4,
+            stacklevel=5,
         )

@@ -99,5 +99,5 @@ def warn_if_lost(found: Conversion, plan: Plan | None, samples: int) -> None:
     warnings.warn(
         f"convert: the model has probably lost its function: the squared error of its outputs is "
         f"{found.error:.2f} of their variance, on {samples} samples held out; {advice}",
-        stacklevel=4,
+        stacklevel=5,
     )

@@ -1,21 +1,15 @@
 """The smallest model that is still good enough by the caller's own measure."""
 
-import math
 import warnings
-from collections.abc import Callable, Iterable
-from itertools import islice
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
 from sepconv._util import track
-from sepconv.calibration.batches import MAX_SAMPLES
-from sepconv.conversion.convert import convert
-from sepconv.conversion.options import Budget
+from sepconv.conversion.budgets import Budgets, Evaluate, Kind, is_out_of_reach, score_of
 from sepconv.graph import ExampleInputs
 from sepconv.graph.state import copied
-
-Evaluate = Callable[[nn.Module], float]
 
 
 def search(
@@ -25,7 +19,7 @@ def search(
     evaluate: Evaluate,
     *,
     max_drop: float = 0.01,
-    cost: Literal["macs", "params", "latency"] = "macs",
+    cost: Kind = "macs",
     steps: int = 5,
     **options: Any,
 ) -> nn.Module:
@@ -61,38 +55,25 @@ def search(
         >>> agreement(small) >= 0.5
         True
     """
-    for forbidden in ("rank", "budget", "inplace", "dryrun"):
-        if forbidden in options:
-            raise ValueError(f"{forbidden}: expected none in a search, got {options[forbidden]!r}")
-    if cost not in ("macs", "params", "latency"):
-        raise ValueError(f"cost: expected macs, params or latency, got {cost!r}")
     if not isinstance(max_drop, int | float) or not max_drop >= 0:
         raise ValueError(f"max_drop: expected a number of at least 0, got {max_drop!r}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps: expected an int of at least 1, got {steps!r}")
-    needed = _score(evaluate, model) - max_drop
-    batches = list(islice(calibration, MAX_SAMPLES))
+    budgets = Budgets(model, example_inputs, calibration, cost, **options)
+    needed = score_of(evaluate, model) - max_drop
 
     best: Any = None
     low, high = 0.0, 1.0
     for _ in track(range(steps), "searching"):
         fraction = (low + high) / 2
-        budget = Budget(**{cost: fraction})
         try:
-            with warnings.catch_warnings():
-                # Of a candidate; the result's report says it.
-                warnings.filterwarnings("ignore", "convert: the model did not get faster")
-                warnings.filterwarnings("ignore", "convert: only_if_faster")
-                warnings.filterwarnings("ignore", "convert: the model has probably lost")
-                candidate = convert(
-                    model, example_inputs, budget=budget, calibration=batches, **options
-                )
+            candidate = budgets.convert(fraction)
         except ValueError as error:
-            if not str(error).startswith("budget"):
+            if not is_out_of_reach(error):
                 raise
             low = fraction
             continue
-        if _score(evaluate, candidate) >= needed:
+        if score_of(evaluate, candidate) >= needed:
             best, high = candidate, fraction
         else:
             low = fraction
@@ -103,10 +84,3 @@ def search(
             stacklevel=2,
         )
     return best
-
-
-def _score(evaluate: Evaluate, model: nn.Module) -> float:
-    score = float(evaluate(model))
-    if not math.isfinite(score):
-        raise ValueError(f"evaluate: expected a finite score, got {score}")
-    return score

@@ -52,7 +52,7 @@ def tried(
     warnings.warn(
         f"convert: the model computes something else where these layers are separable, which are "
         f"left: {', '.join(sorted(wrong))}; {why}",
-        stacklevel=4,
+        stacklevel=5,
     )
     return replace(captured, channels_last=False), [
         conv.skipped(SkipReason.CODE) if isinstance(conv, Match) and conv.name in wrong else conv

@@ -16,6 +16,8 @@ _SHARES_IN = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the input chan
 _SHARES_OUT = (1 / 2, 3 / 4)  # of the output channels
 _LEAST = 2  # channels
 
+LARGE = 2048  # numbers in a patch, from which on each look at a form takes seconds: fewer are taken
+
 
 class HeldOut(NamedTuple):
     """Rows that no factor was fitted to, as second moments about the means of the fitted rows.
@@ -55,22 +57,24 @@ def form_grid(weight_shape: tuple[int, ...]) -> list[Form]:
     if torch.Size(taps).numel() == 1:
         least = min(channels, out_channels)
         return [Form(1, rank_in) for rank_in in _sizes(least, _SHARES_IN) if rank_in < least]
-    ranks = _ranks(torch.Size(taps).numel())
-    ranks_out = _sizes(out_channels, _SHARES_OUT)
-    forms = [
-        Form(rank, rank_in, rank_out).within(weight_shape)
-        for rank in ranks
-        for rank_in in (None, *ranks_in)
-        for rank_out in (None, *ranks_out)
+    size = torch.Size(taps).numel()
+    ranks_out = (None, *_sizes(out_channels, _SHARES_OUT))
+    plain = [Form(rank, None, rank_out) for rank in _ranks(size, 4) for rank_out in ranks_out]
+    mapped = [
+        Form(rank, rank_in, rank_out)
+        for rank in _ranks(size, 2 if channels * size >= LARGE else 4)
+        for rank_in in ranks_in
+        for rank_out in ranks_out
     ]
+    forms = [form.within(weight_shape) for form in plain + mapped]
     return list(dict.fromkeys(forms))
 
 
-def _ranks(taps: int) -> list[int]:
-    """All up to 9, then in steps of about a quarter."""
+def _ranks(taps: int, parts: int) -> list[int]:
+    """In steps of 1, then of about a quarter, or as many parts."""
     ranks = [1]
     while ranks[-1] < taps:
-        ranks.append(min(taps, ranks[-1] + max(1, ranks[-1] // 4)))
+        ranks.append(min(taps, ranks[-1] + max(1, ranks[-1] // parts)))
     return ranks
 
 
@@ -97,14 +101,17 @@ def outline(problem: Problem, held: HeldOut, taps: int, forms: Iterable[Form]) -
     errors: dict[Form, float] = {}
     through = [form for form in forms if form.rank_in is not None]
     plain = [form for form in forms if form.rank_in is None]
+    # Predictions: beside the errors themselves what float32 rounds is nothing.
+    dtype = precision(len(problem.metric))
+    given = Problem(*(t.to(dtype) for t in problem))
+    others = (held.covariance.to(dtype), held.cross.to(dtype))
     if through:
         widest = max(form.rank_in or 0 for form in through)
-        weight_in = input_map(problem, taps)[:widest]
-        others = mapped(held.covariance, held.cross, weight_in, taps)
-        errors |= _nested_errors(problem.reduced(weight_in, taps), others, held, taps, through)
+        weight_in = input_map(problem, taps)[:widest].to(dtype)
+        read = mapped(*others, weight_in, taps)
+        errors |= _nested_errors(given.reduced(weight_in, taps), read, held, taps, through)
     if plain:
-        others = (held.covariance, held.cross)
-        errors |= _nested_errors(problem, others, held, taps, plain)
+        errors |= _nested_errors(given, others, held, taps, plain)
     return errors
 
 
@@ -115,10 +122,9 @@ class _Moments(NamedTuple):
     cross: Tensor  # [K, C, R*S]
 
 
-def _in_basis(filters: Tensor, covariance: Tensor, cross: Tensor, dtype: torch.dtype) -> _Moments:
+def _in_basis(filters: Tensor, covariance: Tensor, cross: Tensor) -> _Moments:
     """Covariance and cross-covariance of patches, in filters [C, R*S, R*S]."""
     channels, taps, _ = filters.shape
-    filters, covariance, cross = (t.to(dtype) for t in (filters, covariance, cross))
     half = filters @ covariance.view(channels, taps, -1)
     half = half.view(-1, channels, taps).transpose(0, 1) @ filters.mT
     gram = half.transpose(0, 1).reshape(channels, taps, channels, taps)
@@ -142,10 +148,10 @@ def _nested_errors(
         taps: R*S.
         forms: Any.
     """
-    filters = whitened_filters(problem.weight, problem.metric, taps, taps).flip(1)
-    dtype = precision(len(problem.metric))
-    fitted = _in_basis(filters, problem.metric, problem.cross, dtype)
-    judged = _in_basis(filters, *others, dtype)
+    filters = whitened_filters(problem.weight.double(), problem.metric.double(), taps, taps).flip(1)
+    filters = filters.to(problem.metric.dtype)
+    fitted = _in_basis(filters, problem.metric, problem.cross)
+    judged = _in_basis(filters, *others)
     groups: dict[tuple[int | None, int], list[Form]] = {}
     for form in forms:
         groups.setdefault((form.rank_in, form.rank), []).append(form)

@@ -52,6 +52,12 @@ class Problem(NamedTuple):
     def reduced(self, weight_in: Tensor, taps: int) -> "Problem":
         """The same for channels z = A x: the best weight that reads them, and their covariance."""
         metric, cross = mapped(self.metric, self.cross, weight_in, taps)
+        mixed, channels = weight_in.shape
+        if mixed == channels:  # all that there is can be read: the same responses
+            by_channel = self.weight.unflatten(1, (channels, taps))
+            inverse = torch.linalg.inv(weight_in)
+            weight = torch.einsum("kct,cg->kgt", by_channel, inverse).flatten(1)
+            return Problem(weight, metric, cross)
         factor = torch.linalg.cholesky(regular(metric))
         return Problem(torch.cholesky_solve(cross.mT, factor).mT, metric, cross)
 

@@ -1,0 +1,1 @@
+"""A model at several budgets, to choose one from."""

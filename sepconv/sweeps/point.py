@@ -1,0 +1,71 @@
+"""A model at one budget: its score and its cost."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from sepconv.reports.conversion import Report
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model at one budget.
+
+    Attributes:
+        budget: The fraction asked for; 1 is the dense model.
+        score: What `evaluate` says of it, None where nothing was asked.
+        output_error: Squared error of the outputs over their variance, on calibration samples that
+            nothing was fitted to; None without calibration.
+        macs: Multiply-adds of a forward of the example inputs, None where not known.
+        macs_dense: The same of the dense model.
+        params: Parameters.
+        latency: Seconds of a forward of the example inputs, None where not measured.
+        latency_dense: The same of the dense model, in the same run.
+        device: What both were measured on.
+        seconds: That the conversion took.
+        note: Why there is no model at this budget; empty where there is one.
+        model: The converted model, where it is at hand; not in JSON.
+    """
+
+    budget: float
+    score: float | None = None
+    output_error: float | None = None
+    macs: int | None = None
+    macs_dense: int | None = None
+    params: int | None = None
+    latency: float | None = None
+    latency_dense: float | None = None
+    device: str = ""
+    seconds: float | None = None
+    note: str = ""
+    model: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    @staticmethod
+    def of(
+        budget: float, made: Report, seconds: float, score: float | None, model: nn.Module
+    ) -> "Point":
+        """What the report of a conversion says of it."""
+        return Point(
+            budget,
+            score=score,
+            output_error=made.output_error,
+            macs=made.macs_after,
+            macs_dense=made.macs_before,
+            params=made.params_after,
+            latency=made.latency_after,
+            latency_dense=made.latency_before,
+            device=made.device,
+            seconds=round(seconds, 3),
+            model=model,
+        )
+
+    @property
+    def found(self) -> bool:
+        """Whether there is a model at this budget."""
+        return not self.note
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the model."""
+        told = {name: value for name, value in vars(self).items() if name != "model"}
+        return dict(told)
