@@ -60,9 +60,9 @@ def sweep(
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval()
         >>> x = torch.randn(16, 16, 8, 8)
-        >>> found = sweep(net, x[:1], [x], budgets=(0.7, 0.1), effort="fast")
+        >>> found = sweep(net, x[:1], [x], budgets=(0.7, 0.01), effort="fast")
         >>> [(point.budget, point.found) for point in found.points]
-        [(0.7, True), (0.1, False)]
+        [(0.7, True), (0.01, False)]
         >>> found.best(max_drop=0.5, by="macs").model[0].channel_multiplier > 0
         True
     """
