@@ -1,5 +1,6 @@
 """The story: capture, match, options, plan, keep what is faster, factors, rewrite, report."""
 
+import time
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from sepconv.conversion.options import (
     Budget,
     FilterFn,
     RankChoice,
+    as_patterns,
     check_finite,
     check_options,
     first_from,
@@ -34,19 +36,15 @@ from sepconv.conversion.plan import (
     warn_unless_within,
 )
 from sepconv.conversion.quality import calibrated, tell, warn_if_lost
+from sepconv.conversion.settings import settings
 from sepconv.conversion.trial import tried
 from sepconv.graph import ExampleInputs, Match, capture, match
 from sepconv.graph.checked import checked_model
 from sepconv.graph.state import check_copyable, trainable
-from sepconv.reports.conversion import (
-    LayerReport,
-    Report,
-    attach,
-    measure_layers,
-    planned_layers,
-    summarise,
-)
-from sepconv.reports.latency import LatencyTable
+from sepconv.reports.conversion import Report, attach
+from sepconv.reports.entries import planned_layers, summarise
+from sepconv.reports.latency import LatencyTable, measure_layers
+from sepconv.reports.layer import LayerReport
 
 
 @torch.inference_mode(False)  # the result is to be trained, wherever it was made
@@ -136,6 +134,7 @@ def convert(
         >>> plan.macs_before, plan.macs_after
         (294912, 83968)
     """
+    start = time.monotonic()
     model = checked_model(model)
     listed = check_optimizers(optimizers)
     flags = {"first_conv": first_conv, "bottleneck": bottleneck, "pointwise": pointwise}
@@ -143,6 +142,10 @@ def convert(
     check_effort(effort)
     if rank is None and budget is None:
         rank = 1
+    include, exclude = as_patterns(include, "include"), as_patterns(exclude, "exclude")
+    told: dict[str, Any] = {"rank": rank, "budget": budget, "only_if_faster": only_if_faster}
+    told |= {"include": include, "exclude": exclude, "filter_fn": filter_fn, **flags}
+    asked_for = settings(model, example_inputs, **told, effort=effort, seed=seed)
     if not (inplace or dryrun):
         check_copyable(model)
     # Optimizers know the parameters themselves, as the caller of `inplace` does.
@@ -171,6 +174,7 @@ def convert(
     if calibration is not None:
         study = Calibration(model, matches, calibration, example_inputs, seed, effort=effort)
         say(study.announced())
+        asked_for |= {"samples": study.responses.samples(), "held_out": study.held_out}
     plan: Plan | None = None
     if budget is None:
         forms: Forms = forms_asked(matches, asked)
@@ -196,6 +200,7 @@ def convert(
     if dryrun:
         for conv in matches:
             layers[conv.name].error = weight_error(conv, layers[conv.name].form)
+        made.settings, made.seconds = asked_for, time.monotonic() - start
         return made
 
     planned, forms = forms, {name: layer.form for name, layer in layers.items()}
@@ -226,4 +231,5 @@ def convert(
         made.device = device_name(converted)
         if times["after"] >= times["before"]:
             warnings.warn(f"convert: the model did not get faster: {made.speed()}", stacklevel=3)
+    made.settings, made.seconds = asked_for, time.monotonic() - start
     return converted
