@@ -174,7 +174,7 @@ def convert(
     if calibration is not None:
         study = Calibration(model, matches, calibration, example_inputs, seed, effort=effort)
         say(study.announced())
-        asked_for |= {"samples": study.responses.samples(), "held_out": study.held_out}
+        asked_for["calibration"] = {"fitted": study.responses.samples(), "held_out": study.held_out}
     plan: Plan | None = None
     if budget is None:
         forms: Forms = forms_asked(matches, asked)

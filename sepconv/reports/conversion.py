@@ -161,23 +161,23 @@ class Report:
             >>> plan = sepconv.convert(net, torch.zeros(1, 8, 6, 6), dryrun=True)
             >>> for total in plan.totals():
             ...     print(total.label, "|", total.text, "|", total.ratio)
-            converted | 1 of 1 convolutions |
+            converted | 1 of 1 |
             MACs | 18.4k > 4.35k | 0.24x
             parameters | 1.17k > 216 | 0.18x
         """
-        found = [Total("converted", f"{len(self.converted)} of {len(self.layers)} convolutions")]
+        found = [
+            Total("converted", f"{len(self.converted)} of {len(self.layers)}", "", "convolutions")
+        ]
         if self.macs_before is not None and self.macs_after is not None:
             found.append(counted("MACs", self.macs_before, self.macs_after))
         found.append(counted("parameters", self.params_before, self.params_after))
         if self.latency_before is not None and self.latency_after is not None:
             found.append(timed(self.latency_before, self.latency_after, f"on {self.device}"))
         if self.output_error is not None:
-            said = (
-                f"{fraction(self.output_error)} of its variance on {self.held_out} samples held out"
-            )
+            remark = f"of its variance on {self.held_out} samples held out"
             if self.output_error_svd is not None:
-                said += f" (by the weights alone {fraction(self.output_error_svd)})"
-            found.append(Total("output error", said))
+                remark += f" (by the weights alone {fraction(self.output_error_svd)})"
+            found.append(Total("output error", fraction(self.output_error), "", remark))
         return found
 
     def speed(self) -> str:
@@ -200,15 +200,15 @@ class Report:
         return f"{level}: {self.trace_note}" if self.trace_note else level
 
     def _contents(self) -> Contents:
-        made = {"traced": self._traced(), "device": self.device}
-        made |= {} if self.seconds is None else {"took": duration(self.seconds)}
+        made = {} if self.seconds is None else {"took": duration(self.seconds)}
+        made |= {"device": self.device, **self.version, "traced": self._traced()}
         return Contents(
             self._title(),
             self.layers,
             self.totals(),
             self.macs_before,
             self.settings,
-            made | self.version,
+            made,
         )
 
 

@@ -94,11 +94,11 @@ class FusionReport:
             >>> net = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU())
             >>> for total in sepconv.report(sepconv.fuse(net.eval())).totals():
             ...     print(total.label, "|", total.text)
-            fused | 1 of 1 layers
+            fused | 1 of 1
             checked | no: there were no example inputs
             traced | at level graph
         """
-        found = [Total("fused", f"{len(self.fused)} of {len(self.layers)} layers")]
+        found = [Total("fused", f"{len(self.fused)} of {len(self.layers)}", "", "layers")]
         if self.latency_before is not None and self.latency_after is not None:
             remark = "the original is faster and is kept" if self.kept else ""
             found.append(timed(self.latency_before, self.latency_after, remark))

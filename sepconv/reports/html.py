@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
+from itertools import starmap
 from typing import Any, NamedTuple
 
 from sepconv.reports.layer import LayerReport
-from sepconv.reports.layers_html import bar_html, layers_html
-from sepconv.reports.rows import reasons
+from sepconv.reports.layers_html import bar_html, grew, layers_html
+from sepconv.reports.rows import reasons, times
 from sepconv.reports.totals import Total
 
 
@@ -67,7 +68,7 @@ def page(contents: Contents) -> str:
 def fragment(contents: Contents) -> str:
     """A part of another page: no script, and rules for its own elements alone."""
     style = f"<style>\n{_resource('report.css')}</style>"
-    return f'{style}\n<div class="sepconv">\n{_body(contents, whole_page=False)}\n</div>\n'
+    return f'{style}\n<div class="sepconv sepconv-part">\n{_body(contents, whole_page=False)}\n</div>\n'
 
 
 def _resource(name: str) -> str:
@@ -97,14 +98,15 @@ def _cards(totals: Sequence[Total]) -> str:
     cards = []
     for total in totals:
         judged = "" if total.worse is None else " worse" if total.worse else " better"
-        text, remark = escape(total.text), escape(total.remark)
-        parts = [f"<h2>{escape(total.label)}</h2>"]
-        parts.append(f"<strong>{escape(total.ratio)}</strong>" if total.ratio else "")
-        parts.append(f"<span>{text}</span>")
+        parts = [total.ratio, total.text] if total.ratio else [total.text]
+        first, *more = map(escape, parts)
+        shown = [f"<h2>{escape(total.label)}</h2><strong>{first}</strong>"]
+        shown += [f"<span>{text}</span>" for text in more]
         if total.before and total.after is not None:
-            parts.append(bar_html(total.before, total.after, max(total.before, total.after)))
-        parts.append(f"<small>{remark}</small>" if remark else "")
-        cards.append(f'<li class="card{judged}">{"".join(parts)}</li>')
+            shown.append(bar_html(total.before, total.after, max(total.before, total.after)))
+        if total.remark:
+            shown.append(f"<small>{escape(total.remark)}</small>")
+        cards.append(f'<li class="card{judged}">{"".join(shown)}</li>')
     return f'<ul class="cards">{"".join(cards)}</ul>'
 
 
@@ -116,8 +118,10 @@ def _legend(layers: Sequence[LayerReport]) -> str:
         for status in ("converted", "kept", "skipped")
         if counts[status]
     ]
-    sample = '<li class="sample"><span class="bar"><i class="{}"></i></span>{}</li>'
-    bars = [sample.format("was", "before"), sample.format("now", "after")]
+    sample = '<li class="sample"><span class="bar{}"><i class="{}"></i></span>{}</li>'
+    bars = [sample.format("", "was", "before"), sample.format("", "now", "after")]
+    if any(grew(x.macs_before, x.macs_after) for x in layers) or any(starmap(grew, times(layers))):
+        bars.append(sample.format(" more", "now", "more than before"))
     return f'<ul class="legend">{"".join([*known, *bars])}</ul>'
 
 

@@ -48,12 +48,18 @@ def layers_html(layers: Sequence[LayerReport], sortable: bool) -> str:
 
 
 def bar_html(before: float, after: float, most: float) -> str:
-    """Two lengths, one over the other; the figures beside them say the same."""
+    """What is, and over it what was; the figures beside them say the same."""
     was, now = (f"{100 * value / most if most else 0:.2f}%" for value in (before, after))
+    more = " more" if after > before else ""
     return (
-        f'<span class="bar" aria-hidden="true"><i class="now" style="width:{now}"></i>'
+        f'<span class="bar{more}" aria-hidden="true"><i class="now" style="width:{now}"></i>'
         f'<i class="was" style="width:{was}"></i></span>'
     )
+
+
+def grew(before: float | None, after: float | None) -> bool:
+    """Whether a cost is known to be more than it was."""
+    return before is not None and after is not None and after > before
 
 
 def _cell(column: Column, i: int) -> str:
@@ -75,7 +81,7 @@ def _columns(layers: Sequence[LayerReport]) -> list[Column]:
     params = [(x.params_before, x.params_after) for x in layers]
     ranks = [None if x.form is None else x.form.rank for x in layers]
     columns = [
-        Column("#", [str(i + 1) for i in range(len(layers))], range(len(layers))),
+        Column("#", [str(i + 1) for i in range(len(layers))], range(len(layers)), "index"),
         Column("layer", [_name(x.name) for x in layers], [x.name for x in layers], "name"),
         Column("status", [_status(x) for x in layers], [x.status for x in layers], "status"),
         Column("rank", [escape(str(x.form or "")) for x in layers], ranks),
@@ -92,9 +98,9 @@ def _costs(title: str, costs: Costs, show: Callable[[float], str], bars: bool = 
     most = max((value for pair in costs for value in pair if value is not None), default=0)
     cells = []
     for before, after in costs:
-        text = escape(change(before, after, show))
+        text = escape(change(before, after, show)).replace(" ", "&nbsp;")
         if shown := ratio(before, after):
-            text += f" <b>{shown}</b>"
+            text += f' <b class="worse">{shown}</b>' if grew(before, after) else f" <b>{shown}</b>"
         if bars and before is not None:
             text += bar_html(before, before if after is None else after, most)
         cells.append(text)

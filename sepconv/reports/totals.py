@@ -17,7 +17,7 @@ class Total(NamedTuple):
 
     Attributes:
         label: What it is of.
-        text: What was and what is.
+        text: The figures: what was and what is, where there are two.
         ratio: What is in units of what was, in words.
         remark: More about it.
         worse: True for a loss, False for a gain, None for neither.
@@ -71,6 +71,6 @@ def totals_table(totals: Sequence[Total]) -> Table:
             style = "" if total.worse is None else WORSE if total.worse else BETTER
             text.append("  ").append(total.ratio, style)
         if total.remark:
-            text.append(f", {total.remark}")
+            text.append(f"{', ' if total.ratio else ' '}{total.remark}")
         grid.add_row(total.label, text)
     return grid
