@@ -67,8 +67,12 @@ def page(contents: Contents) -> str:
 
 def fragment(contents: Contents) -> str:
     """A part of another page: no script, and rules for its own elements alone."""
-    style = f"<style>\n{_resource('report.css')}</style>"
-    return f'{style}\n<div class="sepconv sepconv-part">\n{_body(contents, whole_page=False)}\n</div>\n'
+    return f"""<style>
+{_resource("report.css")}</style>
+<div class="sepconv sepconv-part">
+{_body(contents, whole_page=False)}
+</div>
+"""
 
 
 def _resource(name: str) -> str:

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over its debugging pipe: real clicks and keys, console and network."""
+"""A headless Chromium, driven over its debugging pipe: clicks, keys, console, network."""
 
 import base64
 import json
