@@ -10,7 +10,7 @@ from sepconv.calibration.refine import Fitted
 from sepconv.factorize import Form, factorize, weight_errors
 from sepconv.graph import Match, rewrite, separable_module
 from sepconv.nn import SeparableConv2d
-from sepconv.reports.conversion import LayerReport
+from sepconv.reports.layer import LayerReport
 
 
 class NewLayer(NamedTuple):

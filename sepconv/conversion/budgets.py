@@ -1,6 +1,7 @@
 """One model under several budgets: looked at and calibrated once."""
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -64,7 +65,7 @@ class Budgets:
                 )
         if kind not in KINDS:
             raise ValueError(f"cost: expected {', '.join(KINDS)}, got {kind!r}")
-        self._choice, self._kind = Choice(**options), kind
+        self._choice, self._kind = Choice.of(**options), kind
         self._faster, self._effort, self._seed = only_if_faster, effort, seed
         check_options(self._choice, self._budget(1.0), example_inputs, only_if_faster)
         check_effort(effort)
@@ -89,6 +90,7 @@ class Budgets:
         Raises:
             ValueError: The budget cannot be reached.
         """
+        start = time.monotonic()
         ready = self._calibrated or self._prepared(fraction, None)
         if ready.study is not None:
             ready.study.begin()
@@ -96,7 +98,7 @@ class Budgets:
             warnings.filterwarnings("ignore", "convert: the model did not get faster")
             warnings.filterwarnings("ignore", "convert: only_if_faster")
             warnings.filterwarnings("ignore", "convert: the model has probably lost")
-            return carry_out(ready, self._budget(fraction), self._faster)
+            return carry_out(ready, self._budget(fraction), start, self._faster)
 
 
 def is_out_of_reach(error: ValueError) -> bool:

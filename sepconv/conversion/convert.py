@@ -1,5 +1,6 @@
 """The story: prepare, plan, keep what is faster, factors, rewrite, report."""
 
+import time
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -21,14 +22,10 @@ from sepconv.conversion.quality import calibrated, tell, warn_if_lost
 from sepconv.graph import ExampleInputs
 from sepconv.graph.checked import checked_model
 from sepconv.graph.state import check_copyable, trainable
-from sepconv.reports.conversion import (
-    LayerReport,
-    Report,
-    attach,
-    measure_layers,
-    planned_layers,
-    summarise,
-)
+from sepconv.reports.conversion import Report, attach
+from sepconv.reports.entries import planned_layers, summarise
+from sepconv.reports.latency import measure_layers
+from sepconv.reports.layer import LayerReport
 
 
 @torch.inference_mode(False)  # the result is to be trained, wherever it was made
@@ -118,11 +115,13 @@ def convert(
         >>> plan.macs_before, plan.macs_after
         (294912, 83968)
     """
+    start = time.monotonic()
     model = checked_model(model)
     listed = check_optimizers(optimizers)
     if rank is None and budget is None:
         rank = 1
-    choice = Choice(rank, include, exclude, filter_fn, first_conv, bottleneck, pointwise)
+    flags = {"first_conv": first_conv, "bottleneck": bottleneck, "pointwise": pointwise}
+    choice = Choice.of(rank=rank, include=include, exclude=exclude, filter_fn=filter_fn, **flags)
     check_options(choice, budget, example_inputs, only_if_faster)
     check_effort(effort)
     if not (inplace or dryrun):
@@ -131,12 +130,13 @@ def convert(
     model = trainable(model, itself=inplace or bool(listed))
 
     ready = prepare(model, example_inputs, choice, budget, calibration, effort, seed)
-    return carry_out(ready, budget, only_if_faster, inplace, dryrun, listed)
+    return carry_out(ready, budget, start, only_if_faster, inplace, dryrun, listed)
 
 
 def carry_out(
     ready: Prepared,
     budget: Budget | None,
+    start: float,
     only_if_faster: bool = False,
     inplace: bool = False,
     dryrun: bool = False,
@@ -147,6 +147,7 @@ def carry_out(
     Args:
         ready: The model; for several budgets prepared for one of them.
         budget: To plan for, None for the ranks that were asked for.
+        start: When it began, in `time.monotonic()`.
         only_if_faster: As for `convert`.
         inplace: Likewise.
         dryrun: Likewise.
@@ -158,7 +159,8 @@ def carry_out(
     Raises:
         ValueError: The budget cannot be reached.
     """
-    model, example_inputs, captured, found = ready[:4]
+    model, example_inputs = ready.model, ready.example_inputs
+    captured, found = ready.captured, ready.found
     matches, study, table = ready.matches, ready.study, ready.table
     plan: Plan | None = None
     if budget is None:
@@ -177,7 +179,9 @@ def carry_out(
         if only_if_faster:
             for layer in layers.values():
                 layer.keep_unless_faster()
-        return layers, summarise(layers.values(), captured, model, dryrun)
+        made = summarise(layers.values(), captured, model, dryrun)
+        made.settings = ready.settings(budget, only_if_faster)
+        return layers, made
 
     layers, made = described(forms, study.reached(forms) if study is not None else ())
     if budget is not None:
@@ -185,6 +189,7 @@ def carry_out(
     if dryrun:
         for conv in matches:
             layers[conv.name].error = weight_error(conv, layers[conv.name].form)
+        made.seconds = time.monotonic() - start
         return made
 
     planned, forms = forms, {name: layer.form for name, layer in layers.items()}
@@ -215,4 +220,5 @@ def carry_out(
         made.device = device_name(converted)
         if times["after"] >= times["before"]:
             warnings.warn(f"convert: the model did not get faster: {made.speed()}", stacklevel=4)
+    made.seconds = time.monotonic() - start
     return converted

@@ -108,4 +108,5 @@ def device_name(model: nn.Module) -> str:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'' if threads == 1 else 's'}"

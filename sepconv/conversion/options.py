@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -72,12 +72,24 @@ class Choice:
     """Which convolutions take part and what they may become; as `sepconv.convert` is given them."""
 
     rank: RankChoice = None
-    include: Iterable[str] | None = None
-    exclude: Iterable[str] | None = None
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
     filter_fn: FilterFn | None = None
     first_conv: bool | None = None
     bottleneck: bool | None = None
     pointwise: bool | None = None
+
+    @staticmethod
+    def of(
+        include: Iterable[str] | None = None, exclude: Iterable[str] | None = None, **others: Any
+    ) -> "Choice":
+        """With patterns that can be read more than once.
+
+        Raises:
+            ValueError: A pattern is not a string.
+        """
+        patterns = as_patterns(include, "include"), as_patterns(exclude, "exclude")
+        return Choice(include=patterns[0], exclude=patterns[1], **others)
 
 
 def check_options(
@@ -133,6 +145,23 @@ def first_from(first_conv: bool | None, budget: Budget | None, macs: int | None)
     return 0.0 if first_conv else math.inf
 
 
+def as_patterns(given: Iterable[str] | None, where: str) -> tuple[str, ...] | None:
+    """Name patterns to read more than once; a string is one.
+
+    Raises:
+        ValueError: One is not a string.
+    """
+    if given is None:
+        return None
+    if isinstance(given, str):
+        return (given,)
+    found = tuple(given)
+    for pattern in found:
+        if not isinstance(pattern, str):
+            raise ValueError(f"{where}: expected name patterns, got {pattern!r}")
+    return found
+
+
 def wants_pointwise(rank: object, pointwise: bool | None) -> bool:
     """Whether 1x1 convolutions may take part: they are asked for, or a mapping may name some."""
     if pointwise is None and isinstance(rank, Mapping):
@@ -170,12 +199,12 @@ def select(
     Raises:
         ValueError: A pattern matches no convolution; a rank is not an int >= 1 or "full".
     """
-    include, exclude = _patterns(include, "include"), _patterns(exclude, "exclude")
+    include, exclude = as_patterns(include, "include"), as_patterns(exclude, "exclude")
     # An earlier conversion's layers count, so that the same call may be made twice.
     names = [conv.name for conv in found]
     names += [name for name, m in model.named_modules() if isinstance(m, SeparableConv2d)]
-    for where, patterns in (("include", include or ()), ("exclude", exclude or ())):
-        _require_matches(where, patterns, names)
+    for where, given in (("include", include or ()), ("exclude", exclude or ())):
+        _require_matches(where, given, names)
     if isinstance(rank, Mapping):
         _require_matches("rank", rank, names)
         for pattern, value in rank.items():
@@ -218,18 +247,6 @@ def _takes_pointwise(
     named = isinstance(rank, Mapping) and name in rank
     asked = pointwise or (pointwise is None and named)
     return bool(asked) and (rank is None or _splits(wanted))
-
-
-def _patterns(patterns: Iterable[str] | None, where: str) -> tuple[str, ...] | None:
-    if patterns is None:
-        return None
-    if isinstance(patterns, str):
-        return (patterns,)
-    patterns = tuple(patterns)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise ValueError(f"{where}: expected name patterns, got {pattern!r}")
-    return patterns
 
 
 def _matches(pattern: str, name: str) -> bool:

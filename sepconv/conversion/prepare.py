@@ -18,6 +18,7 @@ from sepconv.conversion.options import (
     wants_pointwise,
 )
 from sepconv.conversion.plan import is_reachable
+from sepconv.conversion.settings import settings
 from sepconv.conversion.trial import tried
 from sepconv.graph import Capture, ExampleInputs, Match, Skipped, capture, match
 from sepconv.reports.latency import LatencyTable
@@ -29,6 +30,9 @@ class Prepared(NamedTuple):
     Attributes:
         model: The original.
         example_inputs: Of its forward.
+        choice: What takes part.
+        effort: Of the calibration.
+        seed: Likewise.
         captured: Its graph and shapes.
         found: All its convolutions.
         asked: The ranks that were asked for, by name.
@@ -39,6 +43,9 @@ class Prepared(NamedTuple):
 
     model: nn.Module
     example_inputs: ExampleInputs | None
+    choice: Choice
+    effort: Effort
+    seed: int
     captured: Capture
     found: Sequence[Match | Skipped]
     asked: Mapping[str, Rank | None]
@@ -50,6 +57,16 @@ class Prepared(NamedTuple):
     def matches(self) -> list[Match]:
         """The convolutions that take part."""
         return [conv for conv in self.found if isinstance(conv, Match)]
+
+    def settings(self, budget: Budget | None, only_if_faster: bool) -> dict[str, Any]:
+        """What a conversion was asked for, as plain data for its report."""
+        told = vars(self.choice) | {"budget": budget, "only_if_faster": only_if_faster}
+        told |= {"effort": self.effort, "seed": self.seed}
+        found = settings(self.model, self.example_inputs, **told)
+        if self.study is not None:
+            samples = {"fitted": self.study.responses.samples(), "held_out": self.study.held_out}
+            found["calibration"] = samples
+        return found
 
 
 def prepare(
@@ -97,5 +114,5 @@ def prepare(
         matches = [conv for conv in found if isinstance(conv, Match)]
         study = Calibration(model, matches, calibration, example_inputs, seed, effort=effort)
         say(study.announced())
-    ready = (model, example_inputs, captured, found, asked, bottleneck)
-    return Prepared(*ready, LatencyTable(), study)
+    given = (model, example_inputs, choice, effort, seed)
+    return Prepared(*given, captured, found, asked, bottleneck, LatencyTable(), study)

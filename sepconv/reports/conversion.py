@@ -1,98 +1,27 @@
-"""What a conversion did, layer by layer."""
+"""What a conversion did: the data, which show themselves as a table and as a page."""
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console, Group
-from rich.table import Table
 from rich.text import Text
 from torch import fx, nn
 
-from sepconv._util import crc32, track
-from sepconv.factorize import Form
-from sepconv.graph import Capture, ConvSpec, Match, Skipped
+from sepconv._util import write_atomically
+from sepconv.reports.figures import duration, fraction
 from sepconv.reports.fusion import FusionReport
-from sepconv.reports.latency import LatencyTable
-
-Status = Literal["converted", "skipped", "kept"]
+from sepconv.reports.html import Contents, fragment, page
+from sepconv.reports.latency import LatencyTable, measure_layers
+from sepconv.reports.layer import LayerReport
+from sepconv.reports.rows import columns, reasons, remarks
+from sepconv.reports.table import LayerTable
+from sepconv.reports.totals import Total, counted, timed, totals_table
 
 _ATTRIBUTE = "_sepconv_report"
-
-
-@dataclass
-class LayerReport:
-    """One convolution.
-
-    Attributes:
-        name: Of the convolution module, or of the weight of a functional call.
-        status: `converted`; `skipped`, not a standard convolution or not asked for; `kept`,
-            could be converted but is better left dense.
-        reason: Why, for the last two; of a converted one, what its calibration lacked.
-        rank: Terms kept, where converted.
-        rank_in: Channels that the depthwise filters read, where they are not the layer's own.
-        rank_out: Channels between the two last pointwise convolutions, where there are two.
-        macs_before: Multiply-adds of the dense form for the example inputs, None without them.
-        macs_after: The same after conversion.
-        params_before: Parameters of the dense form.
-        params_after: The same after conversion.
-        error: Relative error of the weight, ||W - W'|| / ||W||, where converted; in a dry run that
-            of the weight's own factors: with a plain form no others are below.
-        output_error: What this layer alone does to the model's outputs, to first order, as
-            `Report.output_error`; None without calibration.
-        latency_before: Seconds in the dense form's better memory format, None if not measured.
-        latency_after: Seconds in separable form.
-        method: How the factors were found: `exact` at full rank, `svd` of the weight alone, or
-            what a calibration names.
-        weight_crc32: Checksum of the dense weight, where converted.
-        spec: What it takes to measure the layer, where converted and shapes are known.
-    """
-
-    name: str
-    status: Status
-    reason: str = ""
-    rank: int | None = None
-    rank_in: int | None = None
-    rank_out: int | None = None
-    macs_before: int | None = None
-    macs_after: int | None = None
-    params_before: int = 0
-    params_after: int = 0
-    error: float | None = None
-    output_error: float | None = None
-    latency_before: float | None = None
-    latency_after: float | None = None
-    method: str | None = None
-    weight_crc32: int | None = None
-    spec: ConvSpec | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def form(self) -> Form | None:
-        """The three ranks together, None where the layer was left."""
-        return None if self.rank is None else Form(self.rank, self.rank_in, self.rank_out)
-
-    def keep_unless_faster(self) -> bool:
-        """Turn a converted layer that did not measure faster into a kept one; True if it was.
-
-        One that the example inputs do not run has no time to gain.
-        """
-        before, after = self.latency_before, self.latency_after
-        if self.status != "converted":
-            return False
-        if self.spec is None:
-            self.reason = "not run"
-        elif before is None or after is None or after < before:
-            return False
-        else:
-            self.reason = f"not faster, {_time(before)} > {_time(after)}"
-        self.status = "kept"
-        self.rank = self.rank_in = self.rank_out = None
-        self.error = self.method = self.weight_crc32 = self.spec = self.output_error = None
-        self.macs_after, self.params_after = self.macs_before, self.params_before
-        return True
 
 
 @dataclass
@@ -116,6 +45,10 @@ class Report:
             sample, on the calibration samples that nothing was fitted to; None without calibration.
         output_error_svd: The same of factors of the weights alone.
         held_out: How many samples these are.
+        settings: What `convert` was asked for, as plain data, with the model's class and the shapes
+            of the example inputs; empty where something else made the model, as `sepconv.load`.
+        version: Of sepconv and torch, which did it.
+        seconds: That `convert` took, timing the model included; None where it was not `convert`.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -132,6 +65,9 @@ class Report:
     output_error: float | None = None
     output_error_svd: float | None = None
     held_out: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    version: dict[str, str] = field(default_factory=dict)
+    seconds: float | None = None
 
     @property
     def converted(self) -> list[LayerReport]:
@@ -183,74 +119,97 @@ class Report:
         """Print a table of the layers, and the totals."""
         (console or Console()).print(self)
 
+    def to_html(self, path: str | PathLike[str]) -> Path:
+        """Write the report as one HTML file for a person to read, which needs nothing else.
+
+        A bar for each layer shows its multiply-adds before and after, and its time where that was
+        measured; rows can be sorted; reasons and settings stand below. The file is complete or not
+        there.
+
+        Args:
+            path: Of the file, usually `*.html`.
+
+        Returns:
+            The path.
+
+        Raises:
+            OSError: The file cannot be written.
+
+        Example:
+            >>> import sepconv, tempfile, torch
+            >>> plan = sepconv.convert(torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3)), dryrun=True)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     plan.to_html(f"{folder}/plan.html").read_text()[:15]
+            '<!doctype html>'
+        """
+        write_atomically(Path(path), page(self._contents()))
+        return Path(path)
+
+    def _repr_html_(self) -> str:
+        return fragment(self._contents())
+
     def __rich__(self) -> Group:
-        # The totals are no caption of the table: where that is too wide, its end is cut off.
-        return Group(self._table(), Text(self._totals()))
+        table = LayerTable(self._title(), columns(self.layers))
+        return Group(table, Text(), totals_table([*self.totals(), *self._notes()]))
 
-    def _table(self) -> Table:
-        shapes = self.macs_before is not None
-        measured = any(layer.latency_before is not None for layer in self.layers)
-        alone = sum(layer.output_error or 0.0 for layer in self.layers)
-        judged = alone > 0
-        table = Table(
-            title="sepconv plan" if self.dryrun else "sepconv report",
-            box=SIMPLE,
-            padding=(0, 1, 0, 0),
-        )
-        table.add_column("layer", overflow="fold", min_width=10)
-        table.add_column("status", overflow="fold", min_width=9)
-        plain = all(layer.form is None or layer.form.is_plain for layer in self.layers)
-        for title, shown in (
-            ("rank" if plain else "in>rank>out", True),
-            ("MACs", shapes),
-            ("params", True),
-            ("error", True),
-            ("of output's", judged),
-            ("latency", measured),
-        ):
-            if shown:
-                table.add_column(title, justify="right", no_wrap=True)
-        for layer in self.layers:
-            status = f"{layer.status}: {layer.reason}" if layer.reason else layer.status
-            cells = [layer.name, status, "" if layer.form is None else str(layer.form)]
-            if shapes:
-                cells.append(_change(layer.macs_before, layer.macs_after, _count))
-            cells.append(_change(layer.params_before, layer.params_after, _count))
-            cells.append("" if layer.error is None else f"{layer.error:.3f}")
-            if judged:
-                known = layer.output_error is not None
-                cells.append(f"{100 * (layer.output_error or 0) / alone:.0f}%" if known else "")
-            if measured:
-                cells.append(_change(layer.latency_before, layer.latency_after, _time))
-            table.add_row(*cells, style=None if layer.status == "converted" else "dim")
-        return table
+    def totals(self) -> list[Total]:
+        """What became of the whole model: an entry each of what is known.
 
-    def _totals(self) -> str:
-        parts = [f"{len(self.converted)} of {len(self.layers)} convolutions converted"]
-        for name, before, after in (
-            ("MACs", self.macs_before, self.macs_after),
-            ("parameters", self.params_before, self.params_after),
-        ):
-            if before and after is not None:
-                parts.append(f"{name} {_count(before)} > {_count(after)} ({after / before:.2f}x)")
-        if self.latency_before is not None:
-            parts.append(self.speed())
+        Example:
+            >>> import sepconv, torch
+            >>> net = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3))
+            >>> plan = sepconv.convert(net, torch.zeros(1, 8, 6, 6), dryrun=True)
+            >>> for total in plan.totals():
+            ...     print(total.label, "|", total.text, "|", total.ratio)
+            converted | 1 of 1 |
+            MACs | 18.4k > 4.35k | 0.24x
+            parameters | 1.17k > 216 | 0.18x
+        """
+        found = [
+            Total("converted", f"{len(self.converted)} of {len(self.layers)}", "", "convolutions")
+        ]
+        if self.macs_before is not None and self.macs_after is not None:
+            found.append(counted("MACs", self.macs_before, self.macs_after))
+        found.append(counted("parameters", self.params_before, self.params_after))
+        if self.latency_before is not None and self.latency_after is not None:
+            found.append(timed(self.latency_before, self.latency_after, f"on {self.device}"))
         if self.output_error is not None:
-            parts.append(
-                f"error of the output {self.output_error:.2g} of its variance on "
-                f"{self.held_out} samples held out (by the weights alone "
-                f"{self.output_error_svd:.2g})"
-            )
-        parts.append(f"traced at level {self.trace_level}")
-        return "; ".join(parts)
+            remark = f"of its variance on {self.held_out} samples held out"
+            if self.output_error_svd is not None:
+                remark += f" (by the weights alone {fraction(self.output_error_svd)})"
+            found.append(Total("output error", fraction(self.output_error), "", remark))
+        return found
 
     def speed(self) -> str:
         """What one forward of the whole model takes in both forms, and where; maybe nothing."""
         if self.latency_before is None or self.latency_after is None:
             return ""
-        ratio = self.latency_after / self.latency_before
-        before, after = (f"{t * 1e3:.3g} ms" for t in (self.latency_before, self.latency_after))
-        return f"one forward {before} > {after} ({ratio:.2f}x) on {self.device}"
+        return timed(self.latency_before, self.latency_after, f"on {self.device}").sentence()
+
+    def _title(self) -> str:
+        what = "sepconv plan" if self.dryrun else "sepconv report"
+        return f"{what}: {self.settings['model']}" if "model" in self.settings else what
+
+    def _notes(self) -> list[Total]:
+        left = ", ".join(f"{n} x {reason}" for reason, n, _ in reasons(self.layers))
+        marked = [Total(mark, remark) for remark, mark in remarks(self.layers).items()]
+        return [*marked, *([Total("left", left)] if left else []), Total("traced", self._traced())]
+
+    def _traced(self) -> str:
+        level = f"at level {self.trace_level}"
+        return f"{level}: {self.trace_note}" if self.trace_note else level
+
+    def _contents(self) -> Contents:
+        made = {} if self.seconds is None else {"took": duration(self.seconds)}
+        made |= {"device": self.device, **self.version, "traced": self._traced()}
+        return Contents(
+            self._title(),
+            self.layers,
+            self.totals(),
+            self.macs_before,
+            self.settings,
+            made,
+        )
 
 
 def report(model: nn.Module) -> Any:
@@ -295,118 +254,3 @@ def is_fused(model: nn.Module) -> bool:
 def _attached(model: nn.Module) -> Report | FusionReport | None:
     meta = getattr(model, "meta", {}) if isinstance(model, fx.GraphModule) else {}
     return getattr(model, _ATTRIBUTE, meta.get(_ATTRIBUTE))
-
-
-def measure_layers(layers: Iterable[LayerReport], table: LatencyTable) -> None:
-    """Fill in the latencies of both forms of converted layers whose shapes are known."""
-    for layer in track(list(layers), "measuring latency"):
-        assert layer.spec is not None, "shapes are known"
-        layer.latency_before = table.seconds(layer.spec, None)
-        layer.latency_after = table.seconds(layer.spec, layer.form)
-
-
-def planned_layers(
-    found: Iterable[Match | Skipped],
-    forms: Mapping[str, Form | None],
-    channels_last: bool,
-    calibrated: Collection[str] = (),
-) -> dict[str, LayerReport]:
-    """An entry for each convolution, by name.
-
-    Args:
-        found: All of them.
-        forms: By name; those without one stay dense.
-        channels_last: Whether outputs of converted layers may be channels_last.
-        calibrated: Names of those whose factors are calibrated; these get a bias where they had
-            none.
-    """
-    layers: dict[str, LayerReport] = {}
-    for conv in found:
-        form = forms.get(conv.name)
-        if isinstance(conv, Match) and form is not None:
-            layers[conv.name] = _converted_layer(conv, form, channels_last)
-            if conv.name in calibrated:
-                layers[conv.name].method = "calibrated"
-                layers[conv.name].params_after += 0 if conv.bias is not None else len(conv.weight)
-        else:
-            layers[conv.name] = _dense_layer(conv)
-    return layers
-
-
-def _converted_layer(conv: Match, form: Form, channels_last: bool) -> LayerReport:
-    """The entry of a convolution that is made separable."""
-    return LayerReport(
-        conv.name,
-        "converted",
-        rank=form.rank,
-        rank_in=form.rank_in,
-        rank_out=form.rank_out,
-        macs_before=conv.dense_macs if conv.runs else None,
-        macs_after=conv.macs(form) if conv.runs else None,
-        params_before=conv.dense_params,
-        params_after=conv.params(form),
-        method="exact" if form.is_exact(tuple(conv.weight_2d.shape)) else "svd",
-        weight_crc32=crc32(conv.weight),
-        spec=conv.spec(channels_last) if conv.runs else None,
-    )
-
-
-def _dense_layer(conv: Match | Skipped) -> LayerReport:
-    """The entry of a convolution that stays: skipped, or kept since the budget allows it."""
-    status: Status
-    if isinstance(conv, Skipped):
-        status, reason = "skipped", str(conv.reason)
-        macs, params = conv.macs, conv.params
-    else:
-        status, reason = "kept", "better dense"
-        macs, params = conv.dense_macs if conv.runs else None, conv.dense_params
-    return LayerReport(
-        conv.name,
-        status,
-        reason,
-        macs_before=macs,
-        macs_after=macs,
-        params_before=params,
-        params_after=params,
-    )
-
-
-def summarise(
-    layers: Iterable[LayerReport], captured: Capture, model: nn.Module, dryrun: bool
-) -> Report:
-    """Add up the layers; those that an earlier conversion of `model` made separable stay listed."""
-    layers, earlier = list(layers), attached(model)
-    params = sum(
-        p.numel() for p in model.parameters() if not isinstance(p, nn.UninitializedParameter)
-    )
-    saved_params = sum(x.params_before - x.params_after for x in layers)
-    saved_macs = sum((x.macs_before or 0) - (x.macs_after or 0) for x in layers)
-    return Report(
-        layers=[*(earlier.converted if earlier else []), *layers],
-        trace_level=captured.level,
-        trace_note=captured.why,
-        macs_before=captured.macs,
-        macs_after=None if captured.macs is None else captured.macs - saved_macs,
-        params_before=params,
-        params_after=params - saved_params,
-        dryrun=dryrun,
-    )
-
-
-def _change(before: Any, after: Any, show: Any) -> str:
-    if before is None:
-        return ""
-    if after is None or after == before:
-        return str(show(before))
-    return f"{show(before)}>{show(after)}"
-
-
-def _count(value: float) -> str:
-    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= scale:
-            return f"{value / scale:.3g}{unit}"
-    return f"{value:.0f}"
-
-
-def _time(value: float) -> str:
-    return f"{value * 1e3:.3g}ms" if value >= 1e-3 else f"{value * 1e6:.0f}us"

@@ -5,9 +5,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, Group
+from rich.text import Text
+
+from sepconv.reports.table import LEFT, Columns, LayerTable, Row
+from sepconv.reports.totals import Total, timed, totals_table
 
 
 @dataclass
@@ -72,29 +74,37 @@ class FusionReport:
 
     def print(self, console: Console | None = None) -> None:
         """Print a table of the layers, and the totals."""
-        (console or Console()).print(self.__rich__())
+        (console or Console()).print(self)
 
-    def __rich__(self) -> Table:
-        table = Table(title="sepconv fusion", box=SIMPLE, padding=(0, 1, 0, 0))
-        for title in ("layer", "status", "form", "takes"):
-            table.add_column(title, overflow="fold")
+    def __rich__(self) -> Group:
+        rows = []
         for layer in self.layers:
+            done = layer.status == "fused"
             status = f"left: {layer.reason}" if layer.reason else layer.status
-            style = None if layer.status == "fused" else "dim"
-            table.add_row(layer.name, status, layer.form, " ".join(layer.takes), style=style)
-        table.caption = self._totals()
-        return table
+            cells = [status, layer.form, " ".join(layer.takes)]
+            rows.append(Row(layer.name, cells, "" if done else LEFT))
+        columns = Columns(["status", "form", "takes"], rows, flush=3)
+        return Group(LayerTable("sepconv fusion", [columns]), Text(), totals_table(self.totals()))
 
-    def _totals(self) -> str:
-        parts = [f"{len(self.fused)} of {len(self.layers)} layers fused"]
-        reasons = Counter(layer.reason for layer in self.layers if layer.reason)
-        parts += [f"{n} left: {reason}" for reason, n in reasons.most_common()]
-        parts += [f"{name or 'the model'} as it was: {why}" for name, why in self.left.items()]
-        if not self.checked:
-            parts.append("not checked: no example inputs")
+    def totals(self) -> list[Total]:
+        """What became of the whole model: an entry each of what is known.
+
+        Example:
+            >>> import sepconv, torch
+            >>> net = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU())
+            >>> for total in sepconv.report(sepconv.fuse(net.eval())).totals():
+            ...     print(total.label, "|", total.text)
+            fused | 1 of 1
+            checked | no: there were no example inputs
+            traced | at level graph
+        """
+        found = [Total("fused", f"{len(self.fused)} of {len(self.layers)}", "", "layers")]
         if self.latency_before is not None and self.latency_after is not None:
-            before, after = self.latency_before * 1e3, self.latency_after * 1e3
-            parts.append(f"{before:.2f} ms > {after:.2f} ms")
-        if self.kept:
-            parts.append("the original was faster and is kept")
-        return "; ".join([*parts, f"traced at level {self.trace_level}"])
+            remark = "the original is faster and is kept" if self.kept else ""
+            found.append(timed(self.latency_before, self.latency_after, remark))
+        reasons = Counter(layer.reason for layer in self.layers if layer.reason)
+        found += [Total("left", f"{n} x {reason}") for reason, n in reasons.most_common()]
+        found += [Total("as it was", f"{name or 'all'}: {why}") for name, why in self.left.items()]
+        if not self.checked:
+            found.append(Total("checked", "no: there were no example inputs"))
+        return [*found, Total("traced", f"at level {self.trace_level}")]

@@ -1,14 +1,17 @@
 """Time of a convolution in dense and in separable form, from its shapes alone."""
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sepconv._util import track
 from sepconv.factorize import Form
 from sepconv.graph import ConvSpec, separable_module
+from sepconv.reports.layer import LayerReport
 from sepconv.timing import seconds
 
 
@@ -31,6 +34,14 @@ class LatencyTable:
                 self._known[key] = _measure(spec, form, shape)
             total += times * self._known[key]
         return total
+
+
+def measure_layers(layers: Iterable[LayerReport], table: LatencyTable) -> None:
+    """Fill in the latencies of both forms of layers whose shapes are known."""
+    for layer in track(list(layers), "measuring latency"):
+        assert layer.spec is not None, "shapes are known"
+        layer.latency_before = table.seconds(layer.spec, None)
+        layer.latency_after = table.seconds(layer.spec, layer.form)
 
 
 @torch.no_grad()

@@ -20,7 +20,8 @@ from sepconv.graph import Capture, Match, Skipped, SkipReason, capture, match
 from sepconv.graph.checked import checked_model
 from sepconv.graph.state import copied, trainable
 from sepconv.nn import SeparableConv2d
-from sepconv.reports.conversion import attach, attached, planned_layers, summarise
+from sepconv.reports.conversion import attach, attached
+from sepconv.reports.entries import planned_layers, summarise
 
 FORMAT = "sepconv-recipe"
 FORMAT_VERSION = 2  # written where a layer has ranks of its channels, else 1
@@ -41,7 +42,7 @@ class RecipeLayer:
         rank_out: Channels between the two last pointwise convolutions, None for one.
         bias: Whether the converted layer has one.
         channels_last: Whether its weights ask for channels_last outputs.
-        method: How the factors were found; see `sepconv.reports.conversion.LayerReport`.
+        method: How the factors were found; see `sepconv.reports.layer.LayerReport`.
         error: Relative error of the weight, if known.
         weight_crc32: Checksum of the dense weight, if known.
     """

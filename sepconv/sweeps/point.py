@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from sepconv.reports.conversion import Report
+from sepconv.reports.conversion import report
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,9 @@ class Point:
     model: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
-    def of(
-        budget: float, made: Report, seconds: float, score: float | None, model: nn.Module
-    ) -> "Point":
+    def of(budget: float, model: nn.Module, score: float | None) -> "Point":
         """What the report of a conversion says of it."""
+        made = report(model)
         return Point(
             budget,
             score=score,
@@ -56,7 +55,7 @@ class Point:
             latency=made.latency_after,
             latency_dense=made.latency_before,
             device=made.device,
-            seconds=round(seconds, 3),
+            seconds=made.seconds,
             model=model,
         )
 

@@ -1,6 +1,5 @@
 """One model at several budgets: what each would keep, and what it would cost."""
 
-import time
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -12,7 +11,6 @@ from sepconv._util import track
 from sepconv.conversion.budgets import Budgets, Evaluate, Kind, is_out_of_reach, score_of
 from sepconv.conversion.options import Budget
 from sepconv.graph import ExampleInputs
-from sepconv.reports.conversion import attached
 from sepconv.sweeps.folder import Folder
 from sepconv.sweeps.point import Point
 from sepconv.sweeps.result import Sweep
@@ -106,18 +104,13 @@ def _told(option: Any) -> str:
 
 
 def _point(converter: Budgets, fraction: float, evaluate: Evaluate | None) -> Point:
-    start = time.monotonic()
     try:
         model = converter.convert(fraction)
     except ValueError as error:
         if not is_out_of_reach(error):
             raise
         return Point(fraction, note="cannot be reached")
-    seconds = time.monotonic() - start
-    made = attached(model)
-    assert made is not None, "convert leaves it there"
-    score = None if evaluate is None else score_of(evaluate, model)
-    return Point.of(fraction, made, seconds, score, model)
+    return Point.of(fraction, model, None if evaluate is None else score_of(evaluate, model))
 
 
 def _dense(model: nn.Module, points: Sequence[Point], score: float | None) -> Point:
