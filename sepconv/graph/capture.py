@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from sepconv._util import evaluating
-from sepconv.cost import OperationRecorder
+from sepconv.counting import OperationRecorder
 from sepconv.graph.state import copied, untouched
 from sepconv.graph.tracer import DRAWS_LIKE
 from sepconv.graph.tracing import TraceLevel, trace

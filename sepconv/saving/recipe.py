@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from sepconv._util import closest, crc32, package_version
+from sepconv._util import closest, crc32
+from sepconv._version import __version__
 from sepconv.conversion.apply import NewLayer, apply_plan
 from sepconv.factorize import Form, factorize, full_rank
 from sepconv.graph import Capture, Match, Skipped, SkipReason, capture, match
@@ -150,7 +151,7 @@ def recipe_of(model: nn.Module) -> Recipe:
                     module.rank_out,
                 )
             )
-    return Recipe(tuple(layers), package_version())
+    return Recipe(tuple(layers), __version__)
 
 
 @torch.inference_mode(False)  # the result is to be trained, wherever it was made
