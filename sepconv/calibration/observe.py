@@ -14,8 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_CONVOLUTIONS = (torch.conv1d, torch.conv2d)
+from sepconv.graph.calls import is_convolution
+
+_aten = torch.ops.aten
 _ADDITIONS = (
+    _aten.add.Tensor,
+    _aten.add_.Tensor,
     torch.add,
     torch.Tensor.add,
     torch.Tensor.add_,
@@ -23,7 +27,32 @@ _ADDITIONS = (
     torch.Tensor.__radd__,
     torch.Tensor.__iadd__,
 )
-
+# BatchNorm, as a function and in an exported program, with the names of its arguments.
+_NORMS: dict[Any, list[str]] = {
+    F.batch_norm: [
+        "input",
+        "running_mean",
+        "running_var",
+        "weight",
+        "bias",
+        "training",
+        "momentum",
+        "eps",
+    ],
+    _aten.batch_norm.default: (
+        [
+            "input",
+            "weight",
+            "bias",
+            "running_mean",
+            "running_var",
+            "training",
+            "momentum",
+            "eps",
+            "cudnn_enabled",
+        ]
+    ),
+}
 
 Run = Callable[[Tensor, Tensor | None], Tensor]  # a convolution of one input, by its parameters
 See = Callable[[int, Tensor, Tensor], None]  # a convolution's key, input and output
@@ -69,7 +98,7 @@ class Substitution(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _CONVOLUTIONS:
+        if not is_convolution(func, args):
             return self.other(func, args, kwargs)
         names = ("input", "weight", "bias")
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -124,9 +153,10 @@ class Follow(Substitution):
                 del self._followed[id(tensor)]
             return result
         result = func(*args, **kwargs)
-        if func is F.batch_norm and isinstance(result, Tensor):
+        if func in _NORMS and isinstance(result, Tensor):
             self._follow(result, key)
-            self._saw_norm(key, _scale(*args, **kwargs), _of_another(func, args, kwargs))
+            given = {**dict(zip(_NORMS[func], args, strict=False)), **kwargs}
+            self._saw_norm(key, _scale(**given), _of_another(func, args, kwargs))
         elif any(isinstance(value, Tensor) for value in _flatten((result,))):
             for _, key in read:
                 self._saw_other_use(key)
@@ -277,8 +307,9 @@ def _scale(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    cudnn_enabled: bool = True,
 ) -> Tensor | None:
-    """The factor [K] that `F.batch_norm`, called so, multiplies with."""
+    """The factor [K] that a BatchNorm, called so, multiplies with."""
     if running_var is None or training:
         return None
     factor = (running_var.double() + eps).rsqrt()
