@@ -27,32 +27,7 @@ _ADDITIONS = (
     torch.Tensor.__radd__,
     torch.Tensor.__iadd__,
 )
-# BatchNorm, as a function and in an exported program, with the names of its arguments.
-_NORMS: dict[Any, list[str]] = {
-    F.batch_norm: [
-        "input",
-        "running_mean",
-        "running_var",
-        "weight",
-        "bias",
-        "training",
-        "momentum",
-        "eps",
-    ],
-    _aten.batch_norm.default: (
-        [
-            "input",
-            "weight",
-            "bias",
-            "running_mean",
-            "running_var",
-            "training",
-            "momentum",
-            "eps",
-            "cudnn_enabled",
-        ]
-    ),
-}
+
 
 Run = Callable[[Tensor, Tensor | None], Tensor]  # a convolution of one input, by its parameters
 See = Callable[[int, Tensor, Tensor], None]  # a convolution's key, input and output
@@ -155,8 +130,7 @@ class Follow(Substitution):
         result = func(*args, **kwargs)
         if func in _NORMS and isinstance(result, Tensor):
             self._follow(result, key)
-            given = {**dict(zip(_NORMS[func], args, strict=False)), **kwargs}
-            self._saw_norm(key, _scale(**given), _of_another(func, args, kwargs))
+            self._saw_norm(key, _NORMS[func](*args, **kwargs), _of_another(func, args, kwargs))
         elif any(isinstance(value, Tensor) for value in _flatten((result,))):
             for _, key in read:
                 self._saw_other_use(key)
@@ -307,10 +281,30 @@ def _scale(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    cudnn_enabled: bool = True,
 ) -> Tensor | None:
-    """The factor [K] that a BatchNorm, called so, multiplies with."""
+    """The factor [K] that `F.batch_norm`, called so, multiplies with."""
     if running_var is None or training:
         return None
     factor = (running_var.double() + eps).rsqrt()
     return factor if weight is None else factor * weight.double()
+
+
+def _scale_in_aten(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor | None:
+    """The same of the operator that an exported program calls."""
+    return _scale(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+_NORMS: dict[Any, Callable[..., Tensor | None]] = {
+    F.batch_norm: _scale,
+    _aten.batch_norm.default: _scale_in_aten,
+}

@@ -22,7 +22,7 @@ ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
 
 # What they return or do follows from the strides of a tensor: random numbers are drawn in the order
 # in memory.
-ASKS_FOR_LAYOUT = {
+ASKS_FOR_LAYOUT: set[Any] = {
     *DRAWS_LIKE,
     torch.as_strided,
     torch.ops.aten.as_strided.default,
@@ -35,10 +35,8 @@ ASKS_FOR_LAYOUT = {
     Tensor.stride,
     Tensor.untyped_storage,
 }
-
-
 # They may refuse a tensor that is not contiguous.
-_VIEWS = {Tensor.view, torch.ops.aten.view.default}
+_VIEWS: set[Any] = {Tensor.view, torch.ops.aten.view.default}
 
 
 class ConvRun(NamedTuple):
