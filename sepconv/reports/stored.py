@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields
 from math import isfinite
-from types import NoneType
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from sepconv.reports.conversion import LayerReport, Report
 
@@ -60,10 +60,10 @@ def _taken(kind: type, content: Any, where: str) -> dict[str, Any]:
 
 def _allowed(hint: Any) -> tuple[Any, ...] | None:
     """Types, or the words of a Literal, that a field may hold; None for what is not looked at."""
-    options = get_args(hint) or (hint,)
-    if get_origin(hint) is Literal or all(option in _SCALARS for option in options):
-        return options
-    return None
+    several = get_origin(hint) in (Literal, Union, UnionType)
+    options = get_args(hint) if several else (hint,)
+    plain = all(option in _SCALARS or get_origin(option) is dict for option in options)
+    return options if plain or get_origin(hint) is Literal else None
 
 
 def _fits(value: Any, allowed: tuple[Any, ...]) -> bool:
@@ -71,6 +71,9 @@ def _fits(value: Any, allowed: tuple[Any, ...]) -> bool:
         return False
     if type(value) is int and float in allowed:
         return abs(value) < 1 << 63
+    if isinstance(value, dict):
+        kinds = [get_args(option)[1] for option in allowed if get_origin(option) is dict]
+        return any(kind is Any or all(type(v) is kind for v in value.values()) for kind in kinds)
     return type(value) in allowed or (isinstance(value, str) and value in allowed)
 
 

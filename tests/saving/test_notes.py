@@ -1,6 +1,7 @@
 """What a file says beside its weights: where the original is from, and the report."""
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from saving.nets import Net, images, net
 
 import sepconv
+from sepconv.reports import stored
 from sepconv.reports.conversion import LayerReport, Report
 from sepconv.reports.stored import report_from_text, report_to_text
 from sepconv.saving.files import read_report
@@ -114,3 +116,17 @@ def test_what_a_later_version_tells_is_passed_over_and_nan_is_left_out():
     again = report_from_text(report_to_text(report))
     assert again.layers[0].error is None
     assert again.output_error is None
+
+
+def test_settings_of_plain_data_are_read_and_checked():
+    @dataclass
+    class Told:
+        settings: dict[str, Any] = field(default_factory=dict)
+        version: dict[str, str] = field(default_factory=dict)
+        others: list[int] = field(default_factory=list)
+
+    good = {"settings": {"a": [1, {"b": None}]}, "version": {"torch": "2"}}
+    assert stored._taken(Told, {**good, "others": "not looked at"}, "told") == good
+    for bad in ({"settings": []}, {"version": {"torch": 2}}, {"version": None}):
+        with pytest.raises(ValueError, match=r"told: (settings|version): expected dict"):
+            stored._taken(Told, bad, "told")
