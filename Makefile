@@ -32,8 +32,8 @@ $(VENV)/thirdparty: $(VENV)/installed
 
 packages: $(VENV)/thirdparty ## install other people's packages; `make test` then tries models of each
 
-demo: $(VENV)/installed ## train a small network, convert it, compare
-	$(BIN)/python examples/quickstart.py
+demo: $(VENV)/installed ## train a small network, convert it with and without calibration, compare
+	$(BIN)/python -m sepconv demo
 
 test: $(VENV)/installed ## run the tests, in JOBS processes
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)

@@ -1,5 +1,8 @@
 """`python -m sepconv`, the same as the command `sepconv`."""
 
-from sepconv.cli import main
+import sys
 
-main()
+from sepconv.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,6 @@ import secrets
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,14 +15,6 @@ from rich.progress import track as rich_track
 from torch import Tensor, nn
 
 Item = TypeVar("Item")
-
-
-def package_version() -> str:
-    """The installed version; a checkout that is not installed has none."""
-    try:
-        return metadata.version("sepconv")
-    except metadata.PackageNotFoundError:
-        return "0+checkout"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

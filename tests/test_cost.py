@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from sepconv.cost import OperationRecorder, cost
+from sepconv.counting import OperationRecorder, cost
 from sepconv.graph import capture
 
 aten = torch.ops.aten

@@ -13,9 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     "kernels",
     "factorize",
+    "_version",
     "_util",
     "timing",
-    "cost",
+    "counting",
     "ops",
     "nn",
     "graph",

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sepconv import mobilenet
-from sepconv.cost import Cost, LayerCost
+from sepconv.counting import Cost, LayerCost
 from sepconv.mobilenet.config import Body
 
 

@@ -14,8 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_CONVOLUTIONS = (torch.conv1d, torch.conv2d)
+from sepconv.graph.calls import is_convolution
+
+_aten = torch.ops.aten
 _ADDITIONS = (
+    _aten.add.Tensor,
+    _aten.add_.Tensor,
     torch.add,
     torch.Tensor.add,
     torch.Tensor.add_,
@@ -69,7 +73,7 @@ class Substitution(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _CONVOLUTIONS:
+        if not is_convolution(func, args):
             return self.other(func, args, kwargs)
         names = ("input", "weight", "bias")
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -124,9 +128,9 @@ class Follow(Substitution):
                 del self._followed[id(tensor)]
             return result
         result = func(*args, **kwargs)
-        if func is F.batch_norm and isinstance(result, Tensor):
+        if func in _NORMS and isinstance(result, Tensor):
             self._follow(result, key)
-            self._saw_norm(key, _scale(*args, **kwargs), _of_another(func, args, kwargs))
+            self._saw_norm(key, _NORMS[func](*args, **kwargs), _of_another(func, args, kwargs))
         elif any(isinstance(value, Tensor) for value in _flatten((result,))):
             for _, key in read:
                 self._saw_other_use(key)
@@ -283,3 +287,24 @@ def _scale(
         return None
     factor = (running_var.double() + eps).rsqrt()
     return factor if weight is None else factor * weight.double()
+
+
+def _scale_in_aten(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor | None:
+    """The same of the operator that an exported program calls."""
+    return _scale(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+_NORMS: dict[Any, Callable[..., Tensor | None]] = {
+    F.batch_norm: _scale,
+    _aten.batch_norm.default: _scale_in_aten,
+}

@@ -88,7 +88,7 @@ class Budgets:
         """The model within a fraction of its cost; without the warnings that its report repeats.
 
         Raises:
-            ValueError: The budget cannot be reached.
+            UnreachableError: The budget cannot be reached.
         """
         start = time.monotonic()
         ready = self._calibrated or self._prepared(fraction, None)
@@ -99,11 +99,6 @@ class Budgets:
             warnings.filterwarnings("ignore", "convert: only_if_faster")
             warnings.filterwarnings("ignore", "convert: the model has probably lost")
             return carry_out(ready, self._budget(fraction), start, self._faster)
-
-
-def is_out_of_reach(error: ValueError) -> bool:
-    """Whether an error of `convert` says that its budget cannot be reached."""
-    return str(error).startswith("budget")
 
 
 def score_of(evaluate: Evaluate, model: nn.Module) -> float:

@@ -22,6 +22,10 @@ FIRST_SHARE = 0.1  # of the model's multiply-adds, from which on a budget plans 
 _KINDS = ("macs", "params", "latency", "error")
 
 
+class UnreachableError(ValueError):
+    """A budget below what the cheapest forms of a model cost."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """One limit on the converted model; give exactly one.

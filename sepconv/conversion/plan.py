@@ -12,7 +12,7 @@ from torch import nn
 from sepconv._util import track
 from sepconv.calibration.fit import Calibration
 from sepconv.conversion.costs import DENSE, Costs, counted_costs, forward_seconds, latency_costs
-from sepconv.conversion.options import Budget, Rank
+from sepconv.conversion.options import Budget, Rank, UnreachableError
 from sepconv.factorize import Form, full_rank, weight_curve
 from sepconv.factorize.knapsack import Option, knapsack
 from sepconv.graph import Capture, ExampleInputs, Match, Skipped, SkipReason
@@ -236,7 +236,7 @@ def reachable_limit(budget: Budget, costs: Costs, total: float, left: str = "") 
     """What the layers of `costs` may cost together, so that the model is within the budget.
 
     Raises:
-        ValueError: It is below what their cheapest forms cost.
+        UnreachableError: It is below what their cheapest forms cost.
     """
     # What they do not account for stays: other layers, biases, heads.
     rest = max(total - sum(layer[DENSE] for layer in costs.values()), 0.0)
@@ -244,7 +244,7 @@ def reachable_limit(budget: Budget, costs: Costs, total: float, left: str = "") 
     cheapest = sum(min(layer.values()) for layer in costs.values())
     if cheapest > limit:
         lowest = math.ceil((rest + cheapest) / total * 1e4) / 1e4
-        raise ValueError(
+        raise UnreachableError(
             f"budget: {budget.kind}={budget.fraction:g} of the model cannot be reached; "
             f"the lowest reachable is {lowest:.4f} (the cheapest form of {len(costs)} "
             f"convolutions){left}"

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from sepconv._util import track
-from sepconv.conversion.budgets import Budgets, Evaluate, Kind, is_out_of_reach, score_of
+from sepconv.conversion.budgets import Budgets, Evaluate, Kind, score_of
+from sepconv.conversion.options import UnreachableError
 from sepconv.graph import ExampleInputs
 from sepconv.graph.state import copied
 
@@ -68,9 +69,7 @@ def search(
         fraction = (low + high) / 2
         try:
             candidate = budgets.convert(fraction)
-        except ValueError as error:
-            if not is_out_of_reach(error):
-                raise
+        except UnreachableError:
             low = fraction
             continue
         if score_of(evaluate, candidate) >= needed:

@@ -12,19 +12,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from sepconv._util import evaluating
-from sepconv.cost import OperationRecorder
+from sepconv.counting import OperationRecorder
+from sepconv.graph.calls import is_convolution
 from sepconv.graph.state import copied, untouched
 from sepconv.graph.tracer import DRAWS_LIKE
 from sepconv.graph.tracing import TraceLevel, trace
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
 
-_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 # What they return or do follows from the strides of a tensor: random numbers are drawn in the order
 # in memory.
-ASKS_FOR_LAYOUT = {
+ASKS_FOR_LAYOUT: set[Any] = {
     *DRAWS_LIKE,
     torch.as_strided,
+    torch.ops.aten.as_strided.default,
+    torch.ops.aten.view_as_complex.default,
     torch.view_as_complex,
     Tensor.as_strided,
     Tensor.data_ptr,
@@ -33,6 +35,8 @@ ASKS_FOR_LAYOUT = {
     Tensor.stride,
     Tensor.untyped_storage,
 }
+# They may refuse a tensor that is not contiguous.
+_VIEWS: set[Any] = {Tensor.view, torch.ops.aten.view.default}
 
 
 class ConvRun(NamedTuple):
@@ -131,7 +135,7 @@ class _ConvRecorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         if self._force_channels_last:
             _require_any_layout(func, args, result)
-        if func not in _CONVOLUTIONS:
+        if not is_convolution(func, args):
             return result
         x = args[0] if args else kwargs["input"]
         weight = args[1] if len(args) > 1 else kwargs["weight"]
@@ -162,11 +166,11 @@ def _require_any_layout(func: Callable[..., Any], args: tuple[Any, ...], result:
     And for a view of one image that more images would refuse: a first axis of length 1 can be
     merged with any other, a longer one cannot in channels_last.
     """
-    if func not in ASKS_FOR_LAYOUT and func is not Tensor.view:
+    if func not in ASKS_FOR_LAYOUT | _VIEWS:
         return
     if not isinstance(x := args[0] if args else None, Tensor) or x.is_contiguous():
         return
-    if func is Tensor.view and not (x.shape[:1] == (1,) and result.shape[:1] != (1,)):
+    if func in _VIEWS and not (x.shape[:1] == (1,) and result.shape[:1] != (1,)):
         return
     raise _LayoutMattersError
 
@@ -210,7 +214,7 @@ def asks_for_layout(graph: fx.Graph | None, views: bool = False) -> bool:
         graph: None if there is none to know from.
         views: Whether a `view` counts, which may refuse a channels_last tensor.
     """
-    asking = ASKS_FOR_LAYOUT | {Tensor.view, Tensor.view_as} if views else ASKS_FOR_LAYOUT
+    asking = ASKS_FOR_LAYOUT | _VIEWS | {Tensor.view_as} if views else ASKS_FOR_LAYOUT
     names = {function.__name__ for function in asking}
     return graph is None or any(
         (node.op == "call_method" and node.target in names)

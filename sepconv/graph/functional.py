@@ -15,14 +15,11 @@ from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any, cast
 
-import torch
 from torch import Tensor, fx, nn
 
+from sepconv.graph.calls import ARGUMENTS, SPATIAL_DIMS, spread
 from sepconv.graph.extend import extended
 from sepconv.nn.weight import SettableProperties
-
-SPATIAL_DIMS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
-ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 # A forward of these alone does the same each time: no branch, loop, region or function of its own.
 _STATEMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return, ast.Pass)
@@ -149,14 +146,6 @@ def _convolve(convolution: Callable[..., Tensor], *args: Any, **kwargs: Any) -> 
     y = convolution(*args, **kwargs)
     own = separable.bias if bias is None else None
     return y if own is None else y + own.view(-1, *[1] * dims)
-
-
-def spread(value: Any, dims: int) -> Any:
-    """An int, or a sequence of one or `dims` ints, as one entry per spatial axis."""
-    if isinstance(value, str):
-        return value
-    values = tuple(value) if isinstance(value, tuple | list) else (value,)
-    return values * dims if len(values) == 1 else values
 
 
 # The source of a forward

@@ -15,8 +15,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from sepconv.factorize import Form
+from sepconv.graph.calls import call_arguments, spatial_dims, spread
 from sepconv.graph.capture import Capture, ConvRun
-from sepconv.graph.functional import ARGUMENTS, SPATIAL_DIMS, can_rewrite, spread
+from sepconv.graph.functional import can_rewrite
 from sepconv.kernels.geometry import Geometry, Pair, padding_sides
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -204,8 +205,8 @@ class _Finder:
             id(p) for m in model.modules() for p in m._parameters.values() if p is not None
         )
         for node in self.nodes:
-            if _is_functional(node):
-                self.uses.update(id(p) for p in self._parameters_of(_arguments(node)["weight"]))
+            if spatial_dims(node):
+                self.uses.update(id(p) for p in self._parameters_of(call_arguments(node)["weight"]))
 
     def modules(self) -> Iterator[tuple[int, Match | Skipped]]:
         seen: set[int] = set()
@@ -252,8 +253,8 @@ class _Finder:
     def functional_calls(self) -> Iterator[tuple[int, Match | Skipped]]:
         by_weight: dict[str, list[fx.Node]] = {}
         for node in self.nodes:
-            if _is_functional(node):
-                weight = _arguments(node)["weight"]
+            if spatial_dims(node):
+                weight = call_arguments(node)["weight"]
                 name = str(weight.target) if self._parameter(weight) is not None else node.name
                 by_weight.setdefault(name, []).append(node)
         for name, nodes in by_weight.items():
@@ -276,8 +277,8 @@ class _Finder:
         weight: nn.Parameter | None,
         runs: tuple[ConvRun, ...],
     ) -> Match | SkipReason:
-        arguments = _arguments(nodes[0])
-        spatial = SPATIAL_DIMS[nodes[0].target]  # type: ignore[index]
+        arguments = call_arguments(nodes[0])
+        spatial = spatial_dims(nodes[0])
         if weight is None:
             return SkipReason.COMPUTED_WEIGHT
         if spatial == 3:
@@ -329,7 +330,7 @@ class _Finder:
         pending, seen, found = [weight], set[fx.Node](), set[nn.Parameter]()
         while pending:
             node = pending.pop()
-            if not isinstance(node, fx.Node) or node in seen or _is_functional(node):
+            if not isinstance(node, fx.Node) or node in seen or spatial_dims(node):
                 continue
             seen.add(node)
             parameter = self._parameter(node)
@@ -351,15 +352,10 @@ class _Finder:
                 inside = self.by_name[str(current.target)].modules()
                 if any(isinstance(m, _ConvNd) for m in inside):
                     return False
-            elif _is_functional(current):
+            elif spatial_dims(current):
                 return False
             pending.extend(current.all_input_nodes)
         return True
-
-
-def _is_functional(node: fx.Node) -> bool:
-    """Whether a node is a functional call of a convolution."""
-    return node.op == "call_function" and node.target in SPATIAL_DIMS
 
 
 def _own_weight(module: _ConvNd) -> nn.Parameter | None:
@@ -450,9 +446,3 @@ def _pixels(runs: tuple[ConvRun, ...]) -> int:
 
 def _positions(shapes: Iterable[tuple[int, ...]]) -> int:
     return sum(shape[0] * prod(shape[2:]) for shape in shapes)
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a functional convolution by name, with torch's defaults."""
-    defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    return {**defaults, **dict(zip(ARGUMENTS, node.args, strict=False)), **node.kwargs}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from sepconv.cost import Cost, LayerCost
+from sepconv.counting import Cost, LayerCost
 from sepconv.mobilenet.config import BASE_RESOLUTION, MobileNetV1Config, paper_config
 
 _FLOAT32 = 4

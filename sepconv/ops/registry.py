@@ -16,7 +16,7 @@ from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
 )
 from torch.autograd import forward_ad
 
-from sepconv.cost import FLOP_FORMULAS
+from sepconv.counting import add_flops
 from sepconv.kernels.geometry import Geometry
 from sepconv.ops.arguments import pair
 from sepconv.ops.autocast import autocasting, is_autocasting
@@ -117,7 +117,7 @@ def define(
     if autograd is not None:
         LIBRARY.impl(name, autograd(op.default), "Autograd", with_keyset=True)
     if flops is not None:
-        FLOP_FORMULAS[op] = flops
+        add_flops(op, flops)
     if autocast:
         for key, device_type in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
             LIBRARY.impl(name, autocasting(op, device_type), key)

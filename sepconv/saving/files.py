@@ -16,10 +16,12 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from sepconv._util import closest, write_atomically
-from sepconv.reports.conversion import is_fused
-from sepconv.saving.recipe import Recipe, apply_structure, recipe_of
+from sepconv.reports.conversion import Report, attach, attached, is_fused
+from sepconv.reports.stored import report_from_text, report_to_text
+from sepconv.saving.recipe import Recipe, apply_structure, check_source, recipe_of
 
 _RECIPE_KEY = "sepconv.saving.recipe"
+_REPORT_KEY = "sepconv.saving.report"
 
 # What safetensors calls the dtypes of torch that a state_dict holds.
 _DTYPES = {
@@ -37,17 +39,20 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def save(model: nn.Module, path: str | PathLike[str]) -> None:
-    """Write a model's weights, and how it was converted, to one safetensors file.
+def save(model: nn.Module, path: str | PathLike[str], *, source: str | None = None) -> None:
+    """Write a model's weights, how it was converted, and its report to one safetensors file.
 
     The file is complete or not there: a crash while writing leaves an older one whole.
 
     Args:
         model: What `sepconv.convert` returned; `torch.compile` around it is seen through.
         path: Of the file, usually `*.safetensors`.
+        source: What the original model is, as the command line names it: `"timm:resnet18"`. It is
+            noted in the recipe, so that `sepconv report FILE` and the like need no other name.
 
     Raises:
-        ValueError: The model's state is not tensors alone, or it is a fused model.
+        ValueError: The model's state is not tensors alone, or it is a fused model; or the source
+            is not one short line.
         OSError: The file cannot be written.
 
     Example:
@@ -59,6 +64,8 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         2
     """
     model = _saveable(model)
+    if source is not None:
+        check_source(source)
     tensors: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor) or value.layout is not torch.strided:
@@ -69,8 +76,10 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
             raise ValueError(f"model: expected {', '.join(_DTYPES)}, got {name}: {value.dtype}")
         # Cloned: safetensors refuses tensors that share memory, as tied weights do.
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    recipe = recipe_of(model).to_json()
-    write_atomically(Path(path), to_bytes(tensors, {"format": "pt", _RECIPE_KEY: recipe}))
+    notes = {"format": "pt", _RECIPE_KEY: recipe_of(model, source).to_json()}
+    if (made := attached(model)) is not None:
+        notes[_REPORT_KEY] = report_to_text(made)
+    write_atomically(Path(path), to_bytes(tensors, notes))
 
 
 @torch.inference_mode(False)  # the result is to be trained, wherever it was made
@@ -84,14 +93,14 @@ def load(path: str | PathLike[str], factory: Callable[[], nn.Module]) -> Any:
 
     Returns:
         The converted model with the saved weights in their saved dtypes, on the factory's device,
-        and with a report.
+        and with the report it was saved with.
 
     Raises:
         ValueError: The file is damaged, was not written by `save`, or does not fit the model.
         OSError: The file cannot be read.
     """
     with _opened(Path(path)) as file:
-        recipe = _read_recipe(file, path)
+        recipe, stored = _read_recipe(file, path), _read_report(file)
         model = factory()
         if not isinstance(model, nn.Module):
             raise ValueError(f"factory: expected to return a torch.nn.Module, got {type(model)}")
@@ -100,6 +109,9 @@ def load(path: str | PathLike[str], factory: Callable[[], nn.Module]) -> Any:
         _check_tensors(file, state, path)
         _take_dtypes(model, {name: _DTYPES[file.get_slice(name).get_dtype()] for name in state})
         model.load_state_dict({name: file.get_tensor(name) for name in state})
+    derived = attached(model)
+    if stored is not None and derived is not None and _forms(stored) == _forms(derived):
+        attach(model, stored)
     return model
 
 
@@ -112,6 +124,28 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
     """
     with _opened(Path(path)) as file:
         return _read_recipe(file, path)
+
+
+def read_report(path: str | PathLike[str]) -> Report | None:
+    """The report of the whole model in a file that `save` wrote, None where it holds none.
+
+    Raises:
+        ValueError: The file is damaged or was not written by `save`.
+        OSError: The file cannot be read.
+    """
+    with _opened(Path(path)) as file:
+        _read_recipe(file, path)
+        return _read_report(file)
+
+
+def _read_report(file: Any) -> Report | None:
+    text = (file.metadata() or {}).get(_REPORT_KEY)
+    return None if text is None else report_from_text(text)
+
+
+def _forms(report: Report) -> dict[str, Any]:
+    """What was converted: a model may have been changed after its report was made."""
+    return {layer.name: layer.form for layer in report.converted}
 
 
 def _saveable(model: Any) -> nn.Module:

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from sepconv._util import closest, crc32, package_version
+from sepconv._util import closest, crc32
+from sepconv._version import __version__
 from sepconv.conversion.apply import NewLayer, apply_plan
 from sepconv.factorize import Form, factorize, full_rank
 from sepconv.graph import Capture, Match, Skipped, SkipReason, capture, match
@@ -72,10 +73,18 @@ class RecipeLayer:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The converted layers of a model, and the version of sepconv that converted it."""
+    """What was done to a model.
+
+    Attributes:
+        layers: The converted ones.
+        sepconv_version: Of the package that converted it.
+        source: What the original model is, as the command line names it: `timm:resnet18`. None
+            where nobody said.
+    """
 
     layers: tuple[RecipeLayer, ...]
     sepconv_version: str
+    source: str | None = None
 
     def to_json(self) -> str:
         """The recipe as JSON."""
@@ -84,6 +93,7 @@ class Recipe:
             "format": FORMAT,
             "format_version": 1 if plain else FORMAT_VERSION,
             "sepconv_version": self.sepconv_version,
+            **({} if self.source is None else {"source": self.source}),
             "layers": [_content(layer) for layer in self.layers],
         }
         return json.dumps(content, indent=2)
@@ -116,6 +126,9 @@ class Recipe:
         written_by = content.get("sepconv_version")
         if not isinstance(written_by, str):
             _fail("recipe: sepconv_version", "a string", written_by)
+        source = content.get("source")
+        if source is not None:
+            check_source(source)
         listed = content.get("layers")
         if not isinstance(listed, list | tuple):
             _fail("recipe: layers", "a list", listed)
@@ -123,11 +136,22 @@ class Recipe:
         names = [layer.full_name for layer in layers]
         if len(set(names)) != len(names):
             _fail("recipe: layers", "each name once", max(names, key=names.count))
-        return Recipe(layers, written_by)
+        return Recipe(layers, written_by, source)
 
 
-def recipe_of(model: nn.Module) -> Recipe:
-    """The recipe of a model that was converted, wholly or in parts, once or several times."""
+def check_source(source: Any) -> None:
+    """Raise `ValueError` for what cannot be the name of a source: one short line."""
+    if not isinstance(source, str) or not source.isprintable() or not 0 < len(source) <= 1000:
+        _fail("recipe: source", "a line of at most 1000 characters", source)
+
+
+def recipe_of(model: nn.Module, source: str | None = None) -> Recipe:
+    """The recipe of a model that was converted, wholly or in parts, once or several times.
+
+    Args:
+        model: The converted one.
+        source: What the original is, to be noted.
+    """
     layers: list[RecipeLayer] = []
     for name, part in model.named_modules():
         made = attached(part)
@@ -151,7 +175,7 @@ def recipe_of(model: nn.Module) -> Recipe:
                     module.rank_out,
                 )
             )
-    return Recipe(tuple(layers), package_version())
+    return Recipe(tuple(layers), __version__, source)
 
 
 @torch.inference_mode(False)  # the result is to be trained, wherever it was made

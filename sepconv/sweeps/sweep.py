@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from sepconv._util import track
-from sepconv.conversion.budgets import Budgets, Evaluate, Kind, is_out_of_reach, score_of
-from sepconv.conversion.options import Budget
+from sepconv.conversion.budgets import Budgets, Evaluate, Kind, score_of
+from sepconv.conversion.options import Budget, UnreachableError
 from sepconv.graph import ExampleInputs
 from sepconv.sweeps.folder import Folder
 from sepconv.sweeps.point import Point
@@ -106,9 +106,7 @@ def _told(option: Any) -> str:
 def _point(converter: Budgets, fraction: float, evaluate: Evaluate | None) -> Point:
     try:
         model = converter.convert(fraction)
-    except ValueError as error:
-        if not is_out_of_reach(error):
-            raise
+    except UnreachableError:
         return Point(fraction, note="cannot be reached")
     return Point.of(fraction, model, None if evaluate is None else score_of(evaluate, model))
 

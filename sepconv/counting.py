@@ -15,8 +15,9 @@ from sepconv._util import evaluating
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
-# By operator of `torch.ops.sepconv`, two operations for each multiply-add; the ops add theirs.
-FLOP_FORMULAS: dict[Any, Callable[..., int]] = {}
+# By operator of `torch.ops.sepconv`, two operations for each multiply-add.
+_FLOP_FORMULAS: dict[Any, Callable[..., int]] = {}
+_registering = False  # from the first call of `register_flops` on
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
@@ -121,6 +122,7 @@ def register_flops() -> None:
     that is installed, and so is not done by `import sepconv`.
 
     Example:
+        >>> import sepconv.ops
         >>> from torch.utils.flop_counter import FlopCounterMode
         >>> register_flops()
         >>> with FlopCounterMode(display=False) as counter:
@@ -129,10 +131,28 @@ def register_flops() -> None:
         >>> counter.get_total_flops() == 2 * 8 * 2 * 16
         True
     """
+    global _registering
+    _registering = True
+    for op in _FLOP_FORMULAS:
+        _register(op)
+
+
+def add_flops(op: Any, formula: Callable[..., int]) -> None:
+    """Have `register_flops` know an operator, whichever of the two is called first.
+
+    Args:
+        op: Of `torch.ops.sepconv`.
+        formula: As torch's flop counter has them: two operations for each multiply-add.
+    """
+    _FLOP_FORMULAS[op] = formula
+    if _registering:
+        _register(op)
+
+
+def _register(op: Any) -> None:
     counter = import_module("torch.utils.flop_counter")
-    for op, formula in FLOP_FORMULAS.items():
-        if op not in counter.flop_registry:
-            counter.register_flop_formula(op)(formula)
+    if op not in counter.flop_registry:
+        counter.register_flop_formula(op)(_FLOP_FORMULAS[op])
 
 
 class OperationRecorder(TorchDispatchMode):

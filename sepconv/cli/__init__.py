@@ -1,0 +1,1 @@
+"""The command line: `sepconv COMMAND`. `main` runs it, and a file per command does the work."""

@@ -1,0 +1,167 @@
+"""`open_source`: the model that the command line names."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sepconv._util import closest
+from sepconv.cli.sources.functions import open_function
+from sepconv.cli.sources.programs import open_exported, open_onnx
+from sepconv.cli.sources.source import Source
+from sepconv.cli.sources.transformers_folder import open_transformers
+from sepconv.cli.sources.zoos import open_timm, open_torchvision
+from sepconv.saving.files import load, read_recipe
+
+Open = Callable[[str, bool], Source]  # a name, and whether its trained weights are wanted
+
+_PREFIXES: dict[str, Open] = {
+    "timm": open_timm,
+    "torchvision": open_torchvision,
+    "hf": open_transformers,
+}
+_SUFFIXES: dict[str, Open] = {".pt2": open_exported, ".onnx": open_onnx}
+_SAVED = ".safetensors"
+_KINDS = (
+    "timm:NAME, torchvision:NAME, hf:FOLDER, MODULE:FUNCTION, or a file .pt2, .onnx or .safetensors"
+)
+
+
+def open_source(options: Namespace, *, trained: bool = True, converted: bool = True) -> Source:
+    """The model that SOURCE names, in eval mode, on the device that was asked for.
+
+    Args:
+        options: Of the command line: `source`, `original`, `weights`, `untrained`, `device`; those
+            that a command does not have count as not given.
+        trained: Whether trained weights are of use to the command.
+        converted: Whether it takes what `sepconv convert` wrote.
+
+    Raises:
+        ValueError: There is no such model, or it cannot be had.
+        OSError: A file cannot be read.
+    """
+    given = vars(options)
+    weights, original = given.get("weights"), given.get("original")
+    device = chosen_device(given.get("device"))
+    fetch = trained and not given.get("untrained") and weights is None
+    if options.source.endswith(_SAVED):
+        if not converted:
+            raise ValueError(
+                f"SOURCE: expected an original model, got {options.source}, a converted one"
+            )
+        source = _open_saved(options.source, original)
+    else:
+        source = _open_original(options.source, fetch)
+    if weights is not None:
+        _load_weights(source.model, Path(weights))
+    for module in source.model.modules():
+        module.training = False  # exported programs refuse `eval()`
+    source.model.to(device)
+    return source
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of that name; a GPU where there is one, if none was given.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    # torch has an error of its own for each way in which a device can be missing.
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).splitlines()[0]
+        raise ValueError(f"--device: expected one that works here, got {name!r}: {told}") from error
+    return device
+
+
+def _open_original(named: str, trained: bool) -> Source:
+    prefix, colon, rest = named.partition(":")
+    if colon and prefix in _PREFIXES:
+        return _PREFIXES[prefix](rest, trained)
+    suffix = Path(named).suffix
+    if suffix in _SUFFIXES:
+        check_exists(named)
+        return _SUFFIXES[suffix](named, trained)
+    if colon:
+        near = closest(prefix, _PREFIXES)
+        try:
+            return open_function(named, trained)
+        except ValueError as error:
+            raise ValueError(f"{error}{near}") from error
+    hint = f", did you mean 'timm:{named}'?" if named.isidentifier() else ""
+    raise ValueError(f"SOURCE: expected {_KINDS}, got {named!r}{hint}")
+
+
+def _open_saved(path: str, original: str | None) -> Source:
+    check_exists(path)
+    named = original or read_recipe(path).source
+    if named is None:
+        raise ValueError(
+            f"{path}: does not tell what model it was made from; name it: --source SOURCE"
+        )
+    if original is None and is_function(named):
+        raise ValueError(
+            f"{path}: was made from {named}, code that is run only where you name it: "
+            f"--source {named}"
+        )
+    source = _open_original(named, trained=False)
+    source.model = load(path, lambda: source.model)
+    return source
+
+
+def is_function(named: str) -> bool:
+    """Whether a SOURCE is a MODULE:FUNCTION, whose code would be run."""
+    prefix, colon, _ = named.partition(":")
+    return bool(colon) and prefix not in _PREFIXES and Path(named).suffix not in _SUFFIXES
+
+
+def check_exists(path: str) -> None:
+    """Raise `ValueError` where a file is missing, with the name nearest to its own."""
+    if not Path(path).is_file():
+        folder = Path(path).parent
+        names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+        raise ValueError(f"{path}: there is no such file{closest(Path(path).name, names)}")
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Load a file of weights, alone or as the `state_dict`, `model` or `state_dict_ema` of one."""
+    check_exists(str(path))
+    try:
+        if path.suffix == _SAVED:
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever torch and safetensors make of the file
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"--weights: expected a file of weights, got {path}: {told}") from error
+    for key in ("state_dict", "model", "state_dict_ema"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"--weights: expected a state_dict in {path}, got {type(state).__name__}")
+    own = model.state_dict()
+    missing = [name for name in own if name not in state]
+    unknown = [name for name in state if name not in own]
+    if missing or unknown:
+        name, names = (unknown[0], own) if unknown else (missing[0], state)
+        told = f"{len(missing)} of {len(own)} are missing and {len(unknown)} are unknown"
+        raise ValueError(
+            f"--weights: expected the tensors of the model, got {path}: {told}, as "
+            f"{name}{closest(name, names)}"
+        )
+    for name, value in state.items():
+        if value.shape != own[name].shape:
+            raise ValueError(
+                f"--weights: {name}: expected {list(own[name].shape)}, got {list(value.shape)}"
+            )
+    model.load_state_dict(state)

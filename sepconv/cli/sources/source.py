@@ -1,0 +1,80 @@
+"""A model that a command works on, and what is known of its inputs."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sepconv._util import evaluating
+from sepconv.graph import ExampleInputs
+from sepconv.graph.compare import run
+
+Size = tuple[int, ...]  # of one input: [C, H, W]
+Preprocess = Callable[[Any], Tensor]  # of a Pillow image
+
+
+def as_it_is(batch: Tensor) -> Any:
+    """The batch itself."""
+    return batch
+
+
+@dataclass
+class Source:
+    """An original model.
+
+    Attributes:
+        name: As the command line has it.
+        model: In the mode that it came in.
+        build: Python that builds it anew, weights aside.
+        imports: What that needs, as Python's `import` takes it.
+        size: Of one input, if the model states one.
+        preprocessing: Makes what prepares an image as the model states, for its own size (None)
+            or another.
+        example: Inputs that came with the model.
+        batch: The only number of samples that it takes, None for any.
+        wrap: A batch as the model's forward takes it.
+    """
+
+    name: str
+    model: nn.Module
+    build: str
+    imports: str
+    size: Size | None = None
+    preprocessing: Callable[[Size | None], Preprocess] | None = None
+    example: ExampleInputs | None = None
+    batch: int | None = None
+    wrap: Callable[[Tensor], Any] = as_it_is
+
+    def to_load(self, path: str) -> str:
+        """The line of Python that loads what was saved of a conversion."""
+        build = self.build if self.build.isidentifier() else f"lambda: {self.build}"
+        return f"{self.imports}; model = sepconv.load({quoted(path)}, {build})"
+
+
+def quoted(text: str) -> str:
+    """A string as Python has it, in double quotes.
+
+    >>> print(quoted("it's.pt2"))
+    "it's.pt2"
+    """
+    return json.dumps(text)
+
+
+def only_batch(model: nn.Module, x: Tensor) -> int | None:
+    """The one number of samples that a model takes, which is that of x; None if it takes others.
+
+    Args:
+        model: Its graph may hold the number of samples that it was made with.
+        x: [N, ...], which it takes.
+    """
+    args = (torch.cat([x, x]),)
+    try:
+        with evaluating(model), torch.no_grad():
+            once, twice = run(model, (x,), {}), run(model, args, {})
+    except Exception:  # whatever its code raises
+        return len(x)
+    same = isinstance(once, Tensor) and isinstance(twice, Tensor)
+    return None if same and twice.shape[:1] == (2 * len(x),) else len(x)
