@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from sepconv.sweeps.sweep import sweep
 EPOCHS = 12
 RANKS = (1, 2)
 BUDGETS = (0.4, 0.25, 0.15)
-CALIBRATION = 512  # training images, of which no label is used
+CALIBRATION = 256  # training images, of which no label is used
 BATCH = 64  # images of the forward that is timed
 PICTURE = "demo.png"
 NEXT = (
@@ -147,8 +148,11 @@ def rows(dense: nn.Module, digits: Digits, samples: int | None) -> dict[str, Poi
 def table(dense: Point, alone: Mapping[str, Point], calibrated: Mapping[str, Point]) -> Table:
     """Both ways beside each other."""
     made = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    for title in ("form", "MACs", "acc %", "ms", "s", "MACs", "acc %", "ms", "s"):
-        made.add_column(title, justify="left" if title == "form" else "right", no_wrap=True)
+    columns = ("MACs", "acc %", "ms", "s")
+    made.add_column("\nform", no_wrap=True)
+    for way in ("weights alone:", "calibrated:"):
+        for above, title in zip_longest((way,), columns, fillvalue=""):
+            made.add_column(f"{above}\n{title}", justify="right", no_wrap=True)
     score, latency = f"{dense.score:.1f}", f"{1e3 * (dense.latency or 0):.1f}"
     made.add_row("dense", "100%", score, latency, "", "100%", score, latency, "")
     for name, point in alone.items():

@@ -8,7 +8,8 @@ from typing import Any
 from sepconv._util import closest
 from sepconv.cli.result import Result
 from sepconv.cli.staging import Staged
-from sepconv.reports.conversion import LayerReport, Report
+from sepconv.reports.conversion import Report
+from sepconv.reports.layer import LayerReport
 from sepconv.saving.files import read_recipe, read_report
 from sepconv.saving.recipe import Recipe
 

@@ -5,7 +5,8 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import nn
 
-from sepconv._util import crc32, package_version
+from sepconv._util import crc32
+from sepconv._version import __version__
 from sepconv.factorize import Form
 from sepconv.graph import Capture, Match, Skipped
 from sepconv.reports.conversion import Report, attached
@@ -97,5 +98,5 @@ def summarise(
         params_before=params,
         params_after=params - saved_params,
         dryrun=dryrun,
-        version={"sepconv": package_version(), "torch": torch.__version__},
+        version={"sepconv": __version__, "torch": torch.__version__},
     )

@@ -7,7 +7,8 @@ from math import isfinite
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from sepconv.reports.conversion import LayerReport, Report
+from sepconv.reports.conversion import Report
+from sepconv.reports.layer import LayerReport
 
 _SCALARS = (bool, int, float, str, NoneType)
 
