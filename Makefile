@@ -65,7 +65,7 @@ lint: $(VENV)/dev ## ruff and mypy
 	$(BIN)/mypy
 
 docs: $(VENV)/installed ## run every example in docstrings, README and docs
-	$(BIN)/python -m pytest --import-mode=prepend --doctest-modules --doctest-glob='*.md' sepconv README.md docs
+	$(BIN)/python -m pytest --import-mode=prepend --doctest-modules --doctest-glob='*.md' --ignore=docs/site sepconv README.md docs
 	$(BIN)/python -m pytest --doctest-modules kernels/geometry.py kernels/cost_model.py
 
 wheel: $(VENV)/dev ## build the wheel and try it in a clean environment

@@ -1,7 +1,7 @@
 """What people do with a model after it was converted or fused: each a function that checks it.
 
-Run as ``python -m examples.studies.compatibility [model ...]`` to write `docs/compatibility.md`;
-`tests/compatibility` asserts it of a small network.
+Run as ``python -m examples.studies.compatibility [model ...]`` to write the table of
+`docs/compatibility.md`; `tests/compatibility` asserts it of a small network.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from rich.progress import track
@@ -24,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sepconv
 from examples.benchmarks.bench import torchvision_shim
+from examples.studies.results import ROOT, into_page
 
-ROOT = Path(__file__).resolve().parents[2]
 BOUND = 1e-4
 
 Feature = Callable[[nn.Module, Tensor], None]
@@ -306,7 +305,7 @@ def main() -> None:
             for line in process.stdout or ():
                 feature, outcome = json.loads(line)
                 cells[feature, name, form] = outcome
-    (ROOT / "docs" / "compatibility.md").write_text(page(columns, cells))
+    into_page(ROOT / "docs" / "compatibility.md", {"features": table(columns, cells)})
 
 
 def column(name: str, form: str) -> None:
@@ -333,17 +332,11 @@ def column(name: str, form: str) -> None:
         print(json.dumps([feature, outcome]), file=results, flush=True)
 
 
-def page(columns: list[tuple[str, str]], cells: dict[tuple[str, str, str], str]) -> str:
-    """The table as Markdown; failures are told below it."""
+def table(columns: list[tuple[str, str]], cells: dict[tuple[str, str, str], str]) -> list[str]:
+    """In Markdown; failures are told below it."""
     heads = [f"{name}, {form}" for name, form in columns]
     lines = [
-        "# Compatibility",
-        "",
-        "What was done with converted (rank 2) and fused networks of torchvision, random weights,",
-        f"64 x 64 images, torch {torch.__version__} on a CPU; outputs equal the model's own within",
-        "1e-4 (0.05 in 16 bits). `python -m examples.studies.compatibility` makes this page, and",
-        "`tests/compatibility` asserts the same of a small network. What other frameworks do to a",
-        "converted layer, and why it is no `nn.Conv2d`: [converting a model](convert.md).",
+        f"torch {torch.__version__}:",
         "",
         "| feature | " + " | ".join(heads) + " |",
         "|---" * (len(heads) + 1) + "|",
@@ -356,7 +349,7 @@ def page(columns: list[tuple[str, str]], cells: dict[tuple[str, str, str], str])
                 notes.append(f"[{len(notes) + 1}] {feature}, {heads[i]}: {outcome}")
                 row[i] = f"fails [{len(notes)}]"
         lines.append(f"| {feature} | " + " | ".join(row) + " |")
-    return "\n".join([*lines, *(line for note in notes for line in ("", note))]) + "\n"
+    return [*lines, *(line for note in notes for line in ("", note))]
 
 
 if __name__ == "__main__":

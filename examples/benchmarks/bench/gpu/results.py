@@ -106,12 +106,14 @@ def write(path: Path, parts: dict[str, Any]) -> None:
 
 def markdown(parts: dict[str, Any]) -> str:
     """Every part as a table: ours, the best baseline, the ratio, shares of the ceilings."""
-    return "\n".join(_part(name, part) for name, part in parts.items())
+    gpus = dict.fromkeys(str(part["environment"].get("gpu", "no GPU")) for part in parts.values())
+    tables = (_part(name, part) for name, part in parts.items())
+    return "\n".join([f"# {', '.join(gpus)}\n", *tables])
 
 
 def _part(name: str, part: dict[str, Any]) -> str:
     facts = ", ".join(f"{key} {value}" for key, value in part["environment"].items())
-    lines = [f"# {name}", "", f"{facts}; {part['seconds']:.0f} s"]
+    lines = [f"## {name}", "", f"{facts}; {part['seconds']:.0f} s"]
     if part["copy_bandwidth"]:
         rate = part["copy_bandwidth"] / 1e12
         lines += ["", f"Copy, read plus written, same run: {rate:.2f} TB/s"]
