@@ -42,20 +42,23 @@ _Named = tuple[list[str], int]
 
 def _lines(run: Sequence[_Named], room: int, depth: int) -> Iterator[Line]:
     """Of names that have their first `depth` parts in common."""
-    for _, neighbours in groupby(run, lambda named: named[0][: depth + 1]):
+
+    def beginning(named: _Named) -> tuple[list[str], bool]:
+        parts = named[0][: depth + 1]
+        return parts, parts == named[0]  # a name may be the beginning of another
+
+    for _, neighbours in groupby(run, beginning):
         group = list(neighbours)
-        if _width(group, 0) <= room:
-            yield from (Line(".".join(parts), index) for parts, index in group)
-            continue
         common = _common([parts for parts, _ in group])
-        if common > depth and _width(group, common) > room - INDENT and len(group) > 1:
+        if _width(group, 0) <= room:
+            yield from (Line(".".join(parts), row) for parts, row in group)
+        elif len(group) > 1 and common > depth and _width(group, common) > room - INDENT:
             yield from _lines(group, room, common)
-            continue
-        indent = ""
-        if common:
-            yield Line(".".join(group[0][0][:common]) + ".", None)
-            indent = INDENT * " "
-        yield from (Line(indent + ".".join(parts[common:]), index) for parts, index in group)
+        else:
+            indent = INDENT * " " if common else ""
+            if common:
+                yield Line(".".join(group[0][0][:common]) + ".", None)
+            yield from (Line(indent + ".".join(parts[common:]), row) for parts, row in group)
 
 
 def _width(group: Sequence[_Named], start: int) -> int:

@@ -102,7 +102,7 @@ def test_out_of_reach_the_cheapest_that_is_faster_is_taken(
     assert warning.filename == __file__
     first, second = sepconv.report(small).layers
     assert (first.latency_before, first.latency_after) == (2e-3, 1e-3)
-    assert second.reason == "not faster, 2ms > 3ms"
+    assert second.reason == "not faster, 2 ms > 3 ms"
 
 
 def test_where_nothing_is_faster_the_model_comes_back_as_it_was(
@@ -116,7 +116,7 @@ def test_where_nothing_is_faster_the_model_comes_back_as_it_was(
     assert forms(same) == {}
     told = [str(w.message) for w in caught]
     assert "reach macs=1 of the model, not 0.5" in told[0]
-    assert "nothing was converted: 2 x not faster, 2ms > 3ms" in told[1]
+    assert "nothing was converted: 2 x not faster, 2 ms > 3 ms" in told[1]
     assert len(told) == 2
 
 

@@ -354,7 +354,7 @@ def test_the_report_says_the_form() -> None:
     assert [told["stem"][key] for key in ("rank", "rank_in", "rank_out")] == [None] * 3
     written = io.StringIO()
     report.print(Console(file=written, width=120))
-    for text in ("in>rank>out", "5>2>6", "5>1>"):
+    for text in ("in>rank", ">out", "5>2>6", "5>1>"):
         assert text in written.getvalue()
     written = io.StringIO()
     sepconv.report(sepconv.convert(net(), X, rank=2)).print(Console(file=written, width=120))

@@ -142,24 +142,44 @@ def test_the_report_as_data() -> None:
         assert set(layer) == FIELDS
     rebuilt = sepconv.report(pickle.loads(pickle.dumps(sepconv.convert(Net())))).to_dict()
     assert [x["name"] for x in rebuilt["layers"]]
+    assert rebuilt["version"] == {"sepconv": sepconv.__version__, "torch": torch.__version__}
+    assert rebuilt["seconds"] > 0
+    assert rebuilt["settings"]["model"] == "Net"
 
 
 @pytest.mark.parametrize("width", [80, 200])
 @pytest.mark.parametrize("x", [None, X], ids=["bare", "example"])
 def test_the_report_prints_every_layer_and_the_totals(width: int, x: Tensor | None) -> None:
     report = sepconv.report(sepconv.convert(Net(), x, rank=2))
-    written = io.StringIO()
-    report.print(Console(file=written, width=width))
-    text = " ".join(written.getvalue().split())
+    text = printed(report, width)
     for layer in report.layers:
         assert layer.name in text
-    for word in ("converted", "skipped", "transposed", "3 of 6", "graph", "parameters"):
-        assert word in text
-    shown = f"{report.params_after / 1e3:.3g}k ("
-    assert shown in text, "the totals are not cut off"
+    for total in ("converted 3 of 6 convolutions", "parameters", "traced at level graph"):
+        assert total in text
+    assert "left 1 x first convolution, 1 x groups > 1, 1 x transposed" in text
+    ratio = report.params_after / report.params_before
+    assert f"> {report.params_after / 1e3:.3g}k {ratio:.2f}x" in text
     assert ("MACs" in text) == (x is not None)
-    forward = re.search(r"one forward ([0-9.]+) ms > ([0-9.]+) ms \([0-9.]+x\) on cpu", text)
-    assert bool(forward) == (x is not None)
+    forward = (
+        r"one forward [0-9.]+ [mu]s > [0-9.]+ [mu]s ([0-9.]+x (faster|SLOWER)|as fast), on cpu"
+    )
+    assert bool(re.search(forward, text)) == (x is not None)
+
+
+def printed(report: sepconv.Report, width: int) -> str:
+    written = io.StringIO()
+    report.print(Console(file=written, width=width))
+    return " ".join(written.getvalue().split())
+
+
+def test_a_slowdown_is_told_in_words_and_in_red() -> None:
+    report = sepconv.report(sepconv.convert(Net(), X))
+    report.latency_before, report.latency_after, report.device = 3.6e-3, 72e-3, "cpu, 2 threads"
+    assert report.speed() == "one forward 3.6 ms > 72 ms, 20x SLOWER, on cpu, 2 threads"
+    written = io.StringIO()
+    report.print(Console(file=written, width=80, force_terminal=True, color_system="standard"))
+    assert "\x1b[1;31m20x SLOWER\x1b[0m" in written.getvalue()
+    assert "one forward 3.6 ms > 72 ms 20x SLOWER, on cpu, 2 threads" in printed(report, 80)
 
 
 def test_print_writes_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
