@@ -246,6 +246,8 @@ def test_a_dry_run_says_what_a_real_one_does_and_changes_nothing(options: dict) 
     assert not planned.pop("device")
     assert planned.pop("dryrun")
     assert not done.pop("dryrun")
+    assert done.pop("seconds") > 0
+    assert planned.pop("seconds") > 0
     assert planned == done
 
 
@@ -277,7 +279,7 @@ def test_a_layer_that_would_not_be_faster_is_kept_with_its_two_times(
     (layer,) = sepconv.report(converted).layers
     assert layer.status == "kept"
     assert (layer.latency_before, layer.latency_after) == (2e-3, after)
-    assert re.findall(r"[0-9.]+(?:us|ms|s)\b", layer.reason) == ["2ms", f"{after * 1e3:.0f}ms"]
+    assert re.findall(r"[0-9.]+ (?:us|ms|s)\b", layer.reason) == ["2 ms", f"{after * 1e3:.0f} ms"]
     assert layer.rank is None
     assert layer.error is None
     assert layer.macs_after == layer.macs_before

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import sepconv
 from sepconv.calibration import fit
+from sepconv.conversion.budgets import Evaluate
 from sepconv.sweeps.folder import FILE
 from sepconv.sweeps.point import Point
 from sepconv.sweeps.result import Sweep
@@ -27,7 +28,7 @@ def inputs() -> Tensor:
     return torch.randn(24, 16, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def closeness(dense: nn.Module) -> sepconv.conversion.budgets.Evaluate:
+def closeness(dense: nn.Module) -> Evaluate:
     x = inputs()
     return lambda model: -float((model(x) - dense(x)).square().mean().detach())
 
@@ -81,7 +82,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return score(model)
 
-    def swept(evaluate: sepconv.conversion.budgets.Evaluate, **options: object) -> Sweep:
+    def swept(evaluate: Evaluate, **options: object) -> Sweep:
         given = {"budgets": BUDGETS, "effort": "fast", "path": tmp_path / "points", **options}
         return sepconv.sweep(net, x[:1], [x], evaluate, **given)
 
