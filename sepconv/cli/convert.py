@@ -32,7 +32,8 @@ def run(options: Namespace) -> Result:
         raise ValueError("--error: expected --calibration beside it, to know errors by, got none")
     outputs = [options.output, options.report, options.onnx, options.pt2]
     with Staged([] if options.dry_run else outputs) as staged:
-        check_exports(options)
+        if not options.dry_run:
+            check_exports(options)
         source = open_source(options, converted=False)
         data = None if options.data is None else _data(source, options)
         inputs = example_inputs(source, options.input, data)

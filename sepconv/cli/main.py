@@ -58,6 +58,7 @@ def _remarks(options: Namespace, kept: list[str]) -> Iterator[None]:
         print(f"sepconv {options.command}: {message}", file=sys.stderr)
 
     with warnings.catch_warnings():
+        warnings.simplefilter("default")
         # What other packages say of their own future is not for who runs a command.
         for kind in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", kind)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,10 +14,9 @@ from sepconv.ops.backend import backend, can_run_kernels
 
 # Of rounding, times what the absolute values of all products add up to.
 _UNITS = 16
-# No size is a multiple of a tile, and nobody has tuned them: the kernels' own blocks run.
-_X = (2, 24, 13, 11)
+# C H W K. None is a multiple of a tile, and nobody has tuned them: the kernels' own blocks run.
+_SIZES, _SMALLEST = (24, 13, 11, 40), (3, 5, 4, 5)
 _OPS = 3
-_WEIGHT_DW, _WEIGHT_PW = (24, 1, 3, 3), (40, 24, 1, 1)
 
 Function = Callable[..., Tensor]
 
@@ -49,65 +49,64 @@ def self_test(device: torch.device, seconds: float = 10.0) -> list[Outcome]:
     """
     kernels = can_run_kernels(torch.empty(0, device=device))
     dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
+    sizes = _SMALLEST if kernels and device.type == "cpu" else _SIZES
     found: list[Outcome] = []
     start = time.perf_counter()
     with backend("triton" if kernels else "auto"):
         for dtype in dtypes:
-            for name, ours, theirs, shapes in _calls():
+            for call in _calls(sizes):
                 if len(found) < _OPS or time.perf_counter() - start < seconds:
-                    label = f"{name} {str(dtype).removeprefix('torch.')}"
-                    found.append(_outcome(label, ours, theirs, shapes, dtype, device))
+                    found.append(_outcome(call, dtype, device))
     return found
 
 
-def _calls() -> Iterator[tuple[str, Function, Function, tuple[tuple[int, ...], ...]]]:
-    """Name, our function, ATen's, and the shapes of the arguments."""
+class _Call(NamedTuple):
+    """A call of ours, the same by ATen, and the shapes of its arguments."""
+
+    name: str
+    ours: Function
+    theirs: Function
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def _calls(sizes: tuple[int, int, int, int]) -> Iterator[_Call]:
+    """Each op once, then with another stride."""
+    C, H, W, K = sizes
+    x, dw, pw = (2, C, H, W), (C, 1, 3, 3), (K, C, 1, 1)
     for stride in (1, 2):
-
-        def depthwise(x: Tensor, w: Tensor, stride: int = stride) -> Tensor:
-            return ops.depthwise_conv2d(x, w, None, stride, 1)
-
-        def separable(x: Tensor, w: Tensor, v: Tensor, stride: int = stride) -> Tensor:
-            return ops.separable_conv2d(x, w, v, stride=stride, padding=1)
-
-        def aten_depthwise(x: Tensor, w: Tensor, stride: int = stride) -> Tensor:
-            return F.conv2d(x, w, None, stride, 1, groups=len(w))
-
-        def aten_separable(x: Tensor, w: Tensor, v: Tensor, stride: int = stride) -> Tensor:
-            return F.conv2d(F.conv2d(x, w, None, stride, 1, groups=len(w)), v)
-
-        yield f"depthwise stride {stride}", depthwise, aten_depthwise, (_X, _WEIGHT_DW)
-        shapes = (_X, _WEIGHT_DW, _WEIGHT_PW)
-        yield f"separable stride {stride}", separable, aten_separable, shapes
+        depthwise = partial(ops.depthwise_conv2d, stride=stride, padding=1)
+        separable = partial(ops.separable_conv2d, stride=stride, padding=1)
+        aten = partial(F.conv2d, stride=stride, padding=1, groups=C)
+        yield _Call(f"depthwise stride {stride}", depthwise, aten, (x, dw))
+        both = partial(_both, aten)
+        yield _Call(f"separable stride {stride}", separable, both, (x, dw, pw))
         if stride == 1:
-            yield "pointwise", ops.pointwise_conv2d, F.conv2d, (_X, _WEIGHT_PW)
+            yield _Call("pointwise", ops.pointwise_conv2d, F.conv2d, (x, pw))
 
 
-def _outcome(
-    name: str,
-    ours: Function,
-    theirs: Function,
-    shapes: tuple[tuple[int, ...], ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Outcome:
+def _both(depthwise: Function, x: Tensor, weight_dw: Tensor, weight_pw: Tensor) -> Tensor:
+    return F.conv2d(depthwise(x, weight_dw), weight_pw)
+
+
+def _outcome(call: _Call, dtype: torch.dtype, device: torch.device) -> Outcome:
+    name = f"{call.name} {str(dtype).removeprefix('torch.')}"
     generator = torch.Generator().manual_seed(0)
-    given = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    given = [torch.randn(shape, generator=generator).to(dtype) for shape in call.shapes]
     start = time.perf_counter()
     try:
-        got = _with_gradients(ours, [t.to(device) for t in given])
+        got = _with_gradients(call.ours, [t.to(device) for t in given])
     except Exception as error:  # of a compiler, a driver, a kernel
         told = (str(error).strip() or type(error).__name__).splitlines()[0]
         seconds = time.perf_counter() - start
         return Outcome(name, float("inf"), seconds, f"{type(error).__name__}: {told}")
     seconds = time.perf_counter() - start
-    expected = _with_gradients(theirs, [t.double() for t in given])
+    expected = _with_gradients(call.theirs, [t.double() for t in given])
     # What rounding is a share of: the same sums without signs.
-    sizes = _with_gradients(theirs, [t.double().abs() for t in given])
+    largest = _with_gradients(call.theirs, [t.double().abs() for t in given])
     unit = max(torch.finfo(dtype).eps, 2.0**-10 if _uses_tf32(device) else 0.0)
     errors = [
-        float(((a.double() - b).abs() / (_UNITS * unit * size).clamp(min=1e-300)).max())
-        for a, b, size in zip(got, expected, sizes, strict=True)
+        float(((a.double() - b).abs() / (_UNITS * unit * bound).clamp(min=1e-300)).max())
+        for a, b, bound in zip(got, expected, largest, strict=True)
     ]
     return Outcome(name, max(errors), seconds)
 

@@ -153,11 +153,10 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     missing = [name for name in own if name not in state]
     unknown = [name for name in state if name not in own]
     if missing or unknown:
-        name, names = (unknown[0], own) if unknown else (missing[0], state)
-        told = f"{len(missing)} of {len(own)} are missing and {len(unknown)} are unknown"
+        first = f"{unknown[0]}{closest(unknown[0], own)}" if unknown else missing[0]
         raise ValueError(
-            f"--weights: expected the tensors of the model, got {path}: {told}, as "
-            f"{name}{closest(name, names)}"
+            f"--weights: expected the tensors of the model, got {path}: {len(missing)} of "
+            f"{len(own)} are missing and {len(unknown)} are unknown, as {first}"
         )
     for name, value in state.items():
         if value.shape != own[name].shape:

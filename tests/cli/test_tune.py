@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ from torch import nn
 from tuning.problems import depthwise
 
 import sepconv
-from sepconv import cli
+from sepconv.cli import tune
 from sepconv.kernels.configs import DepthwiseConfig
 from sepconv.ops import choice as tuning
 from sepconv.ops import choice_files
@@ -20,13 +21,16 @@ def make_model() -> nn.Module:
     return sepconv.nn.SeparableConv2d(3, 4, 3)
 
 
-def not_a_model() -> int:
-    return 1
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache of its own, and nothing remembered."""
+    monkeypatch.setenv("SEPCONV_CACHE_DIR", str(tmp_path / "cache"))
+    tuning.forget()
+    yield
+    tuning.forget()
 
 
-def test_tune_and_export(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_tune_and_export(sepconv_, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The command around `tune`, whose own search has its own tests."""
     asked = []
     problem = depthwise()
@@ -41,51 +45,52 @@ def test_tune_and_export(
         choice_files.write(where.gpu, where.triton, depthwise(C=8).key, over)
         return [Tuned(problem.key, *entry)]
 
-    monkeypatch.setattr(cli, "tune", fake_search)
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    monkeypatch.setenv("COLUMNS", "250")
-    command = ["tune", "test_cli:make_model", "--input", "1x3x8x8", "2x3x8x8", "--dtype", "float16"]
-    cli.main([*command, "--seconds", "10", "--export", str(tmp_path)])
+    monkeypatch.setattr(tune, "tune", fake_search)
+    command = ["tune", "cli.test_tune:make_model", "--input", "1x3x8x8", "2x3x8x8"]
+    ran = sepconv_(*command, "--dtype", "float16", "--seconds", "10", "--export", "tables")
+    assert ran.code == 0, ran.err
     assert [shape for shape, _, _ in asked] == [(1, 3, 8, 8), (2, 3, 8, 8)]
     assert {dtype for _, dtype, _ in asked} == {torch.float16}
     assert asked[0][2] == {
         "backward": False, "seconds": 5.0, "retune": False, "max_candidates": 8,
     }  # fmt: skip
-    shown = capsys.readouterr().out
+    shown = ran.out
     assert "2.00x" in shown
     assert "ran out of time: 2 of 2; the same command goes on with them" in shown
     assert "depthwise_fwd: 2 candidates left out: OutOfMemoryError: 80 GiB" in shown
-    (table,) = tmp_path.glob("*.json")
+    (table,) = (tmp_path / "tables").glob("*.json")
     found = choice_files.read_table(table, where.gpu, where.triton)
     assert found == {depthwise(C=8).key: CHOICE}
     assert "1 choices; 1 left out, whose races are not finished" in shown
+
+    told = sepconv_(*command, "--dtype", "float16", "--json").told
+    assert told["tuned"][0]["choice"] == CHOICE._asdict()
+    assert told["tuned"][0]["default_seconds"] == 2e-5
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "expected MODULE:FUNCTION, got 'nothing'"),
+        (["nothing"], "expected timm:NAME, torchvision:NAME, hf:FOLDER, MODULE:FUNCTION"),
         (["no_such_module:f"], "No module named"),
         (["sepconv:nothing"], "no attribute 'nothing'"),
-        (["test_cli:not_a_model"], "expected test_cli:not_a_model to return a module, got int"),
+        (["cli.nets:a_number"], "expected cli.nets:a_number to return a torch.nn.Module, got int"),
         (["torch.nn:Identity", "--device", "cpu"], "expected one that runs sepconv's kernels"),
+        (
+            ["cli.test_tune:make_model", "--device", "cpu", "--candidates", "0"],
+            "max_candidates: expected at least 1, got 0",
+        ),
     ],
 )
-def test_bad_models(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["tune", *arguments, "--input", "1x3x8x8", "--dtype", "float32"])
-    assert message in str(stopped.value)
+def test_wrong_input(arguments: list[str], message: str, sepconv_):
+    ran = sepconv_("tune", *arguments, "--input", "1x3x8x8", "--dtype", "float32")
+    assert ran.code == 2
+    assert message in ran.err
 
 
-def test_bad_candidates(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    command = ["tune", "test_cli:make_model", "--input", "1x3x8x8", "--dtype", "float32"]
-    with pytest.raises(SystemExit, match="max_candidates: expected at least 1, got 0"):
-        cli.main([*command, "--candidates", "0", "--device", "cpu"])
-
-
-def test_bad_shape(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit):
-        cli.main(["tune", "--input", "3x8x8"])
-    assert "expected NxCxHxW" in capsys.readouterr().err
+def test_the_default_model_is_mobilenet(sepconv_, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(tune, "tune", lambda model, x, **options: asked.append((model, x)) or [])
+    ran = sepconv_("tune", "--device", "cpu", "--dtype", "float32", "--input", "1x3x32x32")
+    assert ran.code == 0, ran.err
+    assert type(asked[0][0]).__name__ == "MobileNetV1"
