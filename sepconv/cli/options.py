@@ -168,7 +168,9 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="FOLDER", help="where to write what is to be looked at")
+    parser.add_argument(
+        "--out", metavar="FOLDER", default=".", help="where the picture goes (default: here)"
+    )
 
 
 def _source(parser: argparse.ArgumentParser) -> None:
