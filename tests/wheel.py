@@ -1,6 +1,8 @@
 """Tried on the installed wheel, from outside the checkout: `make wheel`."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -19,4 +21,7 @@ dense = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3, padding=1), torch.nn.ReLU(
 x = torch.randn(2, 8, 12, 12)
 exact = sepconv.convert(dense, x, rank="full")
 assert torch.allclose(exact(x), dense(x), atol=1e-5)
+command = [Path(sys.executable).with_name("sepconv"), "--version"]
+said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+assert said == f"sepconv {sepconv.__version__}\n", said
 print(f"wheel: sepconv {sepconv.__version__} imports and converts from {where.parent.name}")

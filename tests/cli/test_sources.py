@@ -94,11 +94,12 @@ def test_an_exported_program_of_one_batch_size(tmp_path: Path):
 
 def test_an_onnx_file(tmp_path: Path):
     pytest.importorskip("onnxscript", reason="needs onnxscript: pip install sepconv[onnx]")
-    pytest.importorskip("onnx2torch", reason="needs onnx2torch: pip install sepconv[onnx]")
+    zoo("onnx2torch")
     path = tmp_path / "net.onnx"
     torch.onnx.export(small().eval(), (X,), path, dynamo=True, verbose=False, external_data=False)
     source = opened(path)
     assert source.size == (3, 12, 12)
+    assert source.batch == 2  # the exporter fixes it where nobody says otherwise
     assert same(source.model, small().eval(), X)
     assert same(built(source).eval(), small().eval(), X)
     exact = sepconv.convert(source.model, X, rank="full", first_conv=True)
@@ -164,7 +165,7 @@ def test_a_folder_of_transformers(tmp_path: Path):
     inputs = example_inputs(source, (1, 3, 32, 32))
     assert [*inputs] == ["pixel_values"]
     with torch.no_grad():
-        assert torch.equal(source.model(**inputs).logits, model(**inputs).logits)
+        assert difference(source.model(**inputs), model(**inputs), 1e-5) is None
     built(source).load_state_dict(model.state_dict())
     exact = sepconv.convert(source.model, inputs, rank="full")
     assert sepconv.report(exact).converted

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sepconv._util import closest
+from sepconv.cli.sources.exported import open_exported
 from sepconv.cli.sources.functions import open_function
-from sepconv.cli.sources.programs import open_exported, open_onnx
+from sepconv.cli.sources.onnx_file import open_onnx
 from sepconv.cli.sources.source import Source
 from sepconv.cli.sources.transformers_folder import open_transformers
 from sepconv.cli.sources.zoos import open_timm, open_torchvision

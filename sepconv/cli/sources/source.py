@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,3 +79,17 @@ def only_batch(model: nn.Module, x: Tensor) -> int | None:
         return len(x)
     same = isinstance(once, Tensor) and isinstance(twice, Tensor)
     return None if same and twice.shape[:1] == (2 * len(x),) else len(x)
+
+
+def sized(source: Source) -> Source:
+    """With what its example tells of the inputs."""
+    if isinstance(example := source.example, Tensor) and example.dim() > 1:
+        source.size = tuple(example.shape[1:])
+        source.batch = only_batch(source.model, example)
+    return source
+
+
+def unreadable(path: str, expected: str, error: Exception) -> ValueError:
+    """An error of a file that holds something else, or is damaged."""
+    told = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ValueError(f"SOURCE: expected {expected}, got {Path(path).name}: {told}")
