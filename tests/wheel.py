@@ -19,4 +19,5 @@ dense = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3, padding=1), torch.nn.ReLU(
 x = torch.randn(2, 8, 12, 12)
 exact = sepconv.convert(dense, x, rank="full")
 assert torch.allclose(exact(x), dense(x), atol=1e-5)
+assert "<style>" in sepconv.report(exact)._repr_html_()
 print(f"wheel: sepconv {sepconv.__version__} imports and converts from {where.parent.name}")
