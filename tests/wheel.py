@@ -24,4 +24,5 @@ assert torch.allclose(exact(x), dense(x), atol=1e-5)
 command = [Path(sys.executable).with_name("sepconv"), "--version"]
 said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
 assert said == f"sepconv {sepconv.__version__}\n", said
+assert "<style>" in sepconv.report(exact)._repr_html_()
 print(f"wheel: sepconv {sepconv.__version__} imports and converts from {where.parent.name}")

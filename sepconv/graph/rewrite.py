@@ -42,6 +42,9 @@ def separable_module(spec: ConvSpec, form: Form) -> SeparableConv2d:
     return module.to_empty(device=spec.device)
 
 
+_FEW_CHANNELS = 4  # of a 1x1 convolution, which torch does not train safely in channels_last
+
+
 def rewrite(
     model: nn.Module,
     replacements: Mapping[Match, SeparableConv2d],
@@ -84,7 +87,11 @@ def rewrite(
         for dense in made.modules():
             # Not `dense.weight`: reading a parametrised weight may change its buffers.
             weight = dense._parameters.get("weight") if isinstance(dense, nn.Conv2d) else None
-            if weight is not None and not isinstance(weight, nn.UninitializedParameter):
+            if weight is None or isinstance(weight, nn.UninitializedParameter):
+                continue
+            # oneDNN 3.12 on CPUs without AVX-512 writes beyond the gradient of such a weight where
+            # the stride is 2; with plain strides torch takes another way.
+            if weight[0, 0].numel() > 1 or weight.shape[1] > _FEW_CHANNELS:
                 weight.data = _laid_out(weight.data, channels_last=True)
     return made, memo
 

@@ -12,12 +12,13 @@ from rich.text import Text
 from torch import fx, nn
 
 from sepconv._util import write_atomically
+from sepconv.reports.derived import reasons
 from sepconv.reports.figures import duration, fraction
 from sepconv.reports.fusion import FusionReport
 from sepconv.reports.html import Contents, fragment, page
 from sepconv.reports.latency import LatencyTable, measure_layers
 from sepconv.reports.layer import LayerReport
-from sepconv.reports.rows import columns, reasons, remarks
+from sepconv.reports.rows import columns, remarks
 from sepconv.reports.table import LayerTable
 from sepconv.reports.totals import Total, counted, timed, totals_table
 

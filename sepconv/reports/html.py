@@ -9,9 +9,9 @@ from importlib import resources
 from itertools import starmap
 from typing import Any, NamedTuple
 
+from sepconv.reports.derived import grew, reasons, times
 from sepconv.reports.layer import LayerReport
-from sepconv.reports.layers_html import bar_html, grew, layers_html
-from sepconv.reports.rows import reasons, times
+from sepconv.reports.layers_html import bar_html, layers_html
 from sepconv.reports.totals import Total
 
 
@@ -153,6 +153,6 @@ def _said(value: Any) -> str:
         return ", ".join(f"{name} = {_said(x)}" for name, x in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_said, value))
-    return (
-        {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
-    )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)

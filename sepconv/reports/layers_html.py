@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
+from sepconv.reports.derived import grew, output_shares, times
 from sepconv.reports.figures import change, count, duration, ratio
 from sepconv.reports.layer import LayerReport
-from sepconv.reports.rows import output_shares, times
 
 Costs = Sequence[tuple[float | None, float | None]]
 
@@ -40,7 +40,7 @@ def layers_html(layers: Sequence[LayerReport], sortable: bool) -> str:
     rows = []
     for i, layer in enumerate(layers):
         cells = [_cell(column, i) for column in columns]
-        rows.append(f'<tr class="{layer.status}">{"".join(cells)}</tr>')
+        rows.append(f'<tr class="{escape(layer.status)}">{"".join(cells)}</tr>')
     head, body = "".join(heads), "\n".join(rows)
     return (
         f'<table class="layers"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>'
@@ -55,11 +55,6 @@ def bar_html(before: float, after: float, most: float) -> str:
         f'<span class="bar{more}" aria-hidden="true"><i class="now" style="width:{now}"></i>'
         f'<i class="was" style="width:{was}"></i></span>'
     )
-
-
-def grew(before: float | None, after: float | None) -> bool:
-    """Whether a cost is known to be more than it was."""
-    return before is not None and after is not None and after > before
 
 
 def _cell(column: Column, i: int) -> str:
@@ -114,7 +109,7 @@ def _name(name: str) -> str:
 
 def _status(layer: LayerReport) -> str:
     reason = f" <small>{escape(layer.reason)}</small>" if layer.reason else ""
-    return f'<span class="dot" aria-hidden="true"></span>{layer.status}{reason}'
+    return f'<span class="dot" aria-hidden="true"></span>{escape(layer.status)}{reason}'
 
 
 def _shown(value: float | None, how: str) -> str:

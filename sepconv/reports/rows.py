@@ -1,8 +1,8 @@
 """The columns of a conversion's table for a terminal."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from sepconv.reports.derived import grew, output_shares, times
 from sepconv.reports.figures import count, duration, ratio
 from sepconv.reports.layer import LayerReport
 from sepconv.reports.table import LEFT, Columns, Row
@@ -14,35 +14,6 @@ def columns(layers: Sequence[LayerReport]) -> list[Columns]:
     Columns of what is not known of any layer are left out.
     """
     return [_columns(layers, amounts) for amounts in (True, False)]
-
-
-def output_shares(layers: Sequence[LayerReport]) -> list[float | None]:
-    """What each layer has of the output's error, to first order, of the sum of all."""
-    total = sum(layer.output_error or 0.0 for layer in layers)
-    return [
-        None if layer.output_error is None or not total > 0 else layer.output_error / total
-        for layer in layers
-    ]
-
-
-def reasons(layers: Sequence[LayerReport]) -> list[tuple[str, int, int]]:
-    """Why layers were left, how many, and their multiply-adds; the most frequent reason first."""
-    counts: Counter[str] = Counter()
-    macs: Counter[str] = Counter()
-    for layer in layers:
-        if layer.status != "converted":
-            reason = layer.reason.partition(",")[0]  # what follows is of this layer alone
-            counts[reason] += 1
-            macs[reason] += layer.macs_before or 0
-    return [(reason, n, macs[reason]) for reason, n in counts.most_common()]
-
-
-def times(layers: Sequence[LayerReport]) -> list[tuple[float | None, float | None]]:
-    """Seconds before and after; one that was kept, having been tried, takes what it took."""
-    return [
-        (x.latency_before, x.latency_after if x.status == "converted" else x.latency_before)
-        for x in layers
-    ]
 
 
 def remarks(layers: Sequence[LayerReport]) -> dict[str, str]:
@@ -64,7 +35,7 @@ def _columns(layers: Sequence[LayerReport], amounts: bool) -> Columns:
             titles.append(title)
             cells.append(["" if before is None else show(before) for before, _ in costs])
         for row, (before, after) in enumerate(costs):
-            if before is not None and after is not None and after > before:
+            if grew(before, after):
                 worse[row].append(len(titles))
         titles.append("" if amounts else title)
         cells.append([ratio(before, after) for before, after in costs])

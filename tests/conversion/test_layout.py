@@ -94,3 +94,20 @@ def test_the_original_layout_is_kept_where_it_was_channels_last() -> None:
     model = FlattensByView(nn.AdaptiveAvgPool2d(1)).to(memory_format=torch.channels_last)
     converted = sepconv.convert(model, rank="full")
     assert_same_function(converted, model, torch.randn(2, 8, 6, 6))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_strided_1x1_convolution_of_few_channels_can_be_trained(channels: int) -> None:
+    """In channels_last torch 2.13 wrote beyond its gradient on CPUs without AVX-512."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(channels, 48, 1, stride=2), nn.ReLU(), nn.Conv2d(48, 48, 3, padding=1)
+    )
+    converted = sepconv.convert(model, rank="full")
+    x = torch.randn(2, channels, 64, 64)
+    for _ in range(20):
+        converted(x).square().sum().backward()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(
+        converted[0].weight.grad / 20, model[0].weight.grad, rtol=1e-3, atol=1e-2
+    )
