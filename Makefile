@@ -9,7 +9,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PIP := $(BIN)/python $(INSTALL)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs wheel mutants fuzz bench zoo packages thirdparty gpu clean
+.PHONY: help demo test lint docs site dist mutants fuzz bench zoo packages thirdparty gpu clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,8 +26,12 @@ $(VENV)/dev: $(VENV)/installed
 	$(PIP) -e ".[dev]"
 	@touch $@
 
+$(VENV)/site: $(VENV)/installed
+	$(PIP) -e ".[site]"
+	@touch $@
+
 $(VENV)/thirdparty: $(VENV)/installed
-	$(PIP) -e ".[thirdparty]"
+	$(PIP) -e ".[thirdparty,onnx]"
 	@touch $@
 
 packages: $(VENV)/thirdparty ## install other people's packages; `make test` then tries models of each
@@ -68,9 +72,14 @@ docs: $(VENV)/installed ## run every example in docstrings, README and docs
 	$(BIN)/python -m pytest --import-mode=prepend --doctest-modules --doctest-glob='*.md' --ignore=docs/site sepconv README.md docs
 	$(BIN)/python -m pytest --doctest-modules kernels/geometry.py kernels/cost_model.py
 
-wheel: $(VENV)/dev ## build the wheel and try it in a clean environment
-	rm -rf build dist
-	$(BIN)/python -m build --wheel --no-isolation --outdir dist > /dev/null
+site: $(VENV)/site ## build the pages of docs/ into build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
+
+dist: $(VENV)/dev ## build sdist and wheel, check them, try the wheel in a clean environment
+	rm -rf build/lib build/bdist.* dist
+	$(BIN)/python -m build --no-isolation --outdir dist > /dev/null
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 	$(PYTHON) -m venv --clear $(CLEAN)
 	$(CLEAN)/bin/python $(INSTALL) torch
 	$(CLEAN)/bin/python $(INSTALL) dist/*.whl

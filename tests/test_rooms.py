@@ -1,6 +1,7 @@
-"""The floor plan: which room may import from which. CONTRIBUTING shows it."""
+"""The floor plan: which room may import from which. docs/how-it-works.md shows it."""
 
 import ast
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +154,14 @@ def test_few_modules_are_loose_and_every_room_is_in_the_plan():
     assert len(LOOSE) <= MOST_LOOSE_MODULES
     assert len(FOLDERS) <= MOST_ROOMS
     assert {*LOOSE, *(folder.partition("/")[0] for folder in FOLDERS)} == set(ROOMS)
+
+
+def test_the_page_and_its_drawing_show_the_plan():
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    table = page.partition("| room |")[2].partition("\n\n")[0]
+    assert tuple(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == ROOMS
+    drawing = (ROOT / "docs" / "images" / "rooms.svg").read_text()
+    assert {*re.findall(r">(\w+)</text>", drawing)} >= set(ROOMS)
 
 
 def test_every_room_is_in_the_wheel():

@@ -1,4 +1,4 @@
-"""Tried on the installed wheel, from outside the checkout: `make wheel`."""
+"""Tried on the installed wheel, from outside the checkout: `make dist`."""
 
 import importlib.util
 import subprocess
