@@ -105,7 +105,13 @@ def _write_pt2(program: torch.export.ExportedProgram, check: Check, path: Path) 
 
 def _write_onnx(program: torch.export.ExportedProgram, check: Check, path: Path) -> dict[str, Any]:
     try:
-        made = torch.onnx.export(program, dynamo=True, verbose=False)
+        # A name for the number of samples: torch alone calls it s77 or the like.
+        named = tuple(
+            {0: "N"} if isinstance(shape[0], str) else None for shape in _inputs(program).values()
+        )
+        made = torch.onnx.export(
+            program, dynamo=True, verbose=False, dynamic_shapes=named if any(named) else None
+        )
         assert made is not None, "dynamo=True"
         made.save(path, external_data=False)
     except Exception as error:  # an operator without a form in ONNX, a file above 2 GB
@@ -145,7 +151,7 @@ def _inputs(program: torch.export.ExportedProgram) -> dict[str, list[int | str]]
     names = set(program.graph_signature.user_inputs)
     values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.name in names}
     return {
-        name: [size if isinstance(size, int) else str(size) for size in value.shape]
+        name: [size if isinstance(size, int) else "N" for size in value.shape]
         for name, value in values.items()
         if isinstance(value, Tensor)
     }

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import sys
 import warnings
 from argparse import Namespace
@@ -53,9 +54,12 @@ def main(words: Sequence[str] | None = None) -> int:
 def _remarks(options: Namespace, kept: list[str]) -> Iterator[None]:
     """Warnings as lines on standard error, and in `kept`."""
 
-    def show(message: Warning | str, category: type[Warning], *others: Any) -> None:
-        kept.append(str(message))
-        print(f"sepconv {options.command}: {message}", file=sys.stderr)
+    def show(message: Warning | str, category: type[Warning], filename: str, *others: Any) -> None:
+        if f"{os.sep}torch{os.sep}" in filename:  # of its own inside
+            return
+        told = str(message).removeprefix(f"{options.command}: ")
+        kept.append(told)
+        print(f"sepconv {options.command}: {told}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.simplefilter("default")

@@ -79,7 +79,7 @@ def _sweep(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE:FUNCTION",
         help="a function of yours: the score of a model, higher is better",
     )
-    parser.add_argument("--plot", type=arguments.ending(".png", ".svg", ".pdf"), metavar="OUT.png")
+    parser.add_argument("--plot", type=arguments.ending(".png", ".svg"), metavar="OUT.png")
     parser.add_argument(
         "--keep",
         metavar="FOLDER",
