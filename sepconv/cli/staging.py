@@ -22,7 +22,7 @@ class Staged:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder, Staged([f"{folder}/a.txt"]) as files:
         ...     _ = files.path(f"{folder}/a.txt").write_text("hello")
-        ...     files.commit()
+        ...     _ = files.commit()
         ...     [file.name for file in Path(folder).iterdir()]
         ['a.txt']
     """
