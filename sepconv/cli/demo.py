@@ -23,8 +23,8 @@ from sepconv.sweeps.sweep import sweep
 
 EPOCHS = 12
 RANKS = (1, 2)
-BUDGETS = (0.4, 0.25, 0.15)
-CALIBRATION = 256  # training images, of which no label is used
+BUDGETS = (0.3, 0.15)
+CALIBRATION = 192  # training images, of which no label is used
 BATCH = 64  # images of the forward that is timed
 PICTURE = "demo.png"
 NEXT = (
