@@ -33,9 +33,9 @@ def broken(page: Path) -> list[str]:
         if re.match(r"[a-z]+:", link):
             continue
         target = (page.parent / path).resolve() if path else page
-        if not target.exists():
-            found.append(link)
-        elif anchor and "api" not in target.parts and anchor not in anchors(target.read_text()):
+        if not target.exists() or (
+            anchor and "api" not in target.parts and anchor not in anchors(target.read_text())
+        ):
             found.append(link)
     return found
 
