@@ -52,7 +52,7 @@ def run(options: Namespace) -> Result:
         told = made if options.dry_run else report(made)
         result = Result({"source": source.name, "report": told.to_dict()}, [told])
         result.faults += _faults(told)
-        if not options.dry_run:
+        if told.converted and not options.dry_run:
             _write(options, source, made, inputs, staged, result)
     return result
 

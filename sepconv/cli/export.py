@@ -1,6 +1,9 @@
 """A model as an exported program and as an ONNX file, loaded again and compared."""
 
+import logging
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,16 +78,29 @@ def exported(
         more = {k: _doubled(v) for k, v in kwargs.items()}
         shapes = ([*map(_any_batch, args)], {k: _any_batch(v) for k, v in kwargs.items()})
         try:
-            return torch.export.export(
-                model, tuple(map(_doubled, args)), more, dynamic_shapes=shapes[0] or shapes[1]
-            )
+            with _no_logs():
+                return torch.export.export(
+                    model, tuple(map(_doubled, args)), more, dynamic_shapes=shapes[0] or shapes[1]
+                )
         except Exception:  # its code asks for the number of samples
             pass
     try:
-        return torch.export.export(model, args, kwargs)
+        with _no_logs():
+            return torch.export.export(model, args, kwargs)
     except Exception as error:  # of anybody's code
         told = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"--onnx, --pt2: torch.export cannot take the model: {told}") from error
+
+
+@contextmanager
+def _no_logs() -> Iterator[None]:
+    """Torch logs whole graphs where an export fails."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _write_pt2(program: torch.export.ExportedProgram, check: Check, path: Path) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any
 
+import torch
+
 
 def needed(module: str, extra: str) -> Any:
     """Import a module of another package.
@@ -27,6 +29,6 @@ def needed(module: str, extra: str) -> Any:
     except Exception as error:
         told = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ValueError(
-            f"{package} is installed, but its import fails: {type(error).__name__}: {told}; "
-            f'pip install --force-reinstall "sepconv[{extra}]" in an environment of its own'
+            f"{package} is installed, but its import fails: {type(error).__name__}: {told}; it "
+            f"needs builds, of itself and of what it stands on, for torch {torch.__version__}"
         ) from error

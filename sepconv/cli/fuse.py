@@ -30,6 +30,9 @@ def run(options: Namespace) -> Result:
             result.faults.append(f"the fused model answers otherwise: {different}")
         else:
             result.shown.append("answers compared: the same but for rounding")
+        if told.kept and (options.onnx or options.pt2):
+            # What is faster here says nothing of where the exported model will run.
+            fused = fuse(source.model, inputs, measure=False)
         write_exports(options, fused, inputs, staged, result, source.batch is None)
         result.data["written"] = staged.commit()
     return result

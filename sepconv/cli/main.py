@@ -3,17 +3,18 @@
 import contextlib
 import json
 import math
-import os
 import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from sepconv.cli.parser import parsed
 from sepconv.cli.result import Result
 
+_PACKAGE = Path(__file__).resolve().parents[1]
 GOOD, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -46,6 +47,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     _show(options, result, remarks)
     for fault in result.faults:
+        if fault in remarks:  # and so is printed already
+            continue
         print(f"sepconv {options.command}: {fault}", file=sys.stderr)
     return FAILED if result.faults else GOOD
 
@@ -55,7 +58,8 @@ def _remarks(options: Namespace, kept: list[str]) -> Iterator[None]:
     """Warnings as lines on standard error, and in `kept`."""
 
     def show(message: Warning | str, category: type[Warning], filename: str, *others: Any) -> None:
-        if f"{os.sep}torch{os.sep}" in filename:  # of its own inside
+        ours = Path(filename).is_relative_to(_PACKAGE)
+        if not ours and "site-packages" in filename:  # others speak to who wrote the code
             return
         told = str(message).removeprefix(f"{options.command}: ")
         kept.append(told)

@@ -79,17 +79,32 @@ def test_an_exported_program(tmp_path: Path):
     assert opened(exported(tmp_path, "two.pt2")).batch is None
 
 
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_a_view_in_an_exported_program(decomposed: bool, tmp_path: Path):
+    class Views(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(2, 3 * 12 * 12).flatten(1)
+
+    program = torch.export.export(Views(), (X,))
+    program = program.run_decompositions() if decomposed else program
+    torch.export.save(program, tmp_path / "net.pt2")
+    source = opened(tmp_path / "net.pt2")
+    assert source.batch is None
+    assert torch.equal(source.model(X[:1]), X[:1].flatten(1))
+
+
 class Names(nn.Module):
-    """A graph that names the number of samples."""
+    """A graph of another function for each number of samples."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.view(len(x), -1)
+        return x - x.mean(0) if len(x) == 2 else x
 
 
 def test_an_exported_program_of_one_batch_size(tmp_path: Path):
     torch.export.save(torch.export.export(Names(), (X,)), tmp_path / "fixed.pt2")
     assert opened(tmp_path / "fixed.pt2").batch == 2
-    assert only_batch(Names(), X) is None
+    assert only_batch(Names(), X) == 2
+    assert only_batch(nn.Flatten(), X) is None
 
 
 def test_an_onnx_file(tmp_path: Path):
@@ -99,7 +114,7 @@ def test_an_onnx_file(tmp_path: Path):
     torch.onnx.export(small().eval(), (X,), path, dynamo=True, verbose=False, external_data=False)
     source = opened(path)
     assert source.size == (3, 12, 12)
-    assert source.batch == 2  # the exporter fixes it where nobody says otherwise
+    assert source.batch is None  # though the exporter fixed it
     assert same(source.model, small().eval(), X)
     assert same(built(source).eval(), small().eval(), X)
     exact = sepconv.convert(source.model, X, rank="full", first_conv=True)

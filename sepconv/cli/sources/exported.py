@@ -7,6 +7,8 @@ from torch import fx
 
 from sepconv.cli.sources.source import Source, quoted, sized, unreadable
 
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
+
 
 def open_exported(path: str, trained: bool) -> Source:
     """A program that `torch.export.save` wrote.
@@ -33,10 +35,16 @@ def open_exported(path: str, trained: bool) -> Source:
 
 
 def _unguarded(model: fx.GraphModule) -> fx.GraphModule:
-    """Without the checks that refuse other sizes than the exporter saw: the graph may take them."""
+    """Without what refuses other numbers of samples than the exporter saw: the graph may take them.
+
+    That is its checks, and a first size in a view, which -1 is another name for.
+    """
     for node in list(model.graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":
             model.graph.erase_node(node)
+        elif node.target in _VIEWS and all(type(n) is int and n >= 0 for n in node.args[1]):
+            x, sizes = node.args
+            node.args = (x, [-1, *sizes[1:]])
     model.recompile()
     hooks = model._forward_pre_hooks
     for key, hook in list(hooks.items()):

@@ -1,14 +1,15 @@
 """FILE.onnx: through onnx2torch, which knows operators up to opset 17."""
 
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from sepconv.cli.extras import needed
 from sepconv.cli.sources.source import Source, quoted, sized, unreadable
 
-_OPSET = 17
+_OPSET, _RESHAPE = 17, "OnnxReshape"
 
 
 def open_onnx(path: str, trained: bool) -> Source:
@@ -46,11 +47,35 @@ def read_onnx(path: str) -> nn.Module:
         if any(used.version > _OPSET for used in model.opset_import if not used.domain):
             model = convert_version(model, _OPSET)
         _drop_allowzero(model.graph, onnx.numpy_helper.to_array)
-        made = onnx2torch.convert(model)
+        made = _plain_reshapes(onnx2torch.convert(model))
     except Exception as error:  # whatever the two make of the file
         raise unreadable(path, "an ONNX model that onnx2torch knows", error) from error
-    assert isinstance(made, nn.Module)
     return made
+
+
+def _plain_reshapes(model: fx.GraphModule) -> nn.Module:
+    """Calls in the place of modules that look into their shape, which no export can follow.
+
+    A first size that is not -1 may become so, where that is another name for it: the number of
+    samples is then free.
+    """
+    for node in list(model.graph.nodes):
+        if node.op != "call_module" or type(model.get_submodule(node.target)).__name__ != _RESHAPE:
+            continue
+        x, shape = node.args
+        if shape.op != "get_attr":
+            continue
+        sizes = [int(size) for size in attrgetter(shape.target)(model)]
+        if 0 in sizes:
+            continue
+        free = sizes if -1 in sizes else [-1, *sizes[1:]]
+        with model.graph.inserting_after(node):
+            call = model.graph.call_method("reshape", (x, free))
+        node.replace_all_uses_with(call)
+        model.graph.erase_node(node)
+    model.graph.eliminate_dead_code()
+    model.recompile()
+    return model
 
 
 def _drop_allowzero(graph: Any, to_array: Any) -> None:

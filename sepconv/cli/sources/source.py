@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from sepconv._util import evaluating
 from sepconv.graph import ExampleInputs
-from sepconv.graph.compare import run
+from sepconv.graph.compare import difference, run
 
 Size = tuple[int, ...]  # of one input: [C, H, W]
 Preprocess = Callable[[Any], Tensor]  # of a Pillow image
+_ROUNDING = 1e-3  # between one batch and two
 
 
 def as_it_is(batch: Tensor) -> Any:
@@ -71,14 +73,14 @@ def only_batch(model: nn.Module, x: Tensor) -> int | None:
         model: Its graph may hold the number of samples that it was made with.
         x: [N, ...], which it takes.
     """
-    args = (torch.cat([x, x]),)
     try:
         with evaluating(model), torch.no_grad():
-            once, twice = run(model, (x,), {}), run(model, args, {})
+            once, other = run(model, (x,), {}), run(model, (-x,), {})
+            both = run(model, (torch.cat([x, -x]),), {})
+        apart = tree_map(lambda a, b: torch.cat([a, b]), once, other)
+        return None if difference(both, apart, _ROUNDING) is None else len(x)
     except Exception:  # whatever its code raises
         return len(x)
-    same = isinstance(once, Tensor) and isinstance(twice, Tensor)
-    return None if same and twice.shape[:1] == (2 * len(x),) else len(x)
 
 
 def sized(source: Source) -> Source:
