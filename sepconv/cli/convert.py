@@ -67,8 +67,7 @@ def _write(
 ) -> None:
     save(model, staged.path(options.output), source=source.name)
     if options.report is not None:
-        made: Any = report(model)
-        made.to_html(staged.path(options.report))
+        report(model).to_html(staged.path(options.report))
     write_exports(options, model, inputs, staged, result, source.batch is None)
     result.data["written"] = staged.commit()
     result.data["load"] = source.to_load(options.output)

@@ -4,7 +4,6 @@ import warnings
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconv._util import track
+from sepconv.cli.extras import needed
 from sepconv.cli.result import Result
 from sepconv.conversion.convert import convert
 from sepconv.sweeps.plot import draw
@@ -85,13 +85,7 @@ def load_digits() -> Digits:
     Raises:
         ValueError: scikit-learn is not installed.
     """
-    try:
-        datasets = import_module("sklearn.datasets")
-    except ImportError as error:
-        raise ValueError(
-            'demo: expected scikit-learn to be installed: pip install "sepconv[examples]"'
-        ) from error
-    data = datasets.load_digits()
+    data = needed("sklearn.datasets", "examples").load_digits()
     x = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
     y = torch.tensor(data.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))

@@ -200,7 +200,7 @@ def _original(parser: argparse.ArgumentParser) -> None:
         dest="original",
         metavar="SOURCE",
         help="of a FILE.safetensors: the model it was made from, where the file does not tell or "
-        "that is a MODULE:FUNCTION",
+        "that may run code (MODULE:FUNCTION, FILE.pt2)",
     )
 
 

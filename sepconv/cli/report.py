@@ -3,10 +3,9 @@
 from argparse import Namespace
 from math import prod
 from pathlib import Path
-from typing import Any
 
-from sepconv._util import closest
 from sepconv.cli.result import Result
+from sepconv.cli.sources.opening import check_exists
 from sepconv.cli.staging import Staged
 from sepconv.reports.conversion import Report
 from sepconv.reports.layer import LayerReport
@@ -19,9 +18,7 @@ _BOTH = ("before", "after")
 def run(options: Namespace) -> Result:
     """Print the report in a file; neither the original nor its code is needed."""
     path = Path(options.file)
-    if not path.is_file():
-        names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ValueError(f"{path}: there is no such file{closest(path.name, names)}")
+    check_exists(options.file)
     with Staged([options.html]) as staged:
         recipe = read_recipe(path)
         told = read_report(path) or _of_recipe(recipe)
@@ -33,8 +30,7 @@ def run(options: Namespace) -> Result:
         result = Result(data, [told])
         result.shown.append(f"made from {recipe.source or 'a model that the file does not name'}")
         if options.html is not None:
-            page: Any = told
-            page.to_html(staged.path(options.html))
+            told.to_html(staged.path(options.html))
             result.data["written"] = staged.commit()
             result.shown.append(f"wrote {options.html}")
     return result

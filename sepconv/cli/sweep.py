@@ -1,7 +1,6 @@
 """`sepconv sweep`: one model at several budgets."""
 
 from argparse import Namespace
-from importlib import import_module
 from typing import Any
 
 from sepconv.cli.inputs import SAMPLES, batches, example_inputs
@@ -9,11 +8,11 @@ from sepconv.cli.result import Result
 from sepconv.cli.sources.functions import function
 from sepconv.cli.sources.opening import open_source
 from sepconv.cli.staging import Staged
+from sepconv.sweeps.sweep import sweep
 
 
 def run(options: Namespace) -> Result:
     """Convert at each budget, and tell what each costs and keeps."""
-    sweep = import_module("sepconv.sweeps.sweep").sweep
     with Staged([options.plot]) as staged:
         evaluate = None if options.evaluate is None else function(options.evaluate, "--evaluate")
         source = open_source(options, converted=False)

@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -19,8 +19,6 @@ from sepconv.graph.state import check_copyable, trainable
 
 Kind = Literal["macs", "params", "latency"]
 Evaluate = Callable[[nn.Module], float]
-
-KINDS = ("macs", "params", "latency")
 
 _NOT_FOR_ONE = ("rank", "budget", "inplace", "dryrun", "optimizers")
 
@@ -63,8 +61,8 @@ class Budgets:
                     f"{name}: expected none where a model is converted to several budgets, "
                     f"got {options[name]!r}"
                 )
-        if kind not in KINDS:
-            raise ValueError(f"cost: expected {', '.join(KINDS)}, got {kind!r}")
+        if kind not in get_args(Kind):
+            raise ValueError(f"cost: expected {', '.join(get_args(Kind))}, got {kind!r}")
         self._choice, self._kind = Choice.of(**options), kind
         self._faster, self._effort, self._seed = only_if_faster, effort, seed
         check_options(self._choice, self._budget(1.0), example_inputs, only_if_faster)

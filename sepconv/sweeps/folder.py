@@ -43,7 +43,7 @@ class Folder:
         try:
             content = json.loads(where.read_text())
             known = content["format"] == FORMAT
-            options, points = content["options"], [Point(**point) for point in content["points"]]
+            options, points = dict(content["options"]), [*map(Point.from_dict, content["points"])]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{where}: expected what a sweep wrote, got something else") from error
         if not known:

@@ -1,5 +1,6 @@
 """A model at one budget: its score and its cost."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +60,19 @@ class Point:
             model=model,
         )
 
+    @staticmethod
+    def from_dict(told: Mapping[str, Any]) -> "Point":
+        """What `to_dict` gave, maybe from a file.
+
+        Raises:
+            TypeError: A value is not of its kind.
+        """
+        for name, value in told.items():
+            fits = isinstance(value, str) if name in ("device", "note") else _is_number(value)
+            if not (fits or (value is None and name != "budget")):
+                raise TypeError(f"{name}: expected a number or a text, got {value!r}")
+        return Point(**told)
+
     @property
     def found(self) -> bool:
         """Whether there is a model at this budget."""
@@ -68,3 +82,7 @@ class Point:
         """All but the model."""
         told = {name: value for name, value in vars(self).items() if name != "model"}
         return dict(told)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

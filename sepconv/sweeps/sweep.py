@@ -43,7 +43,8 @@ def sweep(
         budgets: Fractions in (0, 1] of the dense model's cost.
         cost: What they are of: `macs`, `params` or `latency`.
         path: A folder to keep each point and its model in; the same call then goes on where it was
-            stopped. The scores in it are not computed again: empty it where `evaluate` has changed.
+            stopped. The scores in it are not computed again: empty it where `evaluate` or the
+            calibration has changed.
         options: For `sepconv.convert`: `effort`, `exclude`, ...
 
     Returns:

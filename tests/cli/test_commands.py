@@ -69,8 +69,6 @@ def test_distill_with_what_does_not_fit(sepconv_, tmp_path: Path):
 
 
 def test_sweep(sepconv_, tmp_path: Path):
-    if not hasattr(sepconv, "sweep"):
-        pytest.skip("needs sepconv.sweep")
     ran = sepconv_(
         *("sweep", "cli.nets:small", "--budgets", "0.8,0.5,0.01", "--effort", "fast", *SHAPE),
         *("--calibration", "cli.nets:batches", "--evaluate", "cli.nets:score", "--json"),
@@ -129,11 +127,6 @@ def test_a_package_that_is_missing_is_a_note(monkeypatch):
     found = {f.name: f for f in findings(torch.device("cpu"))}
     assert found["onnxruntime"].status == "note"
     assert 'pip install "sepconv[onnx]"' in found["onnxruntime"].advice
-
-
-def test_demo_is_a_command(sepconv_):
-    told = sepconv_("demo", "--help").out
-    assert "--out FOLDER" in told
 
 
 def test_what_others_print_is_not_in_the_json(sepconv_, tmp_path: Path):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sepconv
 from sepconv.cli.inputs import example_inputs, preprocess
-from sepconv.cli.sources.opening import is_function, open_source
+from sepconv.cli.sources.opening import open_source, runs_code
 from sepconv.cli.sources.source import Source, only_batch
 from sepconv.graph.compare import difference
 
@@ -200,7 +200,9 @@ def test_a_saved_model(tmp_path: Path):
     program = exported(tmp_path, "net.pt2")
     model = sepconv.convert(opened(program).model, X, rank=2)
     sepconv.save(model, tmp_path / "out.safetensors", source=str(program))
-    source = opened(tmp_path / "out.safetensors")
+    with pytest.raises(ValueError, match="may run code and so is opened only where you name it"):
+        opened(tmp_path / "out.safetensors")
+    source = opened(tmp_path / "out.safetensors", original=str(program))
     assert same(source.model, model, X)
     assert source.size == (3, 12, 12)
 
@@ -215,19 +217,21 @@ def test_a_saved_model_of_a_function_is_named_again(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("source", "runs_code"),
+    ("source", "expected"),
     [
         ("timm:resnet18", False),
         ("hf:folder", False),
-        ("net.pt2", False),
+        ("net.pt2", True),
+        ("timm:a.pt2", False),
+        ("net.onnx", False),
         ("a:b.onnx", False),
         ("os:system", True),
         ("timmy:resnet18", True),
         ("a:b.safetensors", True),
     ],
 )
-def test_what_names_code(source: str, runs_code: bool):
-    assert is_function(source) == runs_code
+def test_what_may_run_code(source: str, expected: bool):
+    assert runs_code(source) == expected
 
 
 @pytest.mark.parametrize("wrapped", [None, "state_dict", "model"])
@@ -256,7 +260,7 @@ def test_weights_that_do_not_fit(tmp_path: Path):
             "1 of 17 are missing and 0 are unknown, as 3.bias",
         ),
         "c.pth": ({**state, "3.bias": torch.zeros(3)}, r"3.bias: expected \[16\], got \[3\]"),
-        "d.pth": ([1, 2], "expected a state_dict"),
+        "d.pth": ([1, 2], "expected a mapping of names to tensors, got list"),
     }
     for name, (content, message) in wrong.items():
         torch.save(content, tmp_path / name)

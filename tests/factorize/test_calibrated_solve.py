@@ -196,3 +196,13 @@ def test_what_is_zero_stays_and_can_learn(generator: torch.Generator) -> None:
     made = factors.balanced()
     assert torch.equal(made.filters, factors.filters)
     assert torch.equal(made.mixing, factors.mixing)
+
+
+def test_moments_of_many_numbers_are_those_of_few_in_blocks() -> None:
+    """Products are made by blocks of one triangle there."""
+    x = torch.randn(50, 900, generator=torch.Generator().manual_seed(0))
+    moments = Moments()
+    moments.add(x, x[:, :3])
+    centred = x.double() - x.double().mean(0)
+    torch.testing.assert_close(moments.covariance, centred.T @ centred / 50, rtol=1e-5, atol=1e-6)
+    assert torch.equal(moments.covariance, moments.covariance.T)

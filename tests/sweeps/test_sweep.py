@@ -103,12 +103,23 @@ def test_a_sweep_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         swept(stops)
 
 
-def test_a_folder_of_something_else(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text("{}")
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "nothing",
+        '{"format": "sepconv-sweep", "options": {}, "points": [{"budget": "x"}]}',
+        '{"format": "sepconv-sweep", "options": {}, "points": [{"budget": 0.9, "score": "x"}]}',
+        '{"format": "sepconv-sweep", "options": {}, "points": [{"budget": 0.9, "other": 1}]}',
+        '{"format": "sepconv-sweep", "options": 3, "points": []}',
+    ],
+)
+def test_a_folder_of_something_else(content: str, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(content)
     net, x = network(), inputs()
     with pytest.raises(ValueError, match="expected what a sweep wrote"):
         sepconv.sweep(net, x[:1], budgets=(0.9,), path=tmp_path)
-    assert (tmp_path / FILE).read_text() == "{}"
+    assert (tmp_path / FILE).read_text() == content
 
 
 def points() -> Sweep:

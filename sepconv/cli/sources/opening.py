@@ -3,11 +3,9 @@
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from sepconv._util import closest
 from sepconv.cli.sources.exported import open_exported
@@ -16,6 +14,7 @@ from sepconv.cli.sources.onnx_file import open_onnx
 from sepconv.cli.sources.source import Source
 from sepconv.cli.sources.transformers_folder import open_transformers
 from sepconv.cli.sources.zoos import open_timm, open_torchvision
+from sepconv.mobilenet.checkpoints.files import read_tensors
 from sepconv.saving.files import load, read_recipe
 
 Open = Callable[[str, bool], Source]  # a name, and whether its trained weights are wanted
@@ -108,20 +107,26 @@ def _open_saved(path: str, original: str | None) -> Source:
         raise ValueError(
             f"{path}: does not tell what model it was made from; name it: --source SOURCE"
         )
-    if original is None and is_function(named):
+    if original is None and runs_code(named):
         raise ValueError(
-            f"{path}: was made from {named}, code that is run only where you name it: "
-            f"--source {named}"
+            f"{path}: was made from {named}, which may run code and so is opened only where you "
+            f"name it: --source {named}"
         )
     source = _open_original(named, trained=False)
     source.model = load(path, lambda: source.model)
     return source
 
 
-def is_function(named: str) -> bool:
-    """Whether a SOURCE is a MODULE:FUNCTION, whose code would be run."""
+def runs_code(named: str) -> bool:
+    """Whether opening a SOURCE may run code that comes with it.
+
+    That is a MODULE:FUNCTION; and a .pt2, for `torch.export.load` unpickles and evaluates text.
+    """
     prefix, colon, _ = named.partition(":")
-    return bool(colon) and prefix not in _PREFIXES and Path(named).suffix not in _SUFFIXES
+    suffix = Path(named).suffix
+    if prefix in _PREFIXES and colon:
+        return False
+    return suffix == ".pt2" or (bool(colon) and suffix not in _SUFFIXES)
 
 
 def check_exists(path: str) -> None:
@@ -133,23 +138,13 @@ def check_exists(path: str) -> None:
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
-    """Load a file of weights, alone or as the `state_dict`, `model` or `state_dict_ema` of one."""
+    """Load a file of weights, alone or as the state_dict in a training checkpoint."""
     check_exists(str(path))
     try:
-        if path.suffix == _SAVED:
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # whatever torch and safetensors make of the file
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"--weights: expected a file of weights, got {path}: {told}") from error
-    for key in ("state_dict", "model", "state_dict_ema"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"--weights: expected a state_dict in {path}, got {type(state).__name__}")
+        state = {name: torch.as_tensor(value) for name, value in read_tensors(path).values.items()}
+    except (ValueError, TypeError, RuntimeError) as error:
+        told = str(error).splitlines()[0]
+        raise ValueError(f"--weights: expected a file of weights: {told}") from error
     own = model.state_dict()
     missing = [name for name in own if name not in state]
     unknown = [name for name in state if name not in own]

@@ -7,6 +7,9 @@ from typing import Any
 from sepconv.cli.extras import needed
 from sepconv.cli.sources.source import Preprocess, Size, Source, quoted
 
+# Else transformers asks at the terminal whether code that a config names may run.
+_SAFELY = {"local_files_only": True, "trust_remote_code": False}
+
 
 def open_transformers(folder: str, trained: bool) -> Source:
     """A model of transformers in a local folder; nothing is fetched, no code of the folder runs.
@@ -26,8 +29,8 @@ def open_transformers(folder: str, trained: bool) -> Source:
             f"{transformers.__version__}, got {names}"
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        model = kind.from_pretrained(folder, local_files_only=True) if trained else kind(config)
+        config = transformers.AutoConfig.from_pretrained(folder, **_SAFELY)
+        model = kind.from_pretrained(folder, **_SAFELY) if trained else kind(config)
     except Exception as error:  # whatever transformers makes of damaged files
         told = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"SOURCE: hf:{folder}: {told}") from error
@@ -65,7 +68,7 @@ def _architectures(config: Path) -> list[str]:
 
 
 def _prepare(transformers: Any, folder: str, name: str) -> Preprocess:
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, **_SAFELY)
     return lambda image: processor(images=image, return_tensors="pt")[name][0]
 
 
