@@ -47,6 +47,15 @@ def closest(name: str, choices: Iterable[str]) -> str:
     return f", did you mean {', '.join(map(repr, near))}?" if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    r"""What an error says, in one line; its kind where it says nothing.
+
+    >>> first_line(ValueError("a\nb")), first_line(KeyError())
+    ('a', 'KeyError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
     """Iterate over `items` with a progress bar on standard error where that is a terminal.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from sepconv._util import first_line
 from sepconv.cli.extras import needed
 from sepconv.cli.result import Result
 from sepconv.cli.staging import Staged
@@ -88,8 +89,9 @@ def exported(
         with _no_logs():
             return torch.export.export(model, args, kwargs)
     except Exception as error:  # of anybody's code
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"--onnx, --pt2: torch.export cannot take the model: {told}") from error
+        raise ValueError(
+            f"--onnx, --pt2: torch.export cannot take the model: {first_line(error)}"
+        ) from error
 
 
 @contextmanager
@@ -131,8 +133,9 @@ def _write_onnx(program: torch.export.ExportedProgram, check: Check, path: Path)
         assert made is not None, "dynamo=True"
         made.save(path, external_data=False)
     except Exception as error:  # an operator without a form in ONNX, a file above 2 GB
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"--onnx: torch.onnx cannot write the model: {told}") from error
+        raise ValueError(
+            f"--onnx: torch.onnx cannot write the model: {first_line(error)}"
+        ) from error
     told_of: dict[str, Any] = {
         "format": "ONNX",
         "inputs": _inputs(program),

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from sepconv._util import first_line
+
 
 def needed(module: str, extra: str) -> Any:
     """Import a module of another package.
@@ -27,8 +29,8 @@ def needed(module: str, extra: str) -> Any:
         ) from error
     # An extension that was built for another torch fails in ways of its own.
     except Exception as error:
-        told = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ValueError(
-            f"{package} is installed, but its import fails: {type(error).__name__}: {told}; it "
-            f"needs builds, of itself and of what it stands on, for torch {torch.__version__}"
+            f"{package} is installed, but its import fails: {type(error).__name__}: "
+            f"{first_line(error)}; it needs builds, of itself and of what it stands on, for torch "
+            f"{torch.__version__}"
         ) from error

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from sepconv._util import first_line
 from sepconv._version import __version__
 from sepconv.cli.selftest import Outcome, self_test
 from sepconv.ops import choice, choice_files
@@ -192,8 +193,8 @@ def optional() -> Iterator[Finding]:
         try:
             import_module(module)
         except Exception as error:  # an extension that was built for another torch
-            told = (str(error).strip() or type(error).__name__).splitlines()[0]
             advice = f"install the torchvision that was built with torch {torch.__version__}"
-            yield Finding(package, "note", f"{version}, whose import fails: {told}", advice)
+            told = f"{version}, whose import fails: {first_line(error)}"
+            yield Finding(package, "note", told, advice)
         else:
             yield Finding(package, "good", version)

@@ -13,7 +13,7 @@ from sepconv.cli.options import COMMANDS
 _SOURCES = """
 SOURCE is a model:
   timm:NAME            a model of timm with its trained weights, as timm:resnet18
-  torchvision:NAME     a model of torchvision, likewise
+  torchvision:NAME     a model of torchvision, likewise; NAME,num_classes=10: with an argument
   hf:FOLDER            a model of transformers in a local folder
   MODULE:FUNCTION      what a function of yours returns, called without arguments
   FILE.pt2             a program that torch.export saved

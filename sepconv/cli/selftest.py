@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sepconv import ops
+from sepconv._util import first_line
 from sepconv.ops.backend import backend, can_run_kernels
 
 # Of rounding, times what the absolute values of all products add up to.
@@ -96,9 +97,8 @@ def _outcome(call: _Call, dtype: torch.dtype, device: torch.device) -> Outcome:
     try:
         got = _with_gradients(call.ours, [t.to(device) for t in given])
     except Exception as error:  # of a compiler, a driver, a kernel
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
         seconds = time.perf_counter() - start
-        return Outcome(name, float("inf"), seconds, f"{type(error).__name__}: {told}")
+        return Outcome(name, float("inf"), seconds, f"{type(error).__name__}: {first_line(error)}")
     seconds = time.perf_counter() - start
     expected = _with_gradients(call.theirs, [t.double() for t in given])
     # What rounding is a share of: the same sums without signs.

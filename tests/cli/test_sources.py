@@ -13,6 +13,7 @@ import sepconv
 from sepconv.cli.inputs import example_inputs, preprocess
 from sepconv.cli.sources.opening import open_source, runs_code
 from sepconv.cli.sources.source import Source, only_batch
+from sepconv.cli.sources.zoos import parsed
 from sepconv.graph.compare import difference
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))
@@ -142,6 +143,31 @@ def test_a_model_of_timm():
         assert tuple(preprocess(source, options)(image).shape) == size
     with pytest.raises(ValueError, match=r"expected a model of timm .*, did you mean 'resnet18'"):
         opened("timm:resnet-18")
+
+
+@pytest.mark.parametrize("named", ["timm:test_resnet", "torchvision:shufflenet_v2_x0_5"])
+def test_a_model_of_other_classes(named: str, tmp_path: Path):
+    zoo(named.partition(":")[0])
+    weights = str(tmp_path / "tuned.pth")
+    tuned = opened(f"{named},num_classes=10", untrained=True)
+    torch.save(tuned.model.state_dict(), weights)
+    with pytest.raises(ValueError, match=rf"of another number of classes: {named},num_classes=10"):
+        opened(named, weights=weights)
+    again = opened(f"{named},num_classes=10", weights=weights)
+    assert same(again.model, tuned.model, X.repeat(1, 1, 4, 4))
+    built(again).load_state_dict(tuned.model.state_dict())
+    with pytest.raises(ValueError, match=r"SOURCE: .* unexpected keyword argument 'num_clases'"):
+        opened(f"{named},num_clases=10", untrained=True)
+    # timm would give trained weights a random classifier; torchvision refuses.
+    with pytest.raises(ValueError, match="--weights FILE, or --untrained"):
+        opened(f"{named},num_classes=10")
+
+
+@pytest.mark.parametrize("argument", ["checkpoint_path=a.pth", "num_classes", "10", "a-b=3", "="])
+def test_arguments_are_numbers(argument: str):
+    """A file names its source, and must not make it read another file."""
+    with pytest.raises(ValueError, match="expected NAME=NUMBER, as in num_classes=10"):
+        parsed(f"resnet18,{argument}")
 
 
 def test_a_model_of_torchvision():

@@ -5,9 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from sepconv._util import closest
+from sepconv._util import closest, first_line
 from sepconv.cli.sources.exported import open_exported
 from sepconv.cli.sources.functions import open_function
 from sepconv.cli.sources.onnx_file import open_onnx
@@ -57,7 +56,7 @@ def open_source(options: Namespace, *, trained: bool = True, converted: bool = T
     else:
         source = _open_original(options.source, fetch)
     if weights is not None:
-        _load_weights(source.model, Path(weights))
+        _load_weights(source, Path(weights))
     for module in source.model.modules():
         module.training = False  # exported programs refuse `eval()`
     source.model.to(device)
@@ -77,8 +76,9 @@ def chosen_device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     # torch has an error of its own for each way in which a device can be missing.
     except (RuntimeError, AssertionError) as error:
-        told = str(error).splitlines()[0]
-        raise ValueError(f"--device: expected one that works here, got {name!r}: {told}") from error
+        raise ValueError(
+            f"--device: expected one that works here, got {name!r}: {first_line(error)}"
+        ) from error
     return device
 
 
@@ -137,15 +137,14 @@ def check_exists(path: str) -> None:
         raise ValueError(f"{path}: there is no such file{closest(Path(path).name, names)}")
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
+def _load_weights(source: Source, path: Path) -> None:
     """Load a file of weights, alone or as the state_dict in a training checkpoint."""
     check_exists(str(path))
     try:
         state = {name: torch.as_tensor(value) for name, value in read_tensors(path).values.items()}
     except (ValueError, TypeError, RuntimeError) as error:
-        told = str(error).splitlines()[0]
-        raise ValueError(f"--weights: expected a file of weights: {told}") from error
-    own = model.state_dict()
+        raise ValueError(f"--weights: expected a file of weights: {first_line(error)}") from error
+    own = source.model.state_dict()
     missing = [name for name in own if name not in state]
     unknown = [name for name in state if name not in own]
     if missing or unknown:
@@ -154,9 +153,11 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             f"--weights: expected the tensors of the model, got {path}: {len(missing)} of "
             f"{len(own)} are missing and {len(unknown)} are unknown, as {first}"
         )
-    for name, value in state.items():
-        if value.shape != own[name].shape:
-            raise ValueError(
-                f"--weights: {name}: expected {list(own[name].shape)}, got {list(value.shape)}"
-            )
-    model.load_state_dict(state)
+    wrong = [name for name, value in state.items() if value.shape != own[name].shape]
+    if wrong:
+        expected, got = own[wrong[0]].shape, state[wrong[0]].shape
+        hint = ""
+        if source.name.startswith(("timm:", "torchvision:")) and expected[1:] == got[1:]:
+            hint = f"; of another number of classes: {source.name},num_classes={got[0]}"
+        raise ValueError(f"--weights: {wrong[0]}: expected {list(expected)}, got {list(got)}{hint}")
+    source.model.load_state_dict(state)

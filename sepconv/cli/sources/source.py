@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from sepconv._util import evaluating
+from sepconv._util import evaluating, first_line
 from sepconv.graph import ExampleInputs
 from sepconv.graph.compare import difference, run
 
@@ -93,5 +93,4 @@ def sized(source: Source) -> Source:
 
 def unreadable(path: str, expected: str, error: Exception) -> ValueError:
     """An error of a file that holds something else, or is damaged."""
-    told = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ValueError(f"SOURCE: expected {expected}, got {Path(path).name}: {told}")
+    return ValueError(f"SOURCE: expected {expected}, got {Path(path).name}: {first_line(error)}")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sepconv._util import first_line
 from sepconv.cli.extras import needed
 from sepconv.cli.sources.source import Preprocess, Size, Source, quoted
 
@@ -32,8 +33,7 @@ def open_transformers(folder: str, trained: bool) -> Source:
         config = transformers.AutoConfig.from_pretrained(folder, **_SAFELY)
         model = kind.from_pretrained(folder, **_SAFELY) if trained else kind(config)
     except Exception as error:  # whatever transformers makes of damaged files
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"SOURCE: hf:{folder}: {told}") from error
+        raise ValueError(f"SOURCE: hf:{folder}: {first_line(error)}") from error
     name = str(getattr(model, "main_input_name", "pixel_values"))
     source = Source(
         f"hf:{folder}",
