@@ -223,6 +223,8 @@ class OperationRecorder(TorchDispatchMode):
     def _add(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name, module = self._running[-1]
         kind = "recurrent" if isinstance(module, _RECURRENT) else _kind(func, args)
+        if kind == "linear" and module is not None and _mixes_channels(module):
+            kind = "pointwise"
         operands = _tensors((args, kwargs))
         before = self.layers.get((name, kind), LayerCost(name, kind))
         self.layers[name, kind] = replace(
@@ -263,6 +265,15 @@ def _kind(func: Any, args: Sequence[Any]) -> str:
         "_transformer_encoder_layer_fwd": "attention",
     }
     return named.get(name, "attention" if "attention" in name else "other")
+
+
+def _mixes_channels(module: nn.Module) -> bool:
+    """Whether a module has the weight of a 1x1 convolution, which may run as a matrix product."""
+    return any(map(_is_pointwise, module.parameters(recurse=False)))
+
+
+def _is_pointwise(weight: Tensor) -> bool:
+    return weight.dim() == 4 and weight.shape[2:] == (1, 1) and weight.shape[1] > 1
 
 
 def _recurrent_macs(x: Tensor, weights: Iterable[Tensor]) -> int:
@@ -344,6 +355,8 @@ def _kind_of_param(
     for kind in kinds:
         if param.shape in recorder.operand_shapes[name, kind]:
             return kind
+    if "pointwise" in kinds and _is_pointwise(param):
+        return "pointwise"
     return kinds[0]
 
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sepconv.counting import OperationRecorder, cost
 from sepconv.graph import capture
+from sepconv.nn import SeparableConv2d
 
 aten = torch.ops.aten
 
@@ -113,6 +114,17 @@ def test_two_kinds_in_one_module():
     }
     assert total.by_layer[""].kind == "depthwise+pointwise"
     assert total.by_layer[""].macs == total.macs
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_separable_layer_is_depthwise_and_pointwise(rank: int):
+    """At several filters per channel the op takes the filters in turn, and matrix products."""
+    layer = SeparableConv2d(4, 6, 3, channel_multiplier=rank)
+    total = cost(layer, torch.zeros(1, 4, 7, 7))
+    assert {kind: (one.macs, one.params) for kind, one in total.by_type.items()} == {
+        "depthwise": (rank * 4 * 9 * 25, rank * 4 * 9),
+        "pointwise": (rank * 4 * 6 * 25, rank * 4 * 6 + 6),
+    }
 
 
 def test_transposed_and_attention():

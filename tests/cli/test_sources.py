@@ -233,6 +233,13 @@ def test_a_saved_model(tmp_path: Path):
     assert source.size == (3, 12, 12)
 
 
+def test_a_saved_model_knows_the_size_that_it_was_converted_for(sepconv_, tmp_path: Path):
+    words = ("cli.nets:small", "--input", "1x3x20x24", "--rank", "2")
+    assert sepconv_("convert", *words, "-o", str(tmp_path / "out.safetensors")).code == 0
+    source = opened(tmp_path / "out.safetensors", original="cli.nets:small")
+    assert source.size == (3, 20, 24)
+
+
 def test_a_saved_model_of_a_function_is_named_again(tmp_path: Path):
     path = saved(tmp_path / "out.safetensors", "cli.nets:fails")
     with pytest.raises(ValueError, match=r"only where you name it: --source cli\.nets:fails"):

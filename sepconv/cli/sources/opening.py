@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 
 from sepconv._util import closest, first_line
+from sepconv.cli.arguments import shape
 from sepconv.cli.sources.exported import open_exported
 from sepconv.cli.sources.functions import open_function
 from sepconv.cli.sources.onnx_file import open_onnx
-from sepconv.cli.sources.source import Source
+from sepconv.cli.sources.source import Source, as_it_is
 from sepconv.cli.sources.transformers_folder import open_transformers
 from sepconv.cli.sources.zoos import open_timm, open_torchvision
 from sepconv.mobilenet.checkpoints.files import read_tensors
-from sepconv.saving.files import load, read_recipe
+from sepconv.saving.files import load, read_recipe, read_report
 
 Open = Callable[[str, bool], Source]  # a name, and whether its trained weights are wanted
 
@@ -114,7 +115,19 @@ def _open_saved(path: str, original: str | None) -> Source:
         )
     source = _open_original(named, trained=False)
     source.model = load(path, lambda: source.model)
+    _take_size(source, path)
     return source
+
+
+def _take_size(source: Source, path: str) -> None:
+    """The size of the inputs that the model was converted for, if that was one batch of numbers."""
+    told = read_report(path)
+    shapes = [] if told is None else told.settings.get("example_inputs", [])
+    is_batch = source.size is not None or source.wrap is as_it_is
+    if source.example is None and is_batch and len(shapes) == 1:
+        sizes, _, dtype = str(shapes[0]).partition(" ")
+        if "float" in dtype and "x" in sizes:
+            source.size = shape(sizes)[1:]
 
 
 def runs_code(named: str) -> bool:
