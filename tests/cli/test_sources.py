@@ -15,6 +15,7 @@ from sepconv.cli.sources.opening import open_source, runs_code
 from sepconv.cli.sources.source import Source, only_batch
 from sepconv.cli.sources.zoos import parsed
 from sepconv.graph.compare import difference
+from sepconv.saving.files import read_report
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))
 
@@ -158,12 +159,17 @@ def test_a_model_of_other_classes(named: str, tmp_path: Path):
     built(again).load_state_dict(tuned.model.state_dict())
     with pytest.raises(ValueError, match=r"SOURCE: .* unexpected keyword argument 'num_clases'"):
         opened(f"{named},num_clases=10", untrained=True)
+    argument = "pretrained" if named.startswith("timm") else "weights"
+    with pytest.raises(ValueError, match=r"SOURCE: .* multiple values for keyword argument"):
+        opened(f"{named},{argument}=1", untrained=True)
     # timm would give trained weights a random classifier; torchvision refuses.
     with pytest.raises(ValueError, match="--weights FILE, or --untrained"):
         opened(f"{named},num_classes=10")
 
 
-@pytest.mark.parametrize("argument", ["checkpoint_path=a.pth", "num_classes", "10", "a-b=3", "="])
+@pytest.mark.parametrize(
+    "argument", ["checkpoint_path=a.pth", "num_classes", "10", "a-b=3", "=", "a=" + "(" * 999]
+)
 def test_arguments_are_numbers(argument: str):
     """A file names its source, and must not make it read another file."""
     with pytest.raises(ValueError, match="expected NAME=NUMBER, as in num_classes=10"):
@@ -238,6 +244,19 @@ def test_a_saved_model_knows_the_size_that_it_was_converted_for(sepconv_, tmp_pa
     assert sepconv_("convert", *words, "-o", str(tmp_path / "out.safetensors")).code == 0
     source = opened(tmp_path / "out.safetensors", original="cli.nets:small")
     assert source.size == (3, 20, 24)
+
+
+@pytest.mark.parametrize(
+    "told", [None, 3, [3], ["0x3 float32"], ["ax3 float32"], ["1x8 int64"], ["3 float32"]]
+)
+def test_sizes_that_a_file_tells_are_checked(told: object, tmp_path: Path):
+    model = sepconv.convert(small().eval(), X, rank=2)
+    sepconv.report(model).settings["example_inputs"] = told
+    sepconv.save(model, tmp_path / "out.safetensors")
+    kept = read_report(tmp_path / "out.safetensors")
+    assert kept is not None
+    assert kept.settings["example_inputs"] == told
+    assert opened(tmp_path / "out.safetensors", original="cli.nets:small").size is None
 
 
 def test_a_saved_model_of_a_function_is_named_again(tmp_path: Path):

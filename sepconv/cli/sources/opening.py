@@ -1,5 +1,6 @@
 """`open_source`: the model that the command line names."""
 
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ _PREFIXES: dict[str, Open] = {
 }
 _SUFFIXES: dict[str, Open] = {".pt2": open_exported, ".onnx": open_onnx}
 _SAVED = ".safetensors"
+_ONE_BATCH = re.compile(r"[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})+ b?float[0-9]+")  # as reports say it
 _KINDS = (
     "timm:NAME, torchvision:NAME, hf:FOLDER, MODULE:FUNCTION, or a file .pt2, .onnx or .safetensors"
 )
@@ -122,12 +124,12 @@ def _open_saved(path: str, original: str | None) -> Source:
 def _take_size(source: Source, path: str) -> None:
     """The size of the inputs that the model was converted for, if that was one batch of numbers."""
     told = read_report(path)
-    shapes = [] if told is None else told.settings.get("example_inputs", [])
     is_batch = source.size is not None or source.wrap is as_it_is
-    if source.example is None and is_batch and len(shapes) == 1:
-        sizes, _, dtype = str(shapes[0]).partition(" ")
-        if "float" in dtype and "x" in sizes:
-            source.size = shape(sizes)[1:]
+    if told is None or source.example is not None or not is_batch:
+        return
+    match told.settings.get("example_inputs"):
+        case [str(only)] if _ONE_BATCH.fullmatch(only):
+            source.size = shape(only.partition(" ")[0])[1:]
 
 
 def runs_code(named: str) -> bool:

@@ -5,7 +5,6 @@ NAME may go on with arguments of the model: timm:resnet18,num_classes=10.
 
 import ast
 from collections.abc import Callable
-from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -34,9 +33,7 @@ def open_timm(named: str, trained: bool) -> Source:
             f"timm:{named}: no trained weights are to be had with {classes} classes; give "
             "--weights FILE, or --untrained to see costs and times alone"
         )
-    model = _made(
-        f"timm:{named}", partial(timm.create_model, name, pretrained=trained, **arguments)
-    )
+    model = _made(f"timm:{named}", lambda: timm.create_model(name, pretrained=trained, **arguments))
     config = timm.data.resolve_data_config({}, model=model)
 
     def preprocessing(size: Size | None) -> Preprocess:
@@ -70,8 +67,10 @@ def open_torchvision(named: str, trained: bool) -> Source:
         raise ValueError(f"torchvision:{name}: has no trained weights; give --weights FILE")
     if "weights_backbone" in signature(models.get_model_builder(name)).parameters:
         arguments = {"weights_backbone": None, **arguments}
-    make = partial(models.get_model, name, weights=weights if trained else None, **arguments)
-    model = _made(f"torchvision:{named}", make)
+    wanted = weights if trained else None
+    model = _made(
+        f"torchvision:{named}", lambda: models.get_model(name, weights=wanted, **arguments)
+    )
     source = Source(
         f"torchvision:{named}",
         model,
@@ -120,7 +119,7 @@ def parsed(named: str) -> tuple[str, dict[str, Any]]:
         key, _, text = other.partition("=")
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except Exception:  # of Python's parser, which has many
             value = text
         if not key.isidentifier() or not isinstance(value, int | float | None):
             raise ValueError(
