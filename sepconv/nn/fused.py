@@ -14,6 +14,7 @@ from sepconv.ops.autocast import is_autocasting
 from sepconv.ops.layout import side_by_side
 from sepconv.ops.onednn import PackedConv2d, activate_, usable
 from sepconv.ops.stem import stem_conv2d, stem_takes
+from sepconv.ops.strips import StripedSeparableConv2d
 
 _NO_PADDING = (0, 0, 0, 0)
 _PACKED_ROWS = 32  # of a matrix product; below it there is nothing to win
@@ -186,16 +187,21 @@ class FusedSeparableConv2d(_FusedConvolution):
         self._packable = channels_last and stride[0] == stride[1] and dilation == (1, 1)
         self._packed_dw = PackedConv2d(stride[0], len(weight_dw))
         self._packed_pw = PackedConv2d(1, 1)
+        self._strips = StripedSeparableConv2d(stride[0])
 
     def _run(self, x: Tensor, residual: Any) -> Tensor:
         # Read as attributes: that is all that the replicas of nn.DataParallel have.
         dw, pw, bias_dw, bias_pw = self.weight_dw, self.weight_pw, self.bias_dw, self.bias_pw
         top, bottom, left, right = sides = self._sides(x, dw)
-        # Several filters per channel leave oneDNN's fast path; the op goes around that.
-        packable = self._packable and len(dw) == x.shape[1] and usable(x, dw, pw, bias_dw, bias_pw)
-        if packable and self._packed_dw.takes(dw) and self._packed_pw.takes(pw):
-            z = self._packed_dw(x, dw, bias_dw, sides, self.activation_mid)
-            return self._packed_pw(z, pw, bias_pw, _NO_PADDING, self.activation, residual)
+        if self._packable and usable(x, dw, pw, bias_dw, bias_pw):
+            # Several filters per channel leave oneDNN's fast path; strips go around that.
+            if self._strips.takes(x, dw, pw, sides):
+                activations = (self.activation_mid, self.activation)
+                return self._strips(x, dw, pw, bias_dw, bias_pw, sides, *activations, residual)
+            one_each = len(dw) == x.shape[1]
+            if one_each and self._packed_dw.takes(dw) and self._packed_pw.takes(pw):
+                z = self._packed_dw(x, dw, bias_dw, sides, self.activation_mid)
+                return self._packed_pw(z, pw, bias_pw, _NO_PADDING, self.activation, residual)
 
         inside = None
         if residual is not None:

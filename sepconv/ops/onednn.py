@@ -5,7 +5,7 @@
 that need none. Their fused relu and relu6 turn NaN into 0, so those two run in place afterwards.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu6": lambda y: F.hardtanh_(y, 0.0, 6.0),
     "silu": lambda y: F.silu(y, inplace=True),
     "hardswish": lambda y: F.hardswish(y, inplace=True),
-    "gelu": F.gelu,
+    "gelu": torch.ops.aten.gelu_.default,
 }
 _MOST_SHAPES = 4  # of inputs that a convolution keeps packed weights for
 _KINDS = (Tensor, nn.Parameter)
@@ -39,7 +39,10 @@ def _operators() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
         return None
     try:
         namespace: Any = torch.ops.mkldnn
-        return namespace._reorder_convolution_weight, namespace._convolution_pointwise
+        return (
+            namespace._reorder_convolution_weight.default,
+            namespace._convolution_pointwise.default,
+        )
     except AttributeError:
         return None
 
@@ -76,16 +79,27 @@ def usable(x: Tensor, *parameters: Tensor | None) -> bool:
     )
 
 
-class _Made(NamedTuple):
-    """What was packed, by shape of the input, and from which weight."""
+class Source(NamedTuple):
+    """Which weight something was made from, and when."""
 
-    source: Tensor
+    weight: Tensor
     version: int
-    packed: dict[Any, Tensor]
+
+    @staticmethod
+    def of(weight: Tensor) -> "Source":
+        """Note this weight. An alias keeps its storage alive: no other can take its address."""
+        return Source(weight.detach(), weight._version)
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether it is this weight, not written to since."""
-        return self.source.data_ptr() == weight.data_ptr() and self.version == weight._version
+        return self.weight.data_ptr() == weight.data_ptr() and self.version == weight._version
+
+
+class _Made(NamedTuple):
+    """What was packed, by shape of the input."""
+
+    source: Source
+    packed: dict[Any, Tensor]
 
 
 class PackedConv2d:
@@ -117,20 +131,11 @@ class PackedConv2d:
         return PackedConv2d, (self._stride, self._groups)
 
     def takes(self, weight: Tensor) -> bool:
-        """Whether this weight can be packed. It is asked before each call, and looks for changes.
-
-        A tensor made in inference mode does not tell when it is written to.
-        """
-        if self._made is None or not self._made.is_of(weight):
-            if not (
-                type(weight) in _KINDS
-                and weight.is_cpu
-                and weight.dtype is torch.float32
-                and not weight.is_inference()
-            ):
+        """Whether this weight can be packed. Asked before each call, it looks for changes."""
+        if self._made is None or not self._made.source.is_of(weight):
+            if not packs(weight):
                 return False
-            # An alias keeps the storage alive, so that no other weight can take its address.
-            self._made = _Made(weight.detach(), weight._version, {})
+            self._made = _Made(Source.of(weight), {})
         return True
 
     def __call__(
@@ -186,6 +191,43 @@ class PackedConv2d:
         return packed
 
 
+def packs(weight: Tensor) -> bool:
+    """Whether this weight can be packed. One made in inference mode does not tell of changes."""
+    return (
+        type(weight) in _KINDS
+        and weight.is_cpu
+        and weight.dtype is torch.float32
+        and not weight.is_inference()
+    )
+
+
+def pack_depthwise(weight: Tensor, stride: int, shape: Sequence[int]) -> Tensor:
+    """One filter per channel `[C, 1, R, S]` as `depthwise` takes it.
+
+    Its layout is the same for inputs of all shapes; one is asked for all the same.
+    """
+    assert _OPERATORS is not None
+    padding = [taps // 2 for taps in weight.shape[2:]]
+    return _OPERATORS[0](weight, padding, [stride] * 2, [1, 1], len(weight), list(shape))
+
+
+def depthwise(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    padding: Sequence[int],
+    stride: int,
+    activation: str | None,
+) -> Tensor:
+    """Return `activation(x * weight + bias)`, channels_last as x, with `packed` filters."""
+    assert _OPERATORS is not None
+    fuses = activation in _FUSED
+    fused = _FUSED[activation if fuses else None]
+    settings = (padding, [stride] * 2, [1, 1], x.shape[1])
+    y = _OPERATORS[1](x, packed, bias, *settings, *fused)
+    return y if fuses else activate_(y, activation)
+
+
 def activate_(y: Tensor, activation: str | None) -> Tensor:
-    """Activate a fresh tensor that nobody else reads, in place where torch can."""
+    """Activate a fresh tensor that nobody else reads, in place."""
     return y if activation is None else _IN_PLACE[activation](y)
