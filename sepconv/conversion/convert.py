@@ -13,7 +13,8 @@ from sepconv.calibration.effort import Effort, check_effort
 from sepconv.calibration.layers import Forms
 from sepconv.calibration.refine import Fitted
 from sepconv.conversion.apply import apply_plan, factored, weight_error
-from sepconv.conversion.costs import device_name, forward_seconds
+from sepconv.conversion.confirm import confirmed
+from sepconv.conversion.costs import as_run, device_name, forward_seconds
 from sepconv.conversion.optimizers import check_optimizers, update_optimizers
 from sepconv.conversion.options import Budget, Choice, FilterFn, RankChoice, check_options
 from sepconv.conversion.plan import Plan, forms_asked, plan_for, warn_unless_within
@@ -81,9 +82,10 @@ def convert(
             `Form` with `rank_in` or that a budget is planned for; False, none. Default: those
             that a mapping of ranks names, without wildcards, with such a form; and with a budget
             all, if there is `calibration` or it cannot be reached otherwise.
-        only_if_faster: Keep a layer dense unless its separable form measures faster. Where that
-            breaks a budget of multiply-adds or parameters, it is planned again with the forms that
-            are faster, as near to the budget as these come; a warning says how near.
+        only_if_faster: Keep a layer dense unless its separable form measures faster, both as
+            `sepconv.fuse` leaves them. Where that breaks a budget of multiply-adds or parameters,
+            it is planned again with the forms that are faster, as near to the budget as these
+            come; a warning says how near.
         optimizers: Optimizers over the model's parameters; they will train the result's.
         inplace: Change `model` itself instead of a copy.
         dryrun: Return the `sepconv.Report` of what would be done, and do nothing.
@@ -133,6 +135,10 @@ def convert(
     return carry_out(ready, budget, start, only_if_faster, inplace, dryrun, listed)
 
 
+def _itself(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
+    return model
+
+
 def carry_out(
     ready: Prepared,
     budget: Budget | None,
@@ -162,19 +168,24 @@ def carry_out(
     model, example_inputs = ready.model, ready.example_inputs
     captured, found = ready.captured, ready.found
     matches, study, table = ready.matches, ready.study, ready.table
+    by_time = only_if_faster or (budget is not None and budget.kind == "latency")
     plan: Plan | None = None
     if budget is None:
         forms: Forms = forms_asked(matches, ready.asked)
     else:
         given = (budget, model, example_inputs, captured, found, study, table)
         plan = plan_for(*given, ready.bottleneck, only_if_faster)
+        if budget.kind == "latency" and not dryrun:
+            assert example_inputs is not None, "check_options() asks for them"
+            layout = captured.channels_last
+            plan = confirmed(plan, budget, model, example_inputs, matches, layout)
         forms = plan.forms
 
     def described(
         forms: Forms, calibrated: Collection[str]
     ) -> tuple[dict[str, LayerReport], Report]:
         layers = planned_layers(found, forms, captured.channels_last, calibrated)
-        if only_if_faster or (budget is not None and budget.kind == "latency"):
+        if by_time:
             measure_layers([x for x in layers.values() if x.spec is not None], table)
         if only_if_faster:
             for layer in layers.values():
@@ -207,17 +218,20 @@ def carry_out(
     if not converting:
         warnings.warn(f"convert: nothing was converted: {made.reasons()}", stacklevel=4)
     times: dict[str, float] = {}
+    # What was chosen by the time of fused forms is told by it.
+    form = as_run if by_time else _itself
     if converting and example_inputs is not None and inplace:
-        times = forward_seconds(example_inputs, before=model)
+        times = forward_seconds(example_inputs, before=form(model, example_inputs))
     converted, successors = apply_plan(model, new, inplace)
     names = {id(p): name for name, p in converted.named_parameters()}
     update_optimizers(optimizers, successors, names)
     attach(converted, made)
     if converting and example_inputs is not None:
         timed = {"after": converted} if inplace else {"before": model, "after": converted}
+        timed = {name: form(model, example_inputs) for name, model in timed.items()}
         times |= forward_seconds(example_inputs, **timed)
         made.latency_before, made.latency_after = times["before"], times["after"]
-        made.device = device_name(converted)
+        made.device = device_name(converted) + (", fused" if by_time else "")
         if times["after"] >= times["before"]:
             warnings.warn(f"convert: the model did not get faster: {made.speed()}", stacklevel=4)
     made.seconds = time.monotonic() - start

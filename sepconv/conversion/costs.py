@@ -1,5 +1,6 @@
 """What each form of a convolution costs, counted or measured, and what a whole forward takes."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -12,6 +13,7 @@ from sepconv._util import evaluating, track
 from sepconv.calibration.long import is_long
 from sepconv.factorize import Form
 from sepconv.factorize.curves import form_grid
+from sepconv.fusion.fuse import fuse
 from sepconv.graph import ExampleInputs, Match, split_inputs
 from sepconv.graph.capture import runnable
 from sepconv.graph.state import untouched
@@ -80,6 +82,19 @@ def _cheaper_than_dense(forms: Mapping[Form | None, float]) -> dict[Form | None,
             kept[form] = cost
     kept[DENSE] = dense
     return kept
+
+
+@torch.no_grad()
+def as_run(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
+    """The model as `sepconv.fuse` lowers it; itself where it cannot be lowered."""
+    inputs = tree_map_only(Tensor, torch.clone, example_inputs)
+    with untouched(model), evaluating(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            fused: nn.Module = fuse(model, inputs, measure=False)
+        except ValueError:
+            return model
+    return fused
 
 
 def forward_seconds(example_inputs: ExampleInputs, **models: nn.Module) -> dict[str, float]:

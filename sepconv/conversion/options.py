@@ -33,7 +33,8 @@ class Budget:
     Args:
         macs: Multiply-adds, as a fraction (0, 1] of the **whole** original model's.
         params: Parameters, likewise.
-        latency: Measured time on the model's device, likewise.
+        latency: Measured time on the model's device, likewise, of both models as `sepconv.fuse`
+            leaves them.
         error: The largest squared error of the converted model's outputs that is allowed, over
             their variance from input to input, predicted on the calibration batches, in (0, 1].
 

@@ -11,7 +11,14 @@ from torch import nn
 
 from sepconv._util import track
 from sepconv.calibration.fit import Calibration
-from sepconv.conversion.costs import DENSE, Costs, counted_costs, forward_seconds, latency_costs
+from sepconv.conversion.costs import (
+    DENSE,
+    Costs,
+    as_run,
+    counted_costs,
+    forward_seconds,
+    latency_costs,
+)
 from sepconv.conversion.options import Budget, Rank, UnreachableError
 from sepconv.factorize import Form, full_rank, weight_curve
 from sepconv.factorize.knapsack import Option, knapsack
@@ -121,7 +128,8 @@ def plan_for(
         costs = latency_costs(matches, errors, captured.channels_last, table)
         # Measured one by one, layers can take longer than together; the whole is not less.
         layers = sum(forms[DENSE] for forms in costs.values())
-        total = max(forward_seconds(example_inputs, dense=model)["dense"], layers)
+        whole = forward_seconds(example_inputs, dense=as_run(model, example_inputs))
+        total = max(whole["dense"], layers)
     elif only_if_faster:
         faster = _is_faster(matches, captured.channels_last, table)
         forms = forms_if_faster(budget, costs, errors, total, faster)

@@ -2,23 +2,20 @@
 
 from collections.abc import Iterator
 from itertools import count
-from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from sepconv.fusion.chains import Chain, find_chains
 from sepconv.fusion.folding import folded
 from sepconv.fusion.tidy import tidy
 from sepconv.graph.effects import Modules
-from sepconv.kernels.geometry import fixed_sides
 from sepconv.nn import (
     FusedConv2d,
     FusedLinear,
     FusedSeparableConv2d,
-    FusedTuckerConv2d,
     SeparableConv2d,
 )
-from sepconv.ops.arguments import pair
+from sepconv.nn.lowered import fused_separable, geometry
 
 
 def lower_graph(graph: fx.Graph, owner: nn.Module, channels_last: bool) -> list[Chain]:
@@ -65,46 +62,13 @@ def _fused(chain: Chain, modules: Modules, channels_last: bool) -> nn.Module:
     weight, bias = folded(first, stage.norms, modules, chain.before)
     tail = (last.activation, channels_last)
     if isinstance(first, SeparableConv2d):
-        return _fused_separable(first, weight, bias, *tail)
+        return fused_separable(first, weight, bias, *tail)
     assert isinstance(first, nn.Conv2d)
     if len(chain.stages) == 1:
-        return FusedConv2d(weight, bias, *_geometry(first), first.groups, *tail)
+        return FusedConv2d(weight, bias, *geometry(first), first.groups, *tail)
     weight_pw, bias_pw = folded(modules[last.conv], last.norms, modules)
     parts = (weight, weight_pw, bias, bias_pw)
-    return FusedSeparableConv2d(*parts, *_geometry(first), stage.activation, *tail)
-
-
-def _fused_separable(
-    conv: SeparableConv2d,
-    last: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    channels_last: bool,
-) -> nn.Module:
-    """A separable convolution of any form, with another last factor and bias."""
-    stride, padding, dilation = _geometry(conv)
-    first, filters, split = conv.weight_in, conv.weight_dw, conv.weight_out is not None
-
-    def pointwise(weight: Tensor, bias: Tensor | None, stride: Any, end: str | None) -> nn.Module:
-        return FusedConv2d(weight, bias, stride, activation=end, channels_last=channels_last)
-
-    parts: list[nn.Module] = []
-    if first is not None:
-        parts.append(pointwise(first, None, stride if filters is None else (1, 1), None))
-    if filters is not None:
-        mixing, bias_pw, end = (conv.weight_pw, None, None) if split else (last, bias, activation)
-        tensors, geometry = (filters, mixing, None, bias_pw), (stride, padding, dilation)
-        parts.append(FusedSeparableConv2d(*tensors, *geometry, None, end, channels_last))
-    if split or filters is None:
-        parts.append(pointwise(last, bias, (1, 1), activation))
-    return parts[0] if len(parts) == 1 else FusedTuckerConv2d(*parts)
-
-
-def _geometry(conv: nn.Conv2d | SeparableConv2d) -> tuple[Any, Any, Any]:
-    """Stride, padding as sides where these are fixed, and dilation."""
-    stride, dilation = pair("stride", conv.stride), pair("dilation", conv.dilation)
-    taps = pair("kernel_size", conv.kernel_size)
-    return stride, fixed_sides(conv.padding, taps, stride, dilation), dilation
+    return FusedSeparableConv2d(*parts, *geometry(first), stage.activation, *tail)
 
 
 def _call_instead(graph: fx.Graph, chain: Chain, name: str) -> None:

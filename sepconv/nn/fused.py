@@ -12,12 +12,12 @@ from sepconv.kernels.geometry import Geometry, Pair, Rule, Sides, padding_sides
 from sepconv.ops import reference
 from sepconv.ops.autocast import is_autocasting
 from sepconv.ops.layout import side_by_side
-from sepconv.ops.onednn import PackedConv2d, activate_, usable
+from sepconv.ops.onednn import PackedConv2d, linear, usable
 from sepconv.ops.stem import stem_conv2d, stem_takes
 from sepconv.ops.strips import StripedSeparableConv2d
 
 _NO_PADDING = (0, 0, 0, 0)
-_PACKED_ROWS = 32  # of a matrix product; below it there is nothing to win
+_PACKED_ROWS = 32  # of a matrix product; below it a copy of the weight is not worth its memory
 
 
 class _Fused(nn.Module):
@@ -133,7 +133,7 @@ class FusedConv2d(_FusedConvolution):
 
     def _of_one_pixel(self, x: Tensor) -> Tensor:
         """As in squeeze-and-excitation blocks: a product with a vector, not worth a convolution."""
-        y = activate_(F.linear(x.flatten(1), self.weight.flatten(1), self.bias), self.activation)
+        y = linear(x.flatten(1), self.weight.flatten(1), self.bias, self.activation)
         return y[:, None, None, :].permute(0, 3, 1, 2)  # with the strides of channels_last
 
     def extra_repr(self) -> str:
@@ -278,14 +278,17 @@ class FusedLinear(_Fused):
     def forward(self, x: Tensor) -> Tensor:
         """Mix the channels of each row, activate."""
         channels = self.weight.shape[1]
-        # In this order: under torch.export a question about sizes would limit the batch.
-        many = usable(x, self.weight, self.bias) and x.numel() >= _PACKED_ROWS * channels
+        # First: under torch.export a question about sizes would limit the batch.
+        if not usable(x, self.weight, self.bias):
+            return reference.activate(F.linear(x, self.weight, self.bias), self.activation)
+        many = x.numel() >= _PACKED_ROWS * channels
         # A matrix product is a 1x1 convolution; its rows are pixels.
         if many and self._packed.takes(weight := self.weight[:, :, None, None]):
             pixels = x.reshape(1, 1, -1, channels).permute(0, 3, 1, 2)
             y = self._packed(pixels, weight, self.bias, _NO_PADDING, self.activation)
             return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
-        return reference.activate(F.linear(x, self.weight, self.bias), self.activation)
+        y = linear(x.reshape(-1, channels), self.weight, self.bias, self.activation)
+        return y.view(*x.shape[:-1], -1)
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""

@@ -34,15 +34,19 @@ _MOST_SHAPES = 4  # of inputs that a convolution keeps packed weights for
 _KINDS = (Tensor, nn.Parameter)
 
 
-def _operators() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
+class _Operators(NamedTuple):
+    reorder: Callable[..., Tensor]
+    convolve: Callable[..., Tensor]
+    multiply: Callable[..., Tensor]
+
+
+def _operators() -> _Operators | None:
     if not torch.backends.mkldnn.is_available():
         return None
+    names = ("_reorder_convolution_weight", "_convolution_pointwise", "_linear_pointwise")
     try:
-        namespace: Any = torch.ops.mkldnn
-        return (
-            namespace._reorder_convolution_weight.default,
-            namespace._convolution_pointwise.default,
-        )
+        # Naming the overload spares 12 us a call.
+        return _Operators(*(getattr(torch.ops.mkldnn, name).default for name in names))
     except AttributeError:
         return None
 
@@ -165,7 +169,7 @@ class PackedConv2d:
         settings = ([top, left], [self._stride] * 2, [1, 1], self._groups)
         fuses = residual is None and activation in _FUSED
         fused = _FUSED[activation if fuses else None]
-        y = _OPERATORS[1](x, self._weight_for(x, weight, settings), bias, *settings, *fused)
+        y = _OPERATORS.convolve(x, self._weight_for(x, weight, settings), bias, *settings, *fused)
         if fuses:
             return y
         if residual is not None:
@@ -185,7 +189,7 @@ class PackedConv2d:
         key = (x.shape, *settings[0])
         packed = made.packed.get(key)
         if packed is None:
-            packed = _OPERATORS[0](weight, *settings, list(x.shape))  # type: ignore[index]
+            packed = _OPERATORS.reorder(weight, *settings, list(x.shape))  # type: ignore[union-attr]
             kept = list(made.packed.items())[1 - _MOST_SHAPES :]
             self._made = made._replace(packed={**dict(kept), key: packed})
         return packed
@@ -208,7 +212,7 @@ def pack_depthwise(weight: Tensor, stride: int, shape: Sequence[int]) -> Tensor:
     """
     assert _OPERATORS is not None
     padding = [taps // 2 for taps in weight.shape[2:]]
-    return _OPERATORS[0](weight, padding, [stride] * 2, [1, 1], len(weight), list(shape))
+    return _OPERATORS.reorder(weight, padding, [stride] * 2, [1, 1], len(weight), list(shape))
 
 
 def depthwise(
@@ -224,8 +228,21 @@ def depthwise(
     fuses = activation in _FUSED
     fused = _FUSED[activation if fuses else None]
     settings = (padding, [stride] * 2, [1, 1], x.shape[1])
-    y = _OPERATORS[1](x, packed, bias, *settings, *fused)
+    y = _OPERATORS.convolve(x, packed, bias, *settings, *fused)
     return y if fuses else activate_(y, activation)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """Return `activation(x @ weight.T + bias)` of 2-D tensors, by the weight as it is.
+
+    Between one row and the many for which packing pays, torch's own product is up to three times
+    slower (4 x 25,088 by 4,096: 105 against 42 ms on two cores).
+    """
+    assert _OPERATORS is not None
+    if len(x) == 1 or 0 in weight.shape:
+        return activate_(F.linear(x, weight, bias), activation)
+    y = _OPERATORS.multiply(x.contiguous(), weight, bias, "none", [], "")
+    return activate_(y, activation)
 
 
 def activate_(y: Tensor, activation: str | None) -> Tensor:

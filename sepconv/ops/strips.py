@@ -23,6 +23,10 @@ from sepconv.ops.onednn import Source, activate_, depthwise, pack_depthwise, pac
 STRIP_BYTES = 4 * 2**20
 
 
+def _strip_bytes() -> int:
+    return STRIP_BYTES * torch.get_num_threads()
+
+
 class Strip(NamedTuple):
     """Some images, or some rows of one; each pair is a first and how many."""
 
@@ -85,7 +89,7 @@ class _Prepared(NamedTuple):
 
 
 class StripedSeparableConv2d:
-    """A separable convolution with several filters per channel that keeps its weights prepared.
+    """A separable convolution that keeps its weights prepared.
 
     They are prepared at the first call, and again when they are others or were written to. A copy
     holds none.
@@ -110,13 +114,22 @@ class StripedSeparableConv2d:
         return StripedSeparableConv2d, (self._stride,)
 
     def takes(self, x: Tensor, weight_dw: Tensor, weight_pw: Tensor, padding: Sides) -> bool:
-        """Whether these weights can be prepared, and fit the input."""
+        """Whether these weights can be prepared and fit the input, and strips are worth it.
+
+        Of one filter per channel only large tensors are: packed convolutions, one after the other,
+        take a tenth less while memory lasts.
+        """
         filters, channels = len(weight_dw), x.shape[1]
-        several = filters > channels and filters % channels == 0 == weight_pw.shape[1] - filters
-        if not (several and packs(weight_dw) and packs(weight_pw)):
+        if filters % channels or weight_pw.shape[1] != filters:
+            return False
+        if not (packs(weight_dw) and packs(weight_pw)):
             return False
         geometry = Geometry((self._stride, self._stride), padding)
-        return min(geometry.output_size(x.shape[2:], weight_dw.shape[2:])) > 0
+        p, q = geometry.output_size(x.shape[2:], weight_dw.shape[2:])
+        if p < 1 or q < 1:
+            return False
+        work = x.numel() + len(x) * p * q * (channels + len(weight_pw))
+        return filters > channels or work * x.element_size() > 2 * _strip_bytes()
 
     def __call__(
         self,
@@ -164,7 +177,7 @@ class StripedSeparableConv2d:
         if bias_dw is not None:
             biases = bias_dw.view(channels, -1).t().contiguous().unbind()  # oneDNN reads no strides
         each = channels * (1 + stride * stride) + features
-        most = STRIP_BYTES * torch.get_num_threads() // (each * y.element_size())
+        most = _strip_bytes() // (each * y.element_size())
         for strip in strips_of((n, h), (p, q), filter_size[0], stride, top, most):
             part = x.narrow(0, *strip.images).narrow(2, *strip.rows)
             out = y.narrow(0, *strip.pixels)

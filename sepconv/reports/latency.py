@@ -1,16 +1,23 @@
-"""Time of a convolution in dense and in separable form, from its shapes alone."""
+"""Time of a convolution in dense and in separable form, from its shapes alone.
+
+Both are timed as `sepconv.fuse` leaves them: a plan by time is for a network that is deployed.
+"""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sepconv._util import track
 from sepconv.factorize import Form
 from sepconv.graph import ConvSpec, separable_module
+from sepconv.kernels.geometry import fixed_sides
+from sepconv.nn import FusedConv2d
+from sepconv.nn.lowered import fused_separable
+from sepconv.ops.arguments import pair
 from sepconv.reports.layer import LayerReport
 from sepconv.timing import seconds
 
@@ -18,8 +25,8 @@ from sepconv.timing import seconds
 class LatencyTable:
     """Latencies of convolutions by shape; a shape is measured once, with random values.
 
-    The dense form is timed in both memory formats and the better one counts, so that a gain
-    over it is a gain over the best the library does.
+    The dense form is timed in both memory formats and with its weight packed, and the best one
+    counts, so that a gain over it is a gain over the best there is.
     """
 
     def __init__(self) -> None:
@@ -56,28 +63,36 @@ def _measure(spec: ConvSpec, form: Form | None, shape: tuple[int, ...]) -> float
     if form is None:
         weight = drawn(*spec.weight_shape)
         bias = drawn(spec.weight_shape[0]) if spec.bias else None
-        formats = [torch.contiguous_format, *([torch.channels_last] if x.dim() == 4 else [])]
-        return min(_dense(spec, x, weight, bias, memory_format) for memory_format in formats)
+        return min(seconds(run, spec.device) for run in _dense(spec, x, weight, bias))
     module = separable_module(spec, form)
     for parameter in module.parameters():
         parameter.copy_(drawn(*parameter.shape))
     # Between converted layers tensors stay in the layout that the module returns.
-    x = _laid_out(x, torch.channels_last) if module.keeps_channels_last else x
-    return seconds(lambda: module(x), spec.device)
+    fused: nn.Module = module
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last) if module.keeps_channels_last else x
+        *_, last = module.factors.values()
+        fused = fused_separable(module, last, module.bias, None, module.keeps_channels_last)
+    return seconds(lambda: fused(x), spec.device)
 
 
 def _dense(
-    spec: ConvSpec,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    memory_format: torch.memory_format,
-) -> float:
-    convolve = F.conv1d if weight.dim() == 3 else F.conv2d
-    x, weight = _laid_out(x, memory_format), _laid_out(weight, memory_format)
+    spec: ConvSpec, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> list[Callable[[], Tensor]]:
+    """The convolution in each of its forms."""
     stride, padding, dilation = spec.settings
-    return seconds(lambda: convolve(x, weight, bias, stride, padding, dilation), spec.device)
 
+    def plain(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+        convolve = F.conv1d if weight.dim() == 3 else F.conv2d
+        return lambda: convolve(x, weight, bias, stride, padding, dilation)
 
-def _laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
+    if x.dim() < 4:
+        return [plain(x, weight)]
+    last = x.contiguous(memory_format=torch.channels_last)
+    forms = [plain(x, weight), plain(last, weight.contiguous(memory_format=torch.channels_last))]
+    if x.is_cpu:
+        steps, apart = pair("stride", stride), pair("dilation", dilation)
+        sides = fixed_sides(padding, (weight.shape[2], weight.shape[3]), steps, apart)
+        packed = FusedConv2d(weight, bias, steps, sides, apart)
+        forms.append(lambda: packed(last))
+    return forms

@@ -72,13 +72,13 @@ def test_values(monkeypatch, most, activation, sides, stride):
     x = torch.randn(3, 5, 11, 9)
     x[1, 2, 3, 4] = float("nan")
     conv = StripedSeparableConv2d(stride)
-    for sets, biased, added in product((2, 3), (False, True), (False, True)):
+    for sets, biased, added in product((1, 2, 3), (False, True), (False, True)):
         dw, pw = torch.randn(5 * sets, 1, 3, 3), torch.randn(7, 5 * sets, 1, 1)
         biases = (torch.randn(5 * sets), torch.randn(7)) if biased else (None, None)
         residual = torch.randn(3, 7, *geometry.output_size((11, 9), (3, 3))) if added else None
         epilogue = Epilogue(activation, activation, residual)
         expected = separable_conv2d(x, Weights(dw, pw, *biases), geometry, epilogue)
-        assert conv.takes(x, dw, pw, sides)
+        assert conv.takes(x, dw, pw, sides) or sets == 1
         for _ in range(2):
             got = conv(x, dw, pw, *biases, sides, *epilogue)
             assert got.is_contiguous(memory_format=torch.channels_last)
@@ -91,7 +91,9 @@ def test_what_does_not_fit_is_left_to_the_op():
     sides = (0, 0, 0, 0)
     assert conv.takes(torch.ones(1, 4, 3, 3), dw, pw, sides)
     assert not conv.takes(torch.ones(1, 3, 3, 3), dw, pw, sides)  # 8 filters for 3 channels
-    assert not conv.takes(torch.ones(1, 8, 3, 3), dw, pw, sides)  # one for each: no sets
+    assert not conv.takes(torch.ones(1, 8, 3, 3), dw, pw, sides)  # one for each, and small
+    large = torch.zeros(1).expand(1, 8, 3000, 3000)
+    assert conv.takes(large, dw, pw, sides)
     assert not conv.takes(torch.ones(1, 4, 2, 3), dw, pw, sides)  # no pixel
     assert not conv.takes(torch.ones(1, 4, 3, 3), dw, pw[:, :4], sides)
     with torch.inference_mode():

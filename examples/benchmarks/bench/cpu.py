@@ -1,188 +1,165 @@
-"""Rank-1 conversion on a CPU, against the best dense form and against hand-written pairs.
+"""Converted networks on a CPU at every rank, against the best that runs the dense one.
 
-Every ratio comes from one run: the forms take turns, so that a slow spell of the machine hits all.
+Each form runs in a process of its own, and in one rank's table they take turns, so that a slow
+spell of the machine hits all. "Of dense" compares with the fastest of eager's two layouts and
+Inductor's freezing; onnxruntime and OpenVINO are shown where they are installed. The floor is what
+the multiply-adds take at the rate of a large matrix product or the operands at that of a copy,
+whichever is more, both measured here.
 """
 
 import argparse
-import copy
-import gc
 import json
-import os
-import resource
-import subprocess
-import sys
-import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-import sepconv
-from examples.benchmarks.bench import torchvision_shim
+from examples.benchmarks.bench.forms import Form, Spec
+from examples.benchmarks.bench.networks import machine
 from sepconv._util import track, write_atomically
-from sepconv.timing import take_turns
+from sepconv.timing import host_seconds
 
-MODELS = ("vgg16_bn", "resnet50", "resnet18")
-CONVERSIONS = (("resnet50", 1), ("vgg16_bn", 4))
+# Name, shape of the input.
+CASES = (
+    "torchvision/vgg16_bn:2x3x224x224",
+    "torchvision/resnet18:4x3x224x224",
+)
+DENSE = ("eager", "channels_last", "Inductor frozen")
+OURS = ("channels_last", "fuse", "backend frozen")
+RIVALS = {"onnxruntime": ("onnxruntime", "onnxscript"), "OpenVINO": ("openvino", "onnxscript")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m examples.benchmarks.bench cpu`."""
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help="torchvision models")
-    parser.add_argument("--rank", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--resolution", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=12, help="turns each form takes")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=list(CASES),
+        help="LIBRARY/NAME:SHAPE, as networks.py has them",
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4], help="0: as it is")
+    parser.add_argument("--rounds", type=int, default=5, help="turns each form takes")
+    parser.add_argument("--no-compile", action="store_true", help="leave out Inductor")
+    parser.add_argument("--no-rivals", action="store_true", help="leave out other runtimes")
+    parser.add_argument("--bfloat16", action="store_true", help="every form in 16 bits as well")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure and print the tables."""
-    sepconv.keep_freed_memory()
-    console = Console()
-    rows = [
-        measure_model(name, args.rank, args.batch, args.resolution, args.rounds)
-        for name in track(args.models, "measuring models")
-    ]
-    conversions = [measure_conversion(name, rank) for name, rank in CONVERSIONS]
-    console.print(_model_table(rows, args))
-    console.print(_conversion_table(conversions))
-    if args.json:
-        figures = {"models": rows, "conversions": conversions, "machine": machine()}
-        write_atomically(args.json, json.dumps(figures, indent=2) + "\n")
+    rates = measure_rates()
+    rows: list[dict[str, Any]] = []
+    for case in args.cases:
+        for rank in args.ranks:
+            row = measure(case, rank, rates, args)
+            rows.append(row)
+            Console().print(_table(row))
+            if args.json:
+                figures = {"cases": rows, "rates": rates, "machine": machine()}
+                write_atomically(args.json, json.dumps(figures, indent=2) + "\n")
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+def measure_rates() -> dict[str, float]:
+    """Multiply-adds a second of a large product, bytes a second that a copy reads and writes."""
+    a, b, c = (torch.randn(2048, 2048) for _ in range(3))
+    source, target = (torch.zeros(2**26) for _ in range(2))
+    product = host_seconds([lambda: torch.mm(a, b, out=c)], 1.0)
+    copy = host_seconds([lambda: target.copy_(source)], 1.0)
+    return {"macs": 2048**3 / product, "bytes": 2 * 4 * 2**26 / copy}
+
+
+def measure(
+    case: str, rank: int, rates: dict[str, float], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Milliseconds of each form of a network and of its conversion at one rank, in turns."""
+    name, _, size = case.partition(":")
+    shape = tuple(map(int, size.split("x")))
+    dtypes = ("float32", "bfloat16") if args.bfloat16 else ("float32",)
+    failed: dict[str, str] = {}
+    with ExitStack() as stack:
+        forms: dict[str, Form] = {}
+        for title, spec in track(_specs(name, shape, rank, dtypes, args), f"{name} at rank {rank}"):
+            try:
+                forms[title] = Form(spec)
+            except RuntimeError as error:
+                failed[title] = str(error)
+            else:
+                stack.callback(forms[title].close)
+        turns: dict[str, list[float]] = {title: [] for title in forms}
+        for _ in range(args.rounds):
+            for title, form in forms.items():
+                turns[title].append(form.seconds())
+        made = {title: form.made for title, form in forms.items()}
+    seconds = {title: median(times) for title, times in turns.items()}
+    dense = min(t for title, t in seconds.items() if title in [f"dense, {how}" for how in DENSE])
+    counted = {
+        word: next(m for t, m in made.items() if t.startswith(word)) for word in _words(rank)
     }
-
-
-@torch.no_grad()
-def measure_model(name: str, rank: int, batch: int, resolution: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds a forward of each form of a torchvision model takes, and the ratios.
-
-    `fewer MACs` is the speed-up if every multiply-add took as long as in the dense model.
-    """
-    torch.manual_seed(0)
-    dense = build(name)
-    x = torch.randn(batch, 3, resolution, resolution)
-    x_last = x.contiguous(memory_format=torch.channels_last)
-    dense_last = channels_last(copy.deepcopy(dense))
-    pairs = channels_last(hand_written(dense, rank))
-    converted = sepconv.convert(dense, x, rank=rank)
-    fused = sepconv.fuse(converted, x)
-    times = take_turns(
-        {
-            "dense NCHW": lambda: dense(x),
-            "dense channels_last": lambda: dense_last(x_last),
-            "hand-written pairs": lambda: pairs(x_last),
-            "converted": lambda: converted(x),
-            "and fused": lambda: fused(x),
-        },
-        rounds,
-    )
-    best = min(times["dense NCHW"], times["dense channels_last"])
-    report = sepconv.report(converted)
+    before = counted["dense"].macs
     return {
         "model": name,
-        "ms": {form: t * 1e3 for form, t in times.items()},
-        "speed-up": best / times["converted"],
-        "fused": best / times["and fused"],
-        "of hand-written": times["converted"] / times["hand-written pairs"],
-        "fewer MACs": report.macs_before / report.macs_after,
+        "shape": shape,
+        "rank": rank,
+        "ms": {title: t * 1e3 for title, t in seconds.items()},
+        "of dense": {title: dense / t for title, t in seconds.items()},
+        "difference": {title: m.difference for title, m in made.items()},
+        "fewer MACs": {word: before / m.macs for word, m in counted.items()},
+        "floor ms": {
+            word: 1e3 * max(m.macs / rates["macs"], m.bytes / rates["bytes"])
+            for word, m in counted.items()
+        },
+        "failed": failed,
     }
 
 
-def measure_conversion(name: str, rank: int) -> dict[str, Any]:
-    """Seconds and peak memory of a conversion, in a process of its own."""
-    code = f"from examples.benchmarks.bench import cpu; cpu.print_conversion({name!r}, {rank})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True
+def _words(rank: int) -> list[str]:
+    return ["dense", f"rank {rank}"] if rank else ["dense"]
+
+
+def _specs(
+    name: str, shape: tuple[int, ...], rank: int, dtypes: Sequence[str], args: argparse.Namespace
+) -> list[tuple[str, Spec]]:
+    rivals = (
+        [] if args.no_rivals else [n for n, needs in RIVALS.items() if all(map(find_spec, needs))]
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    specs = []
+    for dtype in dtypes:
+        ending = "" if dtype == "float32" else f", {dtype}"
+        for word, forms in zip(
+            _words(rank), ((*DENSE, *([] if rank else OURS[1:])), OURS), strict=False
+        ):
+            for how in (*forms, *rivals):
+                if args.no_compile and how.endswith("frozen"):
+                    continue
+                if how == "onnxruntime" and dtype != "float32":
+                    continue
+                spec = Spec(name, shape, rank if word != "dense" else 0, how, dtype)
+                specs.append((f"{word}, {how}{ending}", spec))
+    return specs
 
 
-def print_conversion(name: str, rank: int) -> None:
-    """Convert once and print what it took as a line of JSON."""
-    dense = build(name)
-    size = sum(p.numel() * p.element_size() for p in dense.parameters())
-    # The first use of an operator loads libraries; they are no part of the model's memory.
-    sepconv.convert(nn.Sequential(nn.Conv2d(8, 8, 3)), rank=rank)
-    gc.collect()
-    before = _peak_bytes()
-    start = time.perf_counter()
-    sepconv.convert(dense, rank=rank)
-    seconds = time.perf_counter() - start
-    peak = size + _peak_bytes() - before
-    figures = {"model": name, "rank": rank, "seconds": seconds, "memory": peak / size}
-    print(json.dumps(figures))
-
-
-def build(name: str) -> nn.Module:
-    """A torchvision model with random weights, in eval mode."""
-    torchvision_shim.install()
-    import torchvision
-
-    extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    return torchvision.models.get_model(name, weights=None, **extra).eval()
-
-
-def channels_last(model: nn.Module) -> nn.Module:
-    """The model with its 4-D parameters in channels_last."""
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def hand_written(dense: nn.Module, rank: int) -> nn.Module:
-    """What a user would write: a pair of `nn.Conv2d` for each convolution that is converted."""
-    model = copy.deepcopy(dense)
-    layers = sepconv.convert(dense, rank=rank, dryrun=True).converted
-    for name in (layer.name for layer in layers):
-        conv: Any = model.get_submodule(name)
-        channels = conv.in_channels * rank
-        settings = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.in_channels)
-        depthwise = nn.Conv2d(conv.in_channels, channels, *settings, bias=False)
-        pointwise = nn.Conv2d(channels, conv.out_channels, 1, bias=conv.bias is not None)
-        model.set_submodule(name, nn.Sequential(depthwise, pointwise))
-    return model.eval()
-
-
-def _peak_bytes() -> int:
-    """Largest resident size so far; the kernel's own mark, since rusage is inherited on exec."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
-def _model_table(rows: list[dict[str, Any]], args: argparse.Namespace) -> Table:
-    size = f"batch {args.batch}, {args.resolution} px, float32"
-    table = Table(
-        title=f"rank {args.rank}, {size}, {torch.get_num_threads()} threads, ms a forward"
-    )
-    forms = list(rows[0]["ms"])
-    ratios = ("speed-up", "fused", "of hand-written", "fewer MACs")
-    for column in ("model", *forms, *ratios):
-        table.add_column(column, justify="right", overflow="fold")
-    for row in rows:
-        shown = [f"{row['ms'][form]:.1f}" for form in forms]
-        table.add_row(row["model"], *shown, *(f"{row[ratio]:.2f}x" for ratio in ratios))
-    return table
-
-
-def _conversion_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="conversion itself")
-    for column in ("model", "rank", "seconds", "peak memory, models"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        memory = f"{row['memory']:.2f}"
-        table.add_row(row["model"], str(row["rank"]), f"{row['seconds']:.2f}", memory)
+def _table(row: dict[str, Any]) -> Table:
+    """A row for each form."""
+    shape = " x ".join(map(str, row["shape"]))
+    table = Table(title=f"{row['model']}, {shape}, {torch.get_num_threads()} threads")
+    for column in ("form", "ms", "of dense", "fewer MACs", "floor ms", "difference"):
+        table.add_column(column, justify="left" if column == "form" else "right")
+    for title, ms in row["ms"].items():
+        word = title.partition(",")[0]
+        table.add_row(
+            title,
+            f"{ms:.2f}",
+            f"{row['of dense'][title]:.2f}x",
+            f"{row['fewer MACs'][word]:.2f}x",
+            f"{row['floor ms'][word]:.2f}",
+            f"{row['difference'][title]:.0e}",
+        )
+    for title, why in row["failed"].items():
+        table.add_row(title, why)
     return table

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 
 import sepconv
-from examples.benchmarks.bench import torchvision_shim
-from examples.benchmarks.bench.cpu import machine
+from examples.benchmarks.bench import networks
+from examples.benchmarks.bench.networks import machine
 from sepconv._util import track, write_atomically
 from sepconv.nn import fused as fused_modules
 from sepconv.timing import take_turns
@@ -129,17 +129,8 @@ def _forms(model: nn.Module, fused: nn.Module, x: Tensor, compiled: bool) -> dic
 
 def build(name: str) -> nn.Module:
     """A model with random weights, in eval mode; `name` is its library, architecture and rank."""
-    torchvision_shim.install()
-    architecture, _, rank = name.partition("@")
-    library, _, architecture = architecture.partition("/")
-    if library == "timm":
-        import timm
-
-        model = timm.create_model(architecture, pretrained=False)
-    else:
-        import torchvision
-
-        model = torchvision.models.get_model(architecture, weights=None)
+    network, _, rank = name.partition("@")
+    model = networks.build(network)
     if rank:
         model = sepconv.convert(model, rank=int(rank))
     return model.eval()

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import sepconv
-from examples.benchmarks.bench.cpu import build
 from examples.benchmarks.bench.gpu import networks
 from examples.benchmarks.bench.gpu.measure import Bench, Contender
+from examples.benchmarks.bench.networks import build
 from sepconv.timing import Call
 
 _MODELS = ("vgg16_bn", "resnet50", "resnet18")
@@ -28,7 +28,7 @@ def run(bench: Bench) -> None:
     for name in _MODELS[-1:] if bench.dry else _MODELS:
         batch = networks.dry_or(bench, 1, 128)
         x = networks.images(bench, batch)
-        dense = networks.for_inference(build(name)).to(x.device)
+        dense = networks.for_inference(build(f"torchvision/{name}")).to(x.device)
         forms = _FORMS[:1] if bench.dry else _FORMS
         contenders = [_converted(dense, options, x) for options in forms]
         contenders += networks.baselines(bench, dense, x)
