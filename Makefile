@@ -48,8 +48,9 @@ fuzz: $(VENV)/installed ## fuzz the kernels: against cuDNN on a GPU, else throug
 mutants: $(VENV)/installed ## plant bugs in the kernels; each must be caught
 	$(BIN)/python tests/mutants/run.py
 
-bench: $(VENV)/installed ## the benchmark of this machine's CPU
-	$(BIN)/python -m examples.benchmarks.bench cpu
+bench: $(VENV)/installed ## converted networks on this machine's CPU, against Inductor, onnxruntime and OpenVINO
+	$(PIP) -e ".[zoo,rivals]"
+	$(BIN)/python -m examples.benchmarks.bench cpu $(ARGS)
 
 zoo: $(VENV)/installed ## convert every architecture of torchvision and timm; takes hours, resumes
 	$(PIP) -e ".[zoo]"

@@ -190,6 +190,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, seconds: Any, whole: float) -> list[F
     monkeypatch.setattr(
         "sepconv.conversion.costs.take_turns", lambda forms, *_, **__: dict.fromkeys(forms, whole)
     )
+    monkeypatch.setattr("sepconv.conversion.convert.confirmed", lambda plan, *_: plan)
     return asked
 
 

@@ -150,10 +150,10 @@ def test_layers_are_measured_when_asked(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr("sepconv.reports.latency.seconds", seconds)
     assert plan.measure() is plan
-    # Two formats of the dense form, the faster one first; then the separable form.
+    # Two formats of the dense form and its weight packed, the fastest one first; the separable one.
     times = [(layer.latency_before, layer.latency_after) for layer in plan.layers]
-    assert times == [(1.0, 3.0), (4.0, 6.0)]
-    assert [tuple(y.shape[2:]) for y in seen] == [(6, 6)] * 3 + [(4, 4)] * 3
+    assert times == [(1.0, 4.0), (5.0, 8.0)]
+    assert [tuple(y.shape[2:]) for y in seen] == [(6, 6)] * 4 + [(4, 4)] * 4
     assert all(bool(y.isfinite().all()) for y in seen)
 
 
@@ -171,21 +171,28 @@ def test_without_shapes_nothing_can_be_measured() -> None:
         sepconv.report(sepconv.convert(net())).measure()
 
 
+@pytest.mark.parametrize("rank", [2, sepconv.Form(2, 6, 3)])
 @pytest.mark.parametrize("conv", [nn.Conv2d(8, 4, 3, bias=False), nn.Conv1d(8, 4, 3)])
-def test_what_is_measured_is_the_module_that_was_made(
-    monkeypatch: pytest.MonkeyPatch, conv: nn.Module
+def test_what_is_measured_is_what_fuse_makes(
+    monkeypatch: pytest.MonkeyPatch, conv: nn.Module, rank: Any
 ) -> None:
     ran: list[nn.Module] = []
     monkeypatch.setattr("sepconv.reports.latency.seconds", lambda call, _: call() is None or 1.0)
-    model = nn.Sequential(nn.Identity(), conv)
+    model = nn.Sequential(nn.Identity(), conv).eval()
     x = torch.zeros(2, 8, 9, 9) if isinstance(conv, nn.Conv2d) else torch.zeros(2, 8, 9)
     monkeypatch.setattr(costs, "take_turns", Turns(before=0.5, after=0.25))
-    converted = sepconv.convert(model, x, rank=2)
-    kind = type(converted[1])
+    converted = sepconv.convert(model, x, rank=rank)
+    theirs = converted[1]
+    if isinstance(conv, nn.Conv2d):
+        # A child of what it stands for.
+        theirs = sepconv.fuse(converted, x, measure=False)[1].fused
+    kind = type(theirs)
     forward = kind.forward
-    monkeypatch.setattr(kind, "forward", lambda self, x: (ran.append(self), forward(self, x))[1])
+    monkeypatch.setattr(
+        kind, "forward", lambda self, *args: (ran.append(self), forward(self, *args))[1]
+    )
     sepconv.report(converted).measure()
-    ours, theirs = ran[0], converted[1]
-    assert ours.extra_repr() == theirs.extra_repr()
+    ours = next(module for module in ran if repr(module) == repr(theirs))
+    assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
     assert [p.stride() for p in ours.parameters()] == [p.stride() for p in theirs.parameters()]
     assert [p.dtype for p in ours.parameters()] == [p.dtype for p in theirs.parameters()]

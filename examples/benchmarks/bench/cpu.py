@@ -81,10 +81,11 @@ def measure(
     name, _, size = case.partition(":")
     shape = tuple(map(int, size.split("x")))
     dtypes = ("float32", "bfloat16") if args.bfloat16 else ("float32",)
+    specs = _specs(name, shape, rank, dtypes, args)
     failed: dict[str, str] = {}
     with ExitStack() as stack:
         forms: dict[str, Form] = {}
-        for title, spec in track(_specs(name, shape, rank, dtypes, args), f"{name} at rank {rank}"):
+        for title, spec in track(specs.items(), f"{name}, rank {rank}", len(specs)):
             try:
                 forms[title] = Form(spec)
             except RuntimeError as error:
@@ -97,10 +98,8 @@ def measure(
                 turns[title].append(form.seconds())
         made = {title: form.made for title, form in forms.items()}
     seconds = {title: median(times) for title, times in turns.items()}
-    dense = min(t for title, t in seconds.items() if title in [f"dense, {how}" for how in DENSE])
-    counted = {
-        word: next(m for t, m in made.items() if t.startswith(word)) for word in _words(rank)
-    }
+    dense = min(seconds[f"dense, {how}"] for how in DENSE if f"dense, {how}" in seconds)
+    counted = {title.partition(",")[0]: form for title, form in made.items()}
     before = counted["dense"].macs
     return {
         "model": name,
@@ -108,39 +107,34 @@ def measure(
         "rank": rank,
         "ms": {title: t * 1e3 for title, t in seconds.items()},
         "of dense": {title: dense / t for title, t in seconds.items()},
-        "difference": {title: m.difference for title, m in made.items()},
-        "fewer MACs": {word: before / m.macs for word, m in counted.items()},
+        "difference": {title: form.difference for title, form in made.items()},
+        "fewer MACs": {word: before / form.macs for word, form in counted.items()},
         "floor ms": {
-            word: 1e3 * max(m.macs / rates["macs"], m.bytes / rates["bytes"])
-            for word, m in counted.items()
+            word: 1e3 * max(form.macs / rates["macs"], form.bytes / rates["bytes"])
+            for word, form in counted.items()
         },
         "failed": failed,
     }
 
 
-def _words(rank: int) -> list[str]:
-    return ["dense", f"rank {rank}"] if rank else ["dense"]
-
-
 def _specs(
     name: str, shape: tuple[int, ...], rank: int, dtypes: Sequence[str], args: argparse.Namespace
-) -> list[tuple[str, Spec]]:
-    rivals = (
-        [] if args.no_rivals else [n for n, needs in RIVALS.items() if all(map(find_spec, needs))]
-    )
-    specs = []
+) -> dict[str, Spec]:
+    """Every form by its title."""
+    installed = [name for name, needs in RIVALS.items() if all(map(find_spec, needs))]
+    rivals = [] if args.no_rivals else installed
+    hows = {0: (*DENSE, *OURS[1:], *rivals)} if rank == 0 else {0: DENSE, rank: OURS}
+    specs = {}
     for dtype in dtypes:
-        ending = "" if dtype == "float32" else f", {dtype}"
-        for word, forms in zip(
-            _words(rank), ((*DENSE, *([] if rank else OURS[1:])), OURS), strict=False
-        ):
-            for how in (*forms, *rivals):
-                if args.no_compile and how.endswith("frozen"):
+        for ranks, forms in hows.items():
+            for how in (*forms, *(rivals if rank else ())):
+                if (args.no_compile and how.endswith("frozen")) or (
+                    how == "onnxruntime" and dtype != "float32"
+                ):
                     continue
-                if how == "onnxruntime" and dtype != "float32":
-                    continue
-                spec = Spec(name, shape, rank if word != "dense" else 0, how, dtype)
-                specs.append((f"{word}, {how}{ending}", spec))
+                title = f"rank {ranks}, {how}" if ranks else f"dense, {how}"
+                title += "" if dtype == "float32" else f", {dtype}"
+                specs[title] = Spec(name, shape, ranks, how, dtype)
     return specs
 
 

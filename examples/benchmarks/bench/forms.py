@@ -135,7 +135,7 @@ class Form:
     """
 
     def __init__(self, spec: Spec) -> None:
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", "examples.benchmarks.bench.forms", json.dumps(asdict(spec))],
             stdin=subprocess.PIPE,
