@@ -3,8 +3,8 @@
 Each form runs in a process of its own, and in one rank's table they take turns, so that a slow
 spell of the machine hits all. "Of dense" compares with the fastest of eager's two layouts and
 Inductor's freezing; onnxruntime and OpenVINO are shown where they are installed. The floor is what
-the multiply-adds take at the rate of a large matrix product or the operands at that of a copy,
-whichever is more, both measured here.
+the multiply-adds take at the rate of large work or the operands at that of a copy,
+whichever is more; both are measured here, the first as the better of a product and a convolution.
 """
 
 import argparse
@@ -66,12 +66,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measure_rates() -> dict[str, float]:
-    """Multiply-adds a second of a large product, bytes a second that a copy reads and writes."""
+    """Multiply-adds a second of large work, bytes a second that a copy reads and writes."""
     a, b, c = (torch.randn(2048, 2048) for _ in range(3))
     source, target = (torch.zeros(2**26) for _ in range(2))
+    images, weight = torch.randn(4, 256, 56, 56), torch.randn(256, 256, 3, 3)
+    images, weight = (t.contiguous(memory_format=torch.channels_last) for t in (images, weight))
     product = host_seconds([lambda: torch.mm(a, b, out=c)], 1.0)
+    convolution = host_seconds([lambda: torch.conv2d(images, weight)], 1.0)
     copy = host_seconds([lambda: target.copy_(source)], 1.0)
-    return {"macs": 2048**3 / product, "bytes": 2 * 4 * 2**26 / copy}
+    rate = max(2048**3 / product, 4 * 54**2 * weight.numel() / convolution)
+    return {"macs": rate, "bytes": 2 * 4 * 2**26 / copy}
 
 
 def measure(
