@@ -166,7 +166,7 @@ def _matched(overlaps: Tensor) -> int:
 
 
 def _vgg() -> nn.Module:
-    return _load("vgg16_features").features
+    return _load("vgg16_features").get_submodule("features")
 
 
 def _photo_batches(calibration: bool, count: int) -> Batches:
