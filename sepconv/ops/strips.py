@@ -163,11 +163,12 @@ class StripedSeparableConv2d:
         n, channels, h, w = x.shape
         stride, filter_size, features = self._stride, weight_dw.shape[2:], len(weight_pw)
         p, q = Geometry((stride, stride), (top, top, left, left)).output_size((h, w), filter_size)
-        y = torch.empty((n * p * q, features))
+        y = x.new_empty((n * p * q, features))  # whatever the default dtype and device are
         joins = (
             isinstance(residual, Tensor)
             and residual.shape == (n, features, p, q)
             and residual.dtype == y.dtype
+            and not (residual.requires_grad and torch.is_grad_enabled())
         )
         added = residual.permute(0, 2, 3, 1).reshape(y.shape) if joins else None
         late = residual is not None and not joins

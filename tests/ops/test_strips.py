@@ -127,3 +127,22 @@ def test_weights_are_prepared_once_and_after_every_change(monkeypatch):
     check()
     for copied in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
         assert copied._prepared is None
+
+
+@needs_onednn
+def test_defaults_of_the_process_and_gradients_of_a_residual():
+    torch.manual_seed(0)
+    x, dw, pw = torch.randn(1, 4, 6, 6), torch.randn(8, 1, 3, 3), torch.randn(3, 8, 1, 1)
+    conv, sides = StripedSeparableConv2d(1), (1, 1, 1, 1)
+    expected = conv(x, dw, pw, None, None, sides)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = conv(x, dw, pw, None, None, sides)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype is torch.float32
+    assert torch.equal(got, expected)
+    residual = torch.randn(1, 3, 6, 6, requires_grad=True)
+    y = conv(x, dw, pw, None, torch.randn(3), sides, None, "relu", residual)
+    y.sum().backward()
+    assert torch.equal(residual.grad, (y > 0).float())
