@@ -252,6 +252,8 @@ def test_a_latency_budget_is_kept_by_the_measured_table(
     monkeypatch.setattr(
         "sepconv.conversion.costs.take_turns", lambda forms, *_, **__: dict.fromkeys(forms, 5.5e-2)
     )
+    # Whether the whole model keeps it is another question (conversion/test_confirm.py).
+    monkeypatch.setattr("sepconv.conversion.convert.confirmed", lambda plan, *_: plan)
     options = {"budget": sepconv.Budget(latency=fraction), "bottleneck": False}
     small = sepconv.convert(net, batches[0][:1], calibration=batches, **options)
     layers = sepconv.report(small).layers[1:]
