@@ -7,7 +7,7 @@ taken to cost as much more, and the plan is made again.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +16,38 @@ from sepconv.conversion.apply import NewLayer, apply_plan
 from sepconv.conversion.costs import DENSE, Costs, as_run, forward_seconds
 from sepconv.conversion.options import Budget, UnreachableError
 from sepconv.conversion.plan import Forms, Plan, forms_within
+from sepconv.conversion.prepare import Prepared
 from sepconv.factorize import Form
-from sepconv.graph import ExampleInputs, Match, separable_module
+from sepconv.graph import separable_module
+from sepconv.graph.state import check_copyable
 
 ROUNDS = 2  # of corrections
 _TOLERANCE = 1.03  # of the whole model's time, which no measurement tells more exactly
 
 
-def confirmed(
-    plan: Plan,
-    budget: Budget,
-    model: nn.Module,
-    example_inputs: ExampleInputs,
-    matches: Sequence[Match],
-    channels_last: bool,
-) -> Plan:
+def confirmed(plan: Plan, budget: Budget, ready: Prepared, original: nn.Module) -> Plan:
     """A plan within a budget of time that the whole model keeps, after two corrections at most.
 
-    Where none of them does, the last one is returned with a warning.
+    Where none of them does, the last one is returned with a warning. A model that cannot be copied,
+    which is converted in place, cannot be tried: its plan is taken as it is.
+
+    Args:
+        plan: To be tried.
+        budget: Of latency.
+        ready: The model.
+        original: The model as it is timed.
     """
-    dense = as_run(model, example_inputs)
+    try:
+        check_copyable(ready.model)
+    except ValueError:
+        return plan
+    inputs = ready.example_inputs
+    assert inputs is not None, "check_options() asks for them"
     for turn in range(ROUNDS + 1):
         if all(form is DENSE for form in plan.forms.values()):
             return plan
-        whole = as_run(_trial(model, matches, plan.forms, channels_last), example_inputs)
-        times = forward_seconds(example_inputs, before=dense, after=whole)
+        whole = as_run(_trial(ready, plan.forms), inputs)
+        times = forward_seconds(inputs, before=original, after=whole)
         share = times["after"] / times["before"]
         if share <= _TOLERANCE * budget.fraction:
             return plan
@@ -57,16 +64,12 @@ def confirmed(
     return plan
 
 
-def _trial(
-    model: nn.Module,
-    matches: Sequence[Match],
-    forms: Mapping[str, Form | None],
-    channels_last: bool,
-) -> nn.Module:
+def _trial(ready: Prepared, forms: Mapping[str, Form | None]) -> nn.Module:
     """The model in these forms, without the work of factorising: time does not ask for values."""
     generator = torch.Generator().manual_seed(0)
+    channels_last = ready.captured.channels_last
     layers = []
-    for conv in matches:
+    for conv in ready.matches:
         form = forms[conv.name]
         if form is DENSE:
             continue
@@ -76,7 +79,7 @@ def _trial(
             for name, factor in empty.factors.items()
         }
         layers.append((conv, NewLayer(form, channels_last, factors)))
-    made, _ = apply_plan(model, layers, inplace=False)
+    made, _ = apply_plan(ready.model, layers, inplace=False)
     return made
 
 

@@ -135,10 +135,6 @@ def convert(
     return carry_out(ready, budget, start, only_if_faster, inplace, dryrun, listed)
 
 
-def _itself(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
-    return model
-
-
 def carry_out(
     ready: Prepared,
     budget: Budget | None,
@@ -169,16 +165,16 @@ def carry_out(
     captured, found = ready.captured, ready.found
     matches, study, table = ready.matches, ready.study, ready.table
     by_time = only_if_faster or (budget is not None and budget.kind == "latency")
+    # What is chosen by the time of fused forms is told by it.
+    original = as_run(model, example_inputs) if by_time else model
     plan: Plan | None = None
     if budget is None:
         forms: Forms = forms_asked(matches, ready.asked)
     else:
         given = (budget, model, example_inputs, captured, found, study, table)
-        plan = plan_for(*given, ready.bottleneck, only_if_faster)
+        plan = plan_for(*given, ready.bottleneck, only_if_faster, original)
         if budget.kind == "latency" and not dryrun:
-            assert example_inputs is not None, "check_options() asks for them"
-            layout = captured.channels_last
-            plan = confirmed(plan, budget, model, example_inputs, matches, layout)
+            plan = confirmed(plan, budget, ready, original)
         forms = plan.forms
 
     def described(
@@ -218,17 +214,15 @@ def carry_out(
     if not converting:
         warnings.warn(f"convert: nothing was converted: {made.reasons()}", stacklevel=4)
     times: dict[str, float] = {}
-    # What was chosen by the time of fused forms is told by it.
-    form = as_run if by_time else _itself
     if converting and example_inputs is not None and inplace:
-        times = forward_seconds(example_inputs, before=form(model, example_inputs))
+        times = forward_seconds(example_inputs, before=original)
     converted, successors = apply_plan(model, new, inplace)
     names = {id(p): name for name, p in converted.named_parameters()}
     update_optimizers(optimizers, successors, names)
     attach(converted, made)
     if converting and example_inputs is not None:
-        timed = {"after": converted} if inplace else {"before": model, "after": converted}
-        timed = {name: form(model, example_inputs) for name, model in timed.items()}
+        timed = {} if inplace else {"before": original}
+        timed["after"] = as_run(converted, example_inputs) if by_time else converted
         times |= forward_seconds(example_inputs, **timed)
         made.latency_before, made.latency_after = times["before"], times["after"]
         made.device = device_name(converted) + (", fused" if by_time else "")

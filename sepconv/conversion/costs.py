@@ -85,7 +85,7 @@ def _cheaper_than_dense(forms: Mapping[Form | None, float]) -> dict[Form | None,
 
 
 @torch.no_grad()
-def as_run(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
+def as_run(model: nn.Module, example_inputs: ExampleInputs | None) -> nn.Module:
     """The model as `sepconv.fuse` lowers it; itself where it cannot be lowered."""
     inputs = tree_map_only(Tensor, torch.clone, example_inputs)
     with untouched(model), evaluating(model), warnings.catch_warnings():

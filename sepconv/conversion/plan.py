@@ -14,7 +14,6 @@ from sepconv.calibration.fit import Calibration
 from sepconv.conversion.costs import (
     DENSE,
     Costs,
-    as_run,
     counted_costs,
     forward_seconds,
     latency_costs,
@@ -95,12 +94,13 @@ def plan_for(
     table: LatencyTable,
     bottleneck: bool,
     only_if_faster: bool,
+    original: nn.Module,
 ) -> Plan:
     """A form, or dense, for every match within the budget.
 
     With calibration the error of a form is what it changes in the model's output, else what it
     changes in the weight. With `only_if_faster` a budget of multiply-adds or parameters may be
-    missed; see `forms_if_faster`.
+    missed; see `forms_if_faster`. `original` is the model as it is timed.
 
     Raises:
         ValueError: The budget cannot be reached, or needs calibration that is not given.
@@ -128,7 +128,7 @@ def plan_for(
         costs = latency_costs(matches, errors, captured.channels_last, table)
         # Measured one by one, layers can take longer than together; the whole is not less.
         layers = sum(forms[DENSE] for forms in costs.values())
-        whole = forward_seconds(example_inputs, dense=as_run(model, example_inputs))
+        whole = forward_seconds(example_inputs, dense=original)
         total = max(whole["dense"], layers)
     elif only_if_faster:
         faster = _is_faster(matches, captured.channels_last, table)

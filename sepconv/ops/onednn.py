@@ -161,26 +161,20 @@ class PackedConv2d:
             activation: As the ops name it.
             residual: Whatever adds to the result, or none.
         """
-        assert _OPERATORS is not None
         top, bottom, left, right = padding
         if top != bottom or left != right:
             x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
         x = x.contiguous(memory_format=torch.channels_last)
         settings = ([top, left], [self._stride] * 2, [1, 1], self._groups)
-        fuses = residual is None and activation in _FUSED
-        fused = _FUSED[activation if fuses else None]
-        y = _OPERATORS.convolve(x, self._weight_for(x, weight, settings), bias, *settings, *fused)
-        if fuses:
+        early = activation if residual is None else None
+        y = _convolved(x, self._weight_for(x, weight, settings), bias, settings, early)
+        if residual is None:
             return y
-        if residual is not None:
-            if not (
-                isinstance(residual, Tensor)
-                and residual.shape == y.shape
-                and residual.dtype == y.dtype
-            ):
-                return reference.activate(y + residual, activation)
-            y = y.add_(residual)
-        return activate_(y, activation)
+        if not (
+            isinstance(residual, Tensor) and residual.shape == y.shape and residual.dtype == y.dtype
+        ):
+            return reference.activate(y + residual, activation)
+        return activate_(y.add_(residual), activation)
 
     def _weight_for(self, x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
         # Read once and replaced as a whole: another thread may run the same convolution.
@@ -193,6 +187,21 @@ class PackedConv2d:
             kept = list(made.packed.items())[1 - _MOST_SHAPES :]
             self._made = made._replace(packed={**dict(kept), key: packed})
         return packed
+
+
+def _convolved(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    settings: tuple[Any, ...],
+    activation: str | None,
+) -> Tensor:
+    """The convolution of a dense channels_last x, its activation fused where oneDNN's is ours."""
+    assert _OPERATORS is not None
+    fuses = activation in _FUSED
+    fused = _FUSED[activation if fuses else None]
+    y = _OPERATORS.convolve(x, packed, bias, *settings, *fused)
+    return y if fuses else activate_(y, activation)
 
 
 def packs(weight: Tensor) -> bool:
@@ -224,12 +233,7 @@ def depthwise(
     activation: str | None,
 ) -> Tensor:
     """Return `activation(x * weight + bias)`, channels_last as x, with `packed` filters."""
-    assert _OPERATORS is not None
-    fuses = activation in _FUSED
-    fused = _FUSED[activation if fuses else None]
-    settings = (padding, [stride] * 2, [1, 1], x.shape[1])
-    y = _OPERATORS.convolve(x, packed, bias, *settings, *fused)
-    return y if fuses else activate_(y, activation)
+    return _convolved(x, packed, bias, (padding, [stride] * 2, [1, 1], x.shape[1]), activation)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:

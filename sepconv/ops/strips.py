@@ -84,8 +84,8 @@ class _Prepared(NamedTuple):
     """The weights as the strips need them."""
 
     sources: tuple[Source, Source]
-    filters: Sequence[Tensor] = ()  # of each set, packed
-    products: Sequence[Tensor] = ()  # of each set [C, K]
+    filters: Sequence[Tensor]  # of each set, packed
+    products: Sequence[Tensor]  # of each set [C, K]
 
 
 class StripedSeparableConv2d:

@@ -128,7 +128,7 @@ class Made(NamedTuple):
 
 
 class Form:
-    """A process that holds one form. As a context it ends the process.
+    """A process that holds one form, until it is closed.
 
     Raises:
         RuntimeError: The form cannot be made; the message is the process's last line.
