@@ -184,18 +184,12 @@ class StripedSeparableConv2d:
             out = y.narrow(0, *strip.pixels)
             begun = bias_pw
             if added is not None:
-                begun = added.narrow(0, *strip.pixels)
-                if bias_pw is not None:
-                    begun = torch.add(begun, bias_pw, out=out)
+                begun = _sum(added.narrow(0, *strip.pixels), bias_pw, out)
             settings = ([strip.padding, left], stride)
             for packed, bias, product in zip(filters, biases, products, strict=True):
                 z = depthwise(part, packed, bias, *settings, activation_mid)
                 rows = z.permute(0, 2, 3, 1).narrow(1, *strip.kept).reshape(-1, channels)
-                if begun is None:
-                    torch.mm(rows, product, out=out)
-                else:
-                    torch.addmm(begun, rows, product, out=out)
-                begun = out
+                begun = _multiply_add(begun, rows, product, out)
             if not late:
                 activate_(out, activation)
         result = y.view(n, p, q, features).permute(0, 3, 1, 2)
@@ -217,3 +211,14 @@ class StripedSeparableConv2d:
                 products = by_set.contiguous().unbind()
             self._prepared = made = _Prepared(sources, filters, products)
         return made.filters, made.products
+
+
+def _sum(added: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    return added if bias is None else torch.add(added, bias, out=out)
+
+
+def _multiply_add(begun: Tensor | None, rows: Tensor, product: Tensor, out: Tensor) -> Tensor:
+    """`begun + rows @ product` in `out`, which `begun` may be."""
+    if begun is None:
+        return torch.mm(rows, product, out=out)
+    return torch.addmm(begun, rows, product, out=out)

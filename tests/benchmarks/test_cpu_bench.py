@@ -1,7 +1,6 @@
 """The benchmark of a CPU: forms in processes of their own that take turns."""
 
 import argparse
-import math
 import re
 
 import pytest
@@ -59,7 +58,3 @@ def test_forms_are_measured_against_the_best_dense_one(monkeypatch, capsys):
 def test_a_form_that_cannot_be_made_says_why():
     with pytest.raises(RuntimeError, match="no_such_network"):
         Form(Spec("torchvision/no_such_network", (1, 3, 8, 8), 0, "eager"))
-    form = Form(Spec("sepconv/mobilenet", (1, 3, 32, 32), 0, "channels_last"))
-    assert form.seconds() > 0
-    assert not math.isnan(form.made.difference)
-    form.close()

@@ -69,3 +69,15 @@ def untouched(*models: nn.Module) -> Iterator[None]:
 def _random_states() -> tuple[Any, ...]:
     kind, keys, *rest = np.random.get_state()
     return torch.get_rng_state().tolist(), random.getstate(), (kind, keys.tolist(), *rest)
+
+
+class Counts(nn.Module):
+    """A model that counts its calls, and writes to what it is given."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.calls = body, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.body(x.mul_(2.0))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conversion.compare import untouched
+from conversion.compare import Counts, untouched
 from torch import Tensor, nn
 
 import sepconv
@@ -115,16 +115,7 @@ def test_nothing_is_timed_without_inputs_in_a_dry_run_or_where_nothing_is_conver
 
 @pytest.mark.filterwarnings(SLOWER)
 def test_timing_leaves_models_inputs_and_random_states_alone() -> None:
-    class Counts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.calls = net(), 0
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            return self.body(x.mul_(2.0))
-
-    model, x = Counts().train(), image()
+    model, x = Counts(net()).train(), image()
     with untouched(model):
         converted = sepconv.convert(model, x)
     assert converted.calls == 0
