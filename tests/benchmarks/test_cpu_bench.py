@@ -58,3 +58,16 @@ def test_forms_are_measured_against_the_best_dense_one(monkeypatch, capsys):
 def test_a_form_that_cannot_be_made_says_why():
     with pytest.raises(RuntimeError, match="no_such_network"):
         Form(Spec("torchvision/no_such_network", (1, 3, 8, 8), 0, "eager"))
+
+
+@pytest.mark.parametrize(
+    "case", ["resnet18", "timm/x", "timm/x:0x3", "torch/x:1x3x8x8", "timm/x:a"]
+)
+def test_a_case_that_is_none_is_one_line(capsys, case):
+    parser = argparse.ArgumentParser()
+    cpu.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--cases", case])
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "expected LIBRARY/NAME:SHAPE" in told
+    assert repr(case) in told

@@ -9,6 +9,7 @@ whichever is more; both are measured here, the first as the better of a product 
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.benchmarks.bench.forms import Form, Spec
-from examples.benchmarks.bench.networks import machine
+from examples.benchmarks.bench.networks import LIBRARIES, machine
 from sepconv._util import track, write_atomically
 from sepconv.timing import host_seconds
 
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cases",
         nargs="+",
+        type=_case,
         default=list(CASES),
         help="LIBRARY/NAME:SHAPE, as networks.py has them",
     )
@@ -49,6 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-rivals", action="store_true", help="leave out other runtimes")
     parser.add_argument("--bfloat16", action="store_true", help="every form in 16 bits as well")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+
+
+def _case(word: str) -> str:
+    """Checked before anything is measured."""
+    if not re.fullmatch(rf"({'|'.join(LIBRARIES)})/\w+:[1-9]\d*(x[1-9]\d*)+", word):
+        raise argparse.ArgumentTypeError(
+            f"expected LIBRARY/NAME:SHAPE, as {CASES[0]}, of {', '.join(LIBRARIES)}; got {word!r}"
+        )
+    return word
 
 
 def run(args: argparse.Namespace) -> None:

@@ -9,6 +9,8 @@ from torch import nn
 from examples.benchmarks.bench import torchvision_shim
 from sepconv import mobilenet
 
+LIBRARIES = ("torchvision", "timm", "trained", "sepconv")
+
 
 def build(name: str) -> nn.Module:
     """A network in eval mode, with random weights but for those of `examples.studies.networks`."""
