@@ -30,6 +30,10 @@ from torch import Tensor, fx
 from sepconv._util import closest
 from sepconv.fusion.captured import lower
 from sepconv.fusion.frozen import Compiled, Frozen
+from sepconv.ops.reference import separable_by_sets
+
+# Captured as one call, which the compiler behind us takes apart unless we put another in its place.
+torch.compiler.allow_in_graph(separable_by_sets)
 
 
 def compile_graph(

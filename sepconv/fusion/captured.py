@@ -24,14 +24,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sepconv.factorize.fold import batch_norm_affine, fold_after
+from sepconv.fusion.by_sets import Shapes, fastest
 from sepconv.kernels.geometry import Geometry
 from sepconv.ops.arguments import geometry_of
+from sepconv.ops.reference import separable_by_sets
 from sepconv.ops.stem import stem_takes
 
 _OPS = torch.ops.sepconv
 _KINDS = ("depthwise", "pointwise", "separable", "stem")
 _OP_KINDS = {getattr(_OPS, f"{kind}_conv2d"): kind for kind in _KINDS}
 _OP_KINDS |= {op.default: kind for op, kind in _OP_KINDS.items()}
+_OP_KINDS[separable_by_sets] = "sets"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _ACTIVATIONS: dict[Any, str] = {
@@ -64,12 +67,14 @@ class _Chain:
     """Nodes that one call replaces.
 
     Attributes:
-        kind: `conv2d` is torch's own; the others are those of our ops.
+        kind: `conv2d` is torch's own; `sets` is `reference.separable_by_sets`, which our ops run on
+            a CPU for several filters per channel; the others are those of our ops.
         nodes: In order of execution; the first is the first convolution.
         x: The node whose result is read.
         parts: One convolution, or the depthwise and the pointwise one.
         geometry: As the call wants it; torch's own with the groups.
         mid: The activation between the two convolutions.
+        shapes: Of x and the weights, for `sets`.
     """
 
     kind: str
@@ -77,6 +82,7 @@ class _Chain:
     x: fx.Node
     parts: list[_Part]
     geometry: tuple[Any, ...] = ()
+    shapes: Shapes | None = None
     mid: str | None = None
     activation: str | None = None
     residual: fx.Node | None = None
@@ -88,10 +94,14 @@ class _Chain:
         if self.kind == "conv2d":
             return torch.conv2d, (self.x, *tensors, *self.geometry)
         epilogue: tuple[Any, ...] = (self.activation,)
-        if self.kind in ("pointwise", "separable"):
+        if self.kind in ("pointwise", "separable", "sets"):
             epilogue = (*epilogue, self.residual)
-        if self.kind == "separable":
+        if self.kind in ("separable", "sets"):
             epilogue = (self.mid, *epilogue)
+        if self.kind == "sets":
+            assert self.shapes is not None
+            fast = fastest(self.shapes, Geometry(*self.geometry), self.mid, self.activation)
+            return fast, (self.x, *tensors, *self.geometry, *epilogue)
         op = getattr(_OPS, f"{self.kind}_conv2d").default
         return op, (self.x, *tensors, *self.geometry, *epilogue)
 
@@ -127,7 +137,7 @@ def _lower(graph: fx.Graph, fold: bool, kernels: bool) -> None:
     done: set[fx.Node] = set()
     for node in list(graph.nodes):
         chain = None if node in done else _convolution(node, kernels)
-        if chain is None:
+        if chain is None or (chain.kind == "sets" and (kernels or not fold)):
             continue
         before = len(chain.nodes)
         _grow(chain, fold, kernels)
@@ -144,7 +154,7 @@ def _grow(chain: _Chain, fold: bool, kernels: bool) -> None:
         return
     if chain.kind == "depthwise" and _take_pointwise(chain, fold, kernels):
         _take_norms(chain, fold)
-    if chain.kind in ("pointwise", "separable"):
+    if chain.kind in ("pointwise", "separable", "sets"):
         _take_sum(chain)
     if chain.activation is None:
         chain.activation = _take_activation(chain)
@@ -180,14 +190,19 @@ def _called(node: fx.Node, kind: str) -> _Chain | None:
         return None
     x, *others = node.args
     assert isinstance(x, fx.Node)
-    count = 2 if kind == "separable" else 1
+    count = 2 if kind in ("separable", "sets") else 1
     parts = [_Part(others[i], others[count + i]) for i in range(count)]
     chain = _Chain(kind, [node], x, parts)
     geometry = 0 if kind == "pointwise" else 3
     chain.geometry = tuple(others[2 * count : 2 * count + geometry])
     epilogue = others[2 * count + geometry :]
-    if kind == "separable":
+    if count == 2:
         chain.mid = epilogue.pop(0)  # type: ignore[assignment]
+    if kind == "sets":
+        image, dw, pw = (_value(operand) for operand in (x, *others[:2]))
+        if image is None or dw is None or pw is None or image.dtype != torch.float32:
+            return None
+        chain.shapes = Shapes(image.shape, dw.shape, pw.shape)
     # One that ends with an activation or a sum takes no more.
     return None if any(e is not None for e in epilogue) else chain
 

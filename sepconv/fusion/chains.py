@@ -48,6 +48,7 @@ class Chain:
         form: `separable`, `pointwise`, `depthwise`, `convolution` or `linear`.
         summand: The node that adds a residual, and the position of the residual in its arguments.
         head: The first convolution.
+        module: The name of the fused module, once there is one.
     """
 
     stages: list[Stage]
@@ -56,6 +57,7 @@ class Chain:
     before: tuple[Norm, ...] = ()
     summand: tuple[fx.Node, int] | None = None
     head: fx.Node = field(init=False)
+    module: str = ""
 
     def __post_init__(self) -> None:
         self.head = self.nodes[0]

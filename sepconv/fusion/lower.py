@@ -39,7 +39,8 @@ def lower_graph(graph: fx.Graph, owner: nn.Module, channels_last: bool) -> list[
             free = next(name for name in _names() if not hasattr(host, name))
             host.add_module(free, _fused(chain, modules, channels_last))
             names[chain.key] = f"{chain.stages[0].conv}.{free}"
-        _call_instead(graph, chain, names[chain.key])
+        chain.module = names[chain.key]
+        _call_instead(graph, chain)
     for node in list(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
@@ -71,7 +72,7 @@ def _fused(chain: Chain, modules: Modules, channels_last: bool) -> nn.Module:
     return FusedSeparableConv2d(*parts, *geometry(first), stage.activation, *tail)
 
 
-def _call_instead(graph: fx.Graph, chain: Chain, name: str) -> None:
+def _call_instead(graph: fx.Graph, chain: Chain) -> None:
     arguments = [chain.source]
     if chain.summand is not None:
         node, position = chain.summand
@@ -79,7 +80,7 @@ def _call_instead(graph: fx.Graph, chain: Chain, name: str) -> None:
         assert isinstance(residual, fx.Node)
         arguments.append(residual)
     with graph.inserting_before(chain.place):
-        call = graph.call_module(name, tuple(arguments))
+        call = graph.call_module(chain.module, tuple(arguments))
     chain.nodes[-1].replace_all_uses_with(call)
     for node in reversed(chain.nodes):
         graph.erase_node(node)

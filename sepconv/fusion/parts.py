@@ -1,11 +1,12 @@
 """Lower a model: all of it where a graph can stand for it, else those parts where one can."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from sepconv.fusion.chains import Chain
+from sepconv.fusion.dense import prefer_dense
 from sepconv.fusion.guards import install, not_extended
 from sepconv.fusion.lower import lower_graph
 from sepconv.fusion.recognise import Left, obstacle
@@ -46,6 +47,7 @@ class Lowering:
         self.parts: dict[str, nn.Module] = {}
         self.fused: dict[str, FusedLayer] = {}
         self.left: dict[str, str] = {}
+        self._layers: dict[nn.Module, list[FusedLayer]] = {}  # of each fused module
         self._seen: set[nn.Module] = set()
         self.channels_last = bool(channels_last)
         traced = self._traced(self.model, "")
@@ -119,7 +121,18 @@ class Lowering:
             if stage.activation:
                 takes.append(stage.activation)
             name = prefix + stage.conv
-            self.fused.setdefault(name, FusedLayer(name, "fused", chain.form, tuple(takes)))
+            layer = FusedLayer(name, "fused", chain.form, tuple(takes))
+            layer = self.fused.setdefault(name, layer)
+            module = self.model.get_submodule(prefix + chain.module)
+            self._layers.setdefault(module, []).append(layer)
+
+    def prefer_dense(self, forward: Callable[[], Any]) -> bool:
+        """Run dense what is faster so, if anything is; `forward` runs the model."""
+        replaced = prefer_dense(self.model, forward)
+        for module in replaced:
+            for layer in self._layers[module]:
+                layer.form = "dense"
+        return bool(replaced)
 
     def report(self) -> FusionReport:
         """What was done with every convolution, and with the parts that are as they were."""

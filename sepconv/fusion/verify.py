@@ -14,8 +14,17 @@ from sepconv.graph.capture import arguments_given
 from sepconv.graph.compare import Check, run
 
 
-def checked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowering:
-    """The lowering of as much as answers as the original does; two forwards if all of it does."""
+def checked(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, choose: bool
+) -> Lowering:
+    """The lowering of as much as answers as the original does; two forwards if all of it does.
+
+    Args:
+        model: In eval mode.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments.
+        choose: Whether separable convolutions run dense where that is faster.
+    """
     try:
         with _noting_arguments(model) as given:
             check = Check(model, args, kwargs)
@@ -30,7 +39,7 @@ def checked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             lowering = Lowering(model, given, wrong, channels_last)
             found = check.difference(lowering.model)
             if found is None:
-                return lowering
+                return _chosen(lowering, check, given, wrong) if choose else lowering
         # Each by itself; what is right there and not in its place goes too.
         assert found is not None
         differing = _differing(lowering, check)
@@ -61,6 +70,16 @@ def _noting_arguments(model: nn.Module) -> Iterator[dict[str, Mapping[str, Any]]
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _chosen(
+    lowering: Lowering, check: Check, given: dict[str, Mapping[str, Any]], wrong: dict[str, str]
+) -> Lowering:
+    """The lowering with dense forms where they are faster, unless the answer is another then."""
+    replaced = lowering.prefer_dense(partial(run, lowering.model, check.args, check.kwargs))
+    if not replaced or check.difference(lowering.model) is None:
+        return lowering
+    return Lowering(check.model, given, wrong, lowering.channels_last)
 
 
 def _differing(lowering: Lowering, check: Check) -> dict[str, str]:

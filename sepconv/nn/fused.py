@@ -12,9 +12,10 @@ from sepconv.kernels.geometry import Geometry, Pair, Rule, Sides, padding_sides
 from sepconv.ops import reference
 from sepconv.ops.autocast import is_autocasting
 from sepconv.ops.layout import side_by_side
-from sepconv.ops.onednn import PackedConv2d, linear, usable
+from sepconv.ops.onednn import linear, usable
+from sepconv.ops.packed import PackedConv2d
+from sepconv.ops.packed_separable import PackedSeparableConv2d
 from sepconv.ops.stem import stem_conv2d, stem_takes
-from sepconv.ops.strips import StripedSeparableConv2d
 
 _NO_PADDING = (0, 0, 0, 0)
 _PACKED_ROWS = 32  # of a matrix product; below it a copy of the weight is not worth its memory
@@ -45,9 +46,13 @@ class _Fused(nn.Module):
 class _FusedConvolution(_Fused):
     """The geometry of the spatial convolution, and inputs without a batch."""
 
-    def __init__(self, stride: Pair, padding: Sides | Rule, dilation: Pair) -> None:
+    def __init__(
+        self, stride: Pair, padding: Sides | Rule, dilation: Pair, channels_last: bool
+    ) -> None:
         super().__init__()
         self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.channels_last = channels_last
+        self._packable = channels_last and stride[0] == stride[1] and dilation == (1, 1)
 
     def _sides(self, x: Tensor, weight: Tensor) -> Sides:
         if not isinstance(self.padding, str):
@@ -97,14 +102,13 @@ class FusedConv2d(_FusedConvolution):
         activation: str | None = None,
         channels_last: bool = True,
     ) -> None:
-        super().__init__(stride, padding, dilation)
+        super().__init__(stride, padding, dilation, channels_last)
         self._freeze("weight", weight, channels_last)
         self._freeze("bias", bias, channels_last)
         self.groups, self.activation = groups, activation
         plain = stride == (1, 1) and groups == 1 and padding == _NO_PADDING
         self._pointwise = plain and weight.shape[2:] == (1, 1)
         self._depthwise = weight.shape[1] == 1 and weight.shape[0] % groups == 0 and groups > 1
-        self._packable = channels_last and stride[0] == stride[1] and dilation == (1, 1)
         self._packed = PackedConv2d(stride[0], groups)
 
     def _run(self, x: Tensor, residual: Any) -> Tensor:
@@ -178,30 +182,22 @@ class FusedSeparableConv2d(_FusedConvolution):
         activation: str | None = None,
         channels_last: bool = True,
     ) -> None:
-        super().__init__(stride, padding, dilation)
+        super().__init__(stride, padding, dilation, channels_last)
         self._freeze("weight_dw", weight_dw, channels_last)
         self._freeze("weight_pw", weight_pw, channels_last)
         self._freeze("bias_dw", bias_dw, channels_last)
         self._freeze("bias_pw", bias_pw, channels_last)
         self.activation_mid, self.activation = activation_mid, activation
-        self._packable = channels_last and stride[0] == stride[1] and dilation == (1, 1)
-        self._packed_dw = PackedConv2d(stride[0], len(weight_dw))
-        self._packed_pw = PackedConv2d(1, 1)
-        self._strips = StripedSeparableConv2d(stride[0])
+        self._packed = PackedSeparableConv2d(stride[0])
 
     def _run(self, x: Tensor, residual: Any) -> Tensor:
         # Read as attributes: that is all that the replicas of nn.DataParallel have.
         dw, pw, bias_dw, bias_pw = self.weight_dw, self.weight_pw, self.bias_dw, self.bias_pw
         top, bottom, left, right = sides = self._sides(x, dw)
         if self._packable and usable(x, dw, pw, bias_dw, bias_pw):
-            # Several filters per channel leave oneDNN's fast path; strips go around that.
-            if self._strips.takes(x, dw, pw, sides):
-                activations = (self.activation_mid, self.activation)
-                return self._strips(x, dw, pw, bias_dw, bias_pw, sides, *activations, residual)
-            one_each = len(dw) == x.shape[1]
-            if one_each and self._packed_dw.takes(dw) and self._packed_pw.takes(pw):
-                z = self._packed_dw(x, dw, bias_dw, sides, self.activation_mid)
-                return self._packed_pw(z, pw, bias_pw, _NO_PADDING, self.activation, residual)
+            run = self._packed.prepared(x, dw, pw, sides)
+            if run is not None:
+                return run(x, bias_dw, bias_pw, self.activation_mid, self.activation, residual)
 
         inside = None
         if residual is not None:

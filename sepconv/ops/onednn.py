@@ -6,14 +6,12 @@ that need none. Their fused relu and relu6 turn NaN into 0, so those two run in 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sepconv.kernels.geometry import Sides
-from sepconv.ops import reference
 from sepconv.ops.backend import chosen_backend
 
 # By our name of an activation: oneDNN's name, scalars and algorithm.
@@ -37,16 +35,22 @@ _KINDS = (Tensor, nn.Parameter)
 class _Operators(NamedTuple):
     reorder: Callable[..., Tensor]
     convolve: Callable[..., Tensor]
+    convolve_add_: Callable[..., Tensor]
     multiply: Callable[..., Tensor]
 
 
 def _operators() -> _Operators | None:
     if not torch.backends.mkldnn.is_available():
         return None
-    names = ("_reorder_convolution_weight", "_convolution_pointwise", "_linear_pointwise")
+    ops = torch.ops.mkldnn
     try:
         # Naming the overload spares 12 us a call.
-        return _Operators(*(getattr(torch.ops.mkldnn, name).default for name in names))
+        return _Operators(
+            ops._reorder_convolution_weight.default,
+            ops._convolution_pointwise.default,
+            ops._convolution_pointwise_.binary,
+            ops._linear_pointwise.default,
+        )
     except AttributeError:
         return None
 
@@ -96,112 +100,27 @@ class Source(NamedTuple):
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether it is this weight, not written to since."""
-        return self.weight.data_ptr() == weight.data_ptr() and self.version == weight._version
+        own = self.weight
+        return (
+            own.data_ptr() == weight.data_ptr()
+            and self.version == weight._version
+            and own.shape == weight.shape
+            and own.stride() == weight.stride()
+        )
 
 
-class _Made(NamedTuple):
-    """What was packed, by shape of the input."""
+class Settings(NamedTuple):
+    """Of a convolution, as oneDNN's operators take them."""
 
-    source: Source
-    packed: dict[Any, Tensor]
+    padding: list[int]
+    stride: list[int]
+    dilation: list[int]
+    groups: int
 
-
-class PackedConv2d:
-    """A convolution that keeps its weight in the layout that oneDNN wants for the inputs it gets.
-
-    The layout depends on the input's shape: a weight packed for another one would be rearranged at
-    every call, slowly. So it is packed at the first call, again for each new shape, and again when
-    the weight is another tensor or was written to. A copy holds no weights.
-
-    Args:
-        stride: Of both dimensions.
-        groups: As in `torch.nn.functional.conv2d`.
-
-    Example:
-        >>> conv = PackedConv2d(1, 1)
-        >>> x, weight = torch.tensor([1.0, float("nan")]).expand(1, 3, 1, 2), torch.ones(4, 3, 1, 1)
-        >>> conv(x, weight, None, (0, 0, 0, 0), "relu")[0, 0] if conv.takes(weight) else None
-        tensor([[3., nan]])
-    """
-
-    def __init__(self, stride: int, groups: int) -> None:
-        self._stride, self._groups = stride, groups
-        self._made: _Made | None = None
-
-    def __deepcopy__(self, memo: object) -> "PackedConv2d":
-        return PackedConv2d(self._stride, self._groups)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PackedConv2d, (self._stride, self._groups)
-
-    def takes(self, weight: Tensor) -> bool:
-        """Whether this weight can be packed. Asked before each call, it looks for changes."""
-        if self._made is None or not self._made.source.is_of(weight):
-            if not packs(weight):
-                return False
-            self._made = _Made(Source.of(weight), {})
-        return True
-
-    def __call__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        padding: Sides,
-        activation: str | None = None,
-        residual: Any = None,
-    ) -> Tensor:
-        """Return `activation(x * weight + bias + residual)`, channels_last and fresh.
-
-        Args:
-            x: `[N, C, H, W]`, `usable` with the weight and the bias.
-            weight: `[K, C/groups, R, S]`, as `takes` has just allowed.
-            bias: `[K]`, or none.
-            padding: Top, bottom, left, right.
-            activation: As the ops name it.
-            residual: Whatever adds to the result, or none.
-        """
-        top, bottom, left, right = padding
-        if top != bottom or left != right:
-            x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
-        x = x.contiguous(memory_format=torch.channels_last)
-        settings = ([top, left], [self._stride] * 2, [1, 1], self._groups)
-        early = activation if residual is None else None
-        y = _convolved(x, self._weight_for(x, weight, settings), bias, settings, early)
-        if residual is None:
-            return y
-        if not (
-            isinstance(residual, Tensor) and residual.shape == y.shape and residual.dtype == y.dtype
-        ):
-            return reference.activate(y + residual, activation)
-        return activate_(y.add_(residual), activation)
-
-    def _weight_for(self, x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
-        # Read once and replaced as a whole: another thread may run the same convolution.
-        made = self._made
-        assert made is not None
-        key = (x.shape, *settings[0])
-        packed = made.packed.get(key)
-        if packed is None:
-            packed = _OPERATORS.reorder(weight, *settings, list(x.shape))  # type: ignore[union-attr]
-            kept = list(made.packed.items())[1 - _MOST_SHAPES :]
-            self._made = made._replace(packed={**dict(kept), key: packed})
-        return packed
-
-
-def _convolved(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    settings: tuple[Any, ...],
-    activation: str | None,
-) -> Tensor:
-    """The convolution of a dense channels_last x, its activation fused where oneDNN's is ours."""
-    assert _OPERATORS is not None
-    fuses = activation in _FUSED
-    fused = _FUSED[activation if fuses else None]
-    y = _OPERATORS.convolve(x, packed, bias, *settings, *fused)
-    return y if fuses else activate_(y, activation)
+    @staticmethod
+    def of(padding: Sequence[int], stride: int, groups: int) -> "Settings":
+        """Padding above and to the left, and the same on the other sides."""
+        return Settings(list(padding), [stride, stride], [1, 1], groups)
 
 
 def packs(weight: Tensor) -> bool:
@@ -214,26 +133,30 @@ def packs(weight: Tensor) -> bool:
     )
 
 
-def pack_depthwise(weight: Tensor, stride: int, shape: Sequence[int]) -> Tensor:
-    """One filter per channel `[C, 1, R, S]` as `depthwise` takes it.
+def pack(weight: Tensor, settings: Settings, shape: Sequence[int]) -> Tensor:
+    """The weight in the layout that oneDNN wants for inputs of this shape.
 
-    Its layout is the same for inputs of all shapes; one is asked for all the same.
+    Filters of one channel each have the same layout for all shapes.
     """
     assert _OPERATORS is not None
-    padding = [taps // 2 for taps in weight.shape[2:]]
-    return _OPERATORS.reorder(weight, padding, [stride] * 2, [1, 1], len(weight), list(shape))
+    return _OPERATORS.reorder(weight, *settings, list(shape))
 
 
-def depthwise(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    padding: Sequence[int],
-    stride: int,
-    activation: str | None,
+def convolve(
+    x: Tensor, packed: Tensor, bias: Tensor | None, settings: Settings, activation: str | None
 ) -> Tensor:
-    """Return `activation(x * weight + bias)`, channels_last as x, with `packed` filters."""
-    return _convolved(x, packed, bias, (padding, [stride] * 2, [1, 1], x.shape[1]), activation)
+    """Return `activation(x * packed + bias)`, fresh and channels_last, of a dense such x."""
+    assert _OPERATORS is not None
+    fuses = activation in _FUSED
+    fused = _FUSED[activation if fuses else None]
+    y = _OPERATORS.convolve(x, packed, bias, *settings, *fused)
+    return y if fuses else activate_(y, activation)
+
+
+def convolve_add_(y: Tensor, x: Tensor, packed: Tensor, settings: Settings) -> Tensor:
+    """Add `x * packed` to y, both dense and channels_last."""
+    assert _OPERATORS is not None
+    return _OPERATORS.convolve_add_(y, x, packed, None, *settings, "add", 1.0, None, [], None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:

@@ -7,14 +7,14 @@ contiguous tensor is up to ten times slower there.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from sepconv.kernels.geometry import Geometry
+from sepconv.kernels.geometry import Geometry, Pair, Sides
 from sepconv.ops.layout import is_channels_last, memory_format, to_channels_last, to_layout
 
 ACTIVATIONS = ("relu", "relu6", "silu", "hardswish", "gelu")
@@ -117,31 +117,56 @@ def pointwise_conv2d(
 
 def separable_conv2d(x: Tensor, weights: Weights, geometry: Geometry, epilogue: Epilogue) -> Tensor:
     """The depthwise, then the pointwise convolution, with an activation after each."""
+    if weights.dw.shape[0] != x.shape[1]:
+        arguments: tuple[Any, ...] = (*weights, *geometry, *epilogue)
+        return separable_by_sets(x, *arguments)
     weight_dw, weight_pw, bias_dw, bias_pw = weights
     activation_mid, activation, residual = epilogue
     x, channels_last = _computing_layout(x, weight_dw)
     channels_last = channels_last or is_channels_last(weight_pw)
     x, geometry = _pad_unevenly(x, geometry)
-    filters, channels = weight_dw.shape[0], x.shape[1]
-    if filters == channels:
-        z = _depthwise(x, weight_dw, bias_dw, geometry)
-        y = _pointwise(activate(z, activation_mid) if activation_mid else z, weight_pw, bias_pw)
-    else:
-        multiplier = filters // channels
-        # One filter per channel at a time: a group with several outputs leaves the fast path.
-        sets = (
-            activate(
-                _depthwise(
-                    x,
-                    weight_dw[m::multiplier],
-                    None if bias_dw is None else bias_dw[m::multiplier],
-                    geometry,
-                ),
-                activation_mid,
-            )
-            for m in range(multiplier)
+    z = _depthwise(x, weight_dw, bias_dw, geometry)
+    y = _pointwise(activate(z, activation_mid) if activation_mid else z, weight_pw, bias_pw)
+    if residual is not None:
+        y = y + residual
+    return to_layout(activate(y, activation), channels_last)
+
+
+def separable_by_sets(
+    x: Tensor,
+    weight_dw: Tensor,
+    weight_pw: Tensor,
+    bias_dw: Tensor | None,
+    bias_pw: Tensor | None,
+    stride: Pair,
+    padding: Sides,
+    dilation: Pair,
+    activation_mid: str | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """`separable_conv2d` of several filters per channel, one filter of every channel at a time.
+
+    A group with several outputs leaves ATen's fast path. The arguments are the operator's, so that
+    a graph can hold the call as it holds the operator.
+    """
+    x, channels_last = _computing_layout(x, weight_dw)
+    channels_last = channels_last or is_channels_last(weight_pw)
+    x, geometry = _pad_unevenly(x, Geometry(stride, padding, dilation))
+    multiplier = weight_dw.shape[0] // x.shape[1]
+    sets = (
+        activate(
+            _depthwise(
+                x,
+                weight_dw[m::multiplier],
+                None if bias_dw is None else bias_dw[m::multiplier],
+                geometry,
+            ),
+            activation_mid,
         )
-        y = _pointwise_of_sets(sets, weight_pw, bias_pw, multiplier)
+        for m in range(multiplier)
+    )
+    y = _pointwise_of_sets(sets, weight_pw, bias_pw, multiplier)
     if residual is not None:
         y = y + residual
     return to_layout(activate(y, activation), channels_last)

@@ -1,30 +1,24 @@
-"""Separable convolutions on a CPU strip by strip, so that what lies between stays in the cache.
+"""Strips of a convolution, so that what lies between its parts stays in the cache.
 
 Layer by layer, each of the filter sets of a separable convolution writes a tensor as large as its
-input and reads it back, and each product but the first reads and writes the whole output: all of
-it through memory, into pages that the system often maps anew. Here a strip, which is some images or
-some rows of one, goes through all filter sets before the next strip begins. A strip is as large as
-the cache allows and not smaller, for each pays the fixed costs of its operators, 10 to 60 us.
+input and reads it back, and each product but the first reads and writes the whole output: where the
+cache does not hold them, through memory, into pages that the system often maps anew. A strip, which
+is some images or some rows of one, goes through all filter sets before the next strip begins. It is
+as large as the cache allows and not smaller, for each pays the fixed costs of its operators, 10 to
+60 us.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from sepconv.kernels.geometry import Geometry, Sides
-from sepconv.ops import reference
-from sepconv.ops.onednn import Source, activate_, depthwise, pack_depthwise, packs
 
 # Of a strip's input, of one filter set's result and of the output together, for each thread. From 2
 # to 8 MB the time is about the same; smaller strips pay for calls, larger ones for memory.
 STRIP_BYTES = 4 * 2**20
-
-
-def _strip_bytes() -> int:
-    return STRIP_BYTES * torch.get_num_threads()
+_WHOLE = 2  # strips' worth that take up to a quarter less time undivided
 
 
 class Strip(NamedTuple):
@@ -80,145 +74,31 @@ def strips_of(
             yield Strip((image, 1), rows, padding, (skipped, count), pixels)
 
 
-class _Prepared(NamedTuple):
-    """The weights as the strips need them."""
-
-    sources: tuple[Source, Source]
-    filters: Sequence[Tensor]  # of each set, packed
-    products: Sequence[Tensor]  # of each set [C, K]
-
-
-class StripedSeparableConv2d:
-    """A separable convolution that keeps its weights prepared.
-
-    They are prepared at the first call, and again when they are others or were written to. A copy
-    holds none.
+def strips_for(
+    shape: Sequence[int],
+    filters: Sequence[int],
+    features: int,
+    stride: int,
+    padding: Sides,
+    element_size: int,
+) -> list[Strip] | None:
+    """The strips of a separable convolution on the CPU; None where it is better undivided.
 
     Args:
-        stride: Of both dimensions of the depthwise convolution.
-
-    Example:
-        >>> conv, dw, pw = StripedSeparableConv2d(1), torch.ones(6, 1, 3, 3), torch.ones(4, 6, 1, 1)
-        >>> conv(torch.ones(1, 3, 5, 5), dw, pw, None, None, (1, 1, 1, 1))[0, 0, 0]
-        tensor([24., 36., 36., 36., 24.])
+        shape: Of the input [N, C, H, W], which is padded itself if its sides differ.
+        filters: Shape of the depthwise filters [G, 1, R, S].
+        features: Channels of the output.
+        stride: Of the depthwise convolution.
+        padding: Top, bottom, left, right.
+        element_size: Bytes of a number.
     """
-
-    def __init__(self, stride: int) -> None:
-        self._stride = stride
-        self._prepared: _Prepared | None = None
-
-    def __deepcopy__(self, memo: object) -> "StripedSeparableConv2d":
-        return StripedSeparableConv2d(self._stride)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return StripedSeparableConv2d, (self._stride,)
-
-    def takes(self, x: Tensor, weight_dw: Tensor, weight_pw: Tensor, padding: Sides) -> bool:
-        """Whether these weights can be prepared and fit the input, and strips are worth it.
-
-        Of one filter per channel only large tensors are: packed convolutions, one after the other,
-        take a tenth less while memory lasts.
-        """
-        filters, channels = len(weight_dw), x.shape[1]
-        if filters % channels or weight_pw.shape[1] != filters:
-            return False
-        if not (packs(weight_dw) and packs(weight_pw)):
-            return False
-        geometry = Geometry((self._stride, self._stride), padding)
-        p, q = geometry.output_size(x.shape[2:], weight_dw.shape[2:])
-        if p < 1 or q < 1:
-            return False
-        work = x.numel() + len(x) * p * q * (channels + len(weight_pw))
-        return filters > channels or work * x.element_size() > 2 * _strip_bytes()
-
-    def __call__(
-        self,
-        x: Tensor,
-        weight_dw: Tensor,
-        weight_pw: Tensor,
-        bias_dw: Tensor | None,
-        bias_pw: Tensor | None,
-        padding: Sides,
-        activation_mid: str | None = None,
-        activation: str | None = None,
-        residual: Any = None,
-    ) -> Tensor:
-        """Return the separable convolution, channels_last and fresh.
-
-        Args:
-            x: `[N, C, H, W]`, `usable` with the weights and biases.
-            weight_dw: `[C*M, 1, R, S]`, as `takes` allows.
-            weight_pw: `[K, C*M, 1, 1]`, likewise.
-            bias_dw: `[C*M]`, or none.
-            bias_pw: `[K]`, or none.
-            padding: Top, bottom, left, right.
-            activation_mid: Between the two, as the ops name it.
-            activation: At the end.
-            residual: Whatever adds to the result, or none.
-        """
-        top, bottom, left, right = padding
-        if top != bottom or left != right:
-            x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
-        x = x.contiguous(memory_format=torch.channels_last)
-        n, channels, h, w = x.shape
-        stride, filter_size, features = self._stride, weight_dw.shape[2:], len(weight_pw)
-        p, q = Geometry((stride, stride), (top, top, left, left)).output_size((h, w), filter_size)
-        y = x.new_empty((n * p * q, features))  # whatever the default dtype and device are
-        joins = (
-            isinstance(residual, Tensor)
-            and residual.shape == (n, features, p, q)
-            and residual.dtype == y.dtype
-            and not (residual.requires_grad and torch.is_grad_enabled())
-        )
-        added = residual.permute(0, 2, 3, 1).reshape(y.shape) if joins else None
-        late = residual is not None and not joins
-
-        filters, products = self._weights(x, weight_dw, weight_pw)
-        biases: Sequence[Tensor | None] = [None] * len(filters)
-        if bias_dw is not None:
-            biases = bias_dw.view(channels, -1).t().contiguous().unbind()  # oneDNN reads no strides
-        each = channels * (1 + stride * stride) + features
-        most = _strip_bytes() // (each * y.element_size())
-        for strip in strips_of((n, h), (p, q), filter_size[0], stride, top, most):
-            part = x.narrow(0, *strip.images).narrow(2, *strip.rows)
-            out = y.narrow(0, *strip.pixels)
-            begun = bias_pw
-            if added is not None:
-                begun = _sum(added.narrow(0, *strip.pixels), bias_pw, out)
-            settings = ([strip.padding, left], stride)
-            for packed, bias, product in zip(filters, biases, products, strict=True):
-                z = depthwise(part, packed, bias, *settings, activation_mid)
-                rows = z.permute(0, 2, 3, 1).narrow(1, *strip.kept).reshape(-1, channels)
-                begun = _multiply_add(begun, rows, product, out)
-            if not late:
-                activate_(out, activation)
-        result = y.view(n, p, q, features).permute(0, 3, 1, 2)
-        return reference.activate(result + residual, activation) if late else result
-
-    def _weights(
-        self, x: Tensor, dw: Tensor, pw: Tensor
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        # Read once and replaced as a whole: another thread may run the same convolution.
-        made = self._prepared
-        if made is None or not (made.sources[0].is_of(dw) and made.sources[1].is_of(pw)):
-            channels = x.shape[1]
-            sets = len(dw) // channels
-            sources = (Source.of(dw), Source.of(pw))
-            # Depthwise filters have one layout for inputs of every shape.
-            filters = [pack_depthwise(dw[m::sets], self._stride, x.shape) for m in range(sets)]
-            with torch.inference_mode(False):
-                by_set = pw.detach().reshape(len(pw), channels, sets).permute(2, 1, 0)
-                products = by_set.contiguous().unbind()
-            self._prepared = made = _Prepared(sources, filters, products)
-        return made.filters, made.products
-
-
-def _sum(added: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    return added if bias is None else torch.add(added, bias, out=out)
-
-
-def _multiply_add(begun: Tensor | None, rows: Tensor, product: Tensor, out: Tensor) -> Tensor:
-    """`begun + rows @ product` in `out`, which `begun` may be."""
-    if begun is None:
-        return torch.mm(rows, product, out=out)
-    return torch.addmm(begun, rows, product, out=out)
+    n, channels, h, _ = shape
+    top, bottom, left, right = padding
+    p, q = Geometry((stride, stride), padding).output_size(shape[2:], filters[2:])
+    floats = channels * (1 + stride * stride) + features  # for each pixel of the output
+    most = STRIP_BYTES * torch.get_num_threads() // element_size
+    if n * p * q * floats <= _WHOLE * most:
+        return None
+    if top != bottom or left != right:
+        h, top = h + top + bottom, 0
+    return list(strips_of((n, h), (p, q), filters[2], stride, top, most // floats))

@@ -19,8 +19,8 @@ class FusedLayer:
     Attributes:
         name: Of the module.
         status: `fused` or `left`.
-        form: What it became part of: `separable`, `pointwise`, `depthwise`, `convolution` or
-            `linear`.
+        form: What it became part of: `separable`, `pointwise`, `depthwise`, `convolution`,
+            `linear`; or `dense`, a separable one that measured faster multiplied out.
         takes: What was folded in after or before it, as `bn`, `+` or an activation's name.
         reason: Why it was left.
     """

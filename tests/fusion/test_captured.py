@@ -18,7 +18,12 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import sepconv
+import sepconv.fusion.backend  # has Dynamo capture several filters per channel as one call
+from sepconv.fusion import by_sets, captured
 from sepconv.fusion.captured import lower
+from sepconv.kernels.geometry import Geometry
+from sepconv.nn import SeparableConv2d
+from sepconv.ops import strips
 
 C = 8
 
@@ -68,6 +73,10 @@ def settled(model: nn.Module) -> nn.Module:
 
 def images(channels: int = C, size: int = 9) -> Tensor:
     return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def close(got: Tensor, expected: Tensor, bound: float = 1e-5) -> None:
@@ -334,6 +343,104 @@ class TestTraining:
 
 
 @pytest.mark.slow
+class TestSets:
+    """Several filters per channel, on a CPU."""
+
+    FORMS = (by_sets.by_sets, by_sets.as_dense, by_sets.constant_separable_conv2d)
+
+    @pytest.fixture(params=FORMS, ids=lambda form: form.__name__)
+    def form(self, request, monkeypatch):
+        """What is the fastest."""
+        monkeypatch.setattr(captured, "fastest", lambda *_: request.param)
+        return request.param.__name__.partition(".")[0]
+
+    def conv(self, padding: Any = 1, size: Any = 3, **options: Any) -> nn.Module:
+        return SeparableConv2d(C, C, size, 1, padding, channel_multiplier=3, **options)
+
+    @pytest.mark.parametrize(("size", "padding"), [(3, 1), ((3, 2), "same"), ((2, 3), (0, 2))])
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_one_call_takes_all_that_follows(self, form, size, padding, bias):
+        net = settled(nn.Sequential(self.conv(padding, size, bias=bias), nn.BatchNorm2d(C)))
+        check(lambda x: F.silu(net(x)), [form], frozen=True, kernels=False)
+        if padding != (0, 2):
+            x = images().to(memory_format=torch.channels_last)
+            check(lambda x: F.relu(net(x) + x), [form], x, frozen=True, kernels=False)
+
+    def test_through_the_compiler(self, form):
+        net = settled(nn.Sequential(self.conv(), nn.BatchNorm2d(C), nn.ReLU()))
+        backend = check(net, frozen=True, kernels=False, aot=True)
+        assert backend.calls() == [form]
+
+    def test_a_middle_that_is_no_product(self, form):
+        if form == "as_dense":
+            return
+        weights = (drawn(2 * C, 1, 3, 3), drawn(5, 2 * C, 1, 1), drawn(2 * C), None)
+
+        def net(x):
+            return sepconv.ops.separable_conv2d(x, *weights, 2, 1, activation_mid="relu6")
+
+        check(net, [form], frozen=True, kernels=False)
+
+    def test_left_where_weights_change_or_kernels_run(self):
+        net = settled(nn.Sequential(self.conv(), nn.BatchNorm2d(C), nn.ReLU()))
+        calls = ["separable_by_sets", "batch_norm", "relu"]
+        check(net, calls, kernels=False)
+        check(net, calls, frozen=True, kernels=True)
+        y = torch.compile(net, backend=Pass(kernels=False, aot=True))(images())
+        y.square().sum().backward()
+        got = [p.grad.clone() for p in net.parameters()]
+        net.zero_grad()
+        net(images()).square().sum().backward()
+        for gradient, parameter in zip(got, net.parameters(), strict=True):
+            close(gradient, parameter.grad)
+
+    def test_left_in_16_bits(self):
+        backend = Pass(frozen=True, kernels=False)
+        with torch.no_grad():
+            torch.compile(self.conv().bfloat16(), backend=backend)(images().bfloat16())
+        assert backend.calls() == ["separable_by_sets"]
+
+
+class TestFastest:
+    def shapes(self, channels: int, size: int) -> by_sets.Shapes:
+        shapes = (8, channels, size, size), (3 * channels, 1, 3, 3), (channels, 3 * channels, 1, 1)
+        return by_sets.Shapes(*map(torch.Size, shapes))
+
+    @pytest.mark.parametrize("dense", [True, False])
+    def test_dense_where_that_measures_faster(self, monkeypatch, dense):
+        by_sets._fastest.cache_clear()
+        timed = []
+
+        def says(*forms):
+            assert len({form().shape for form in forms}) == 1
+            timed.append(forms)
+            return dense
+
+        monkeypatch.setattr(by_sets, "is_faster", says)
+        geometry = Geometry((1, 1), (1, 1, 1, 1))
+        for _ in range(2):
+            got = by_sets.fastest(self.shapes(4, 6), geometry, None, "relu")
+            assert got is (by_sets.as_dense if dense else by_sets.by_sets)
+        assert len(timed) == 1
+        by_sets.fastest(self.shapes(4, 6), geometry, "relu", None)
+        assert len(timed) == 1, "it stands for no dense one"
+        by_sets._fastest.cache_clear()
+
+    def test_strips_where_the_cache_does_not_hold_it(self, monkeypatch):
+        by_sets._fastest.cache_clear()
+        monkeypatch.setattr(by_sets, "is_faster", lambda *_: False)
+        monkeypatch.setattr(strips, "STRIP_BYTES", 1000)
+        operator = by_sets.constant_separable_conv2d
+        for geometry, expected in (
+            (Geometry((2, 2), (1, 1, 1, 1)), operator),
+            (Geometry((2, 2), (0, 1, 1, 1)), operator),
+            (Geometry((1, 2)), by_sets.by_sets),
+            (Geometry(dilation=(2, 2)), by_sets.by_sets),
+        ):
+            assert by_sets.fastest(self.shapes(4, 16), geometry, None, None) is expected
+        by_sets._fastest.cache_clear()
+
+
 @pytest.mark.parametrize("kernels", [True, False])
 def test_random_graphs(kernels):
     taken: set[str] = set()

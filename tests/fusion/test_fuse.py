@@ -1,6 +1,7 @@
 """fuse: what it takes, what it leaves, and always the same numbers."""
 
 import copy
+import importlib
 import io
 import operator
 import pickle
@@ -603,7 +604,9 @@ class TestMeasuring:
         model = settled(nn.Sequential(dw(), pw()))
         slow = {"contiguous": 3.0, "fused": 2.2, "channels_last": 2.0}
         monkeypatch.setattr(
-            sys.modules["sepconv.fusion.fuse"], "take_turns", lambda forms, rounds: dict(slow)
+            importlib.import_module("sepconv.fusion.fuse"),
+            "take_turns",
+            lambda forms, rounds: dict(slow),
         )
         kept = sepconv.fuse(model, images())
         assert type(kept) is nn.Sequential

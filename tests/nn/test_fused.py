@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import sepconv
 from sepconv.nn import FusedConv2d, FusedLinear, FusedSeparableConv2d, FusedTuckerConv2d
-from sepconv.ops import onednn
-from sepconv.ops.onednn import PackedConv2d
+from sepconv.ops import onednn, packed
+from sepconv.ops.packed import PackedConv2d
 
 ACTIVATIONS = [None, "relu", "relu6", "silu", "hardswish", "gelu"]
 NAN, INF = float("nan"), float("inf")
@@ -187,7 +187,7 @@ def test_few_shapes_are_kept():
     for size in range(4, 20):
         assert conv.takes(weight)
         conv(torch.randn(1, 4, size, size), weight, None, (1, 1, 1, 1))
-    assert len(conv._made.packed) == onednn._MOST_SHAPES
+    assert len(conv._made.packed) == packed._MOST_SHAPES
 
 
 @needs_onednn
