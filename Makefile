@@ -48,8 +48,11 @@ fuzz: $(VENV)/installed ## fuzz the kernels: against cuDNN on a GPU, else throug
 mutants: $(VENV)/installed ## plant bugs in the kernels; each must be caught
 	$(BIN)/python tests/mutants/run.py
 
+# Accuracy over time needs the trained networks: see docs/speed.md.
 bench: $(VENV)/installed ## converted networks on this machine's CPU, against Inductor, onnxruntime and OpenVINO
 	$(PIP) -e ".[zoo,rivals]"
+	$(if $(SEPCONV_DATA),mkdir -p build && $(BIN)/python -m examples.studies.accuracy_latency measure \
+	    --results build/accuracy-latency.json --plot build/accuracy-latency.png)
 	$(BIN)/python -m examples.benchmarks.bench cpu $(ARGS)
 
 zoo: $(VENV)/installed ## convert every architecture of torchvision and timm; takes hours, resumes

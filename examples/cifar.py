@@ -25,7 +25,10 @@ def data_folder() -> Path:
     default = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
     folder = Path(os.environ.get("SEPCONV_DATA", default)).resolve()
     if not folder.is_dir():
-        raise SystemExit(f"no data in {folder}: set SEPCONV_DATA to the folder that has it")
+        raise SystemExit(
+            f"no data in {folder}: expected SEPCONV_DATA to name the folder of trained networks "
+            "and images"
+        )
     return folder
 
 

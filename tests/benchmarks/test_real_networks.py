@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sepconv
 from examples.studies import real_networks
 from examples.studies.networks import NETWORKS, Network
 from examples.studies.results import Cell, keep, read
@@ -128,6 +129,31 @@ def test_tables_are_in_order_of_budgets_and_efforts(options: list[str], tmp_path
 
 def test_what_is_no_effort_is_refused(options: list[str]) -> None:
     assert [real_networks.effort(word) for word in ("dense", "thorough", "2")][2] == "2 s"
-    for word in ("slow", "-1", "nan"):
+    for word in ("slow", "-1", "nan", "dense by latency", "fast by macs"):
         with pytest.raises(ValueError, match=r"effort|convert"):
             real_networks.effort(word)
+
+
+def test_budgets_by_latency_are_of_time(
+    options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def convert(*_: Any, budget: sepconv.Budget, effort: Any, **__: Any) -> None:
+        given.append((budget.kind, budget.fraction, effort))
+        raise ValueError("budget: cannot be reached")
+
+    monkeypatch.setattr(sepconv, "convert", convert)
+    for word in ("fast", "fast by latency", "2 by latency"):
+        how = real_networks.effort(word)
+        assert "unreachable" in real_networks.measured("small", how, 0.6, None)
+    assert given == [("macs", 0.6, "fast"), ("latency", 0.6, "fast"), ("latency", 0.6, 2.0)]
+
+
+def test_efforts_by_latency_come_last(options: list[str]) -> None:
+    hows = ["fast by latency", "5 s by latency", "30 s", "thorough", "dense", "fast"]
+    cells = {f"small, {how}, 0.7, 16 tests": {} for how in hows}
+    assert real_networks.efforts_of(real_networks.points_of(cells)) == [
+        *("fast", "thorough", "30 s"),
+        *("fast by latency", "5 s by latency"),
+    ]
