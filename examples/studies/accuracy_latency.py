@@ -155,8 +155,8 @@ def fused_seconds(
     model: nn.Module, x: Tensor, ranks: Mapping[str, str], rounds: int
 ) -> dict[str, float]:
     """Seconds of a forward of the network and of its conversion, both fused, in turns."""
-    dense = sepconv.fuse(model, x, measure=False)
-    converted = sepconv.fuse(in_forms(model, x, ranks), x, measure=False)
+    dense = sepconv.fuse(model, x)
+    converted = sepconv.fuse(in_forms(model, x, ranks), x)
     return take_turns({"dense": lambda: dense(x), "converted": lambda: converted(x)}, rounds)
 
 

@@ -114,10 +114,12 @@ class FusedConv2d(_FusedConvolution):
     def _run(self, x: Tensor, residual: Any) -> Tensor:
         weight, bias = self.weight, self.bias
         top, bottom, left, right = sides = self._sides(x, weight)
-        if self._packable and usable(x, weight, bias) and self._packed.takes(weight):
+        if self._packable and usable(x, weight, bias):
             if self._pointwise and residual is None and x.shape[2:] == (1, 1):
                 return self._of_one_pixel(x)
-            return self._packed(x, weight, bias, sides, self.activation, residual)
+            run = self._packed.prepared(x, weight, sides)
+            if run is not None:
+                return run(x, bias, self.activation, residual)
         if self._pointwise:
             shape = (x.shape[0], weight.shape[0], *x.shape[2:])
             if residual is None or _joins_op(residual, x, shape):
@@ -277,12 +279,13 @@ class FusedLinear(_Fused):
         # First: under torch.export a question about sizes would limit the batch.
         if not usable(x, self.weight, self.bias):
             return reference.activate(F.linear(x, self.weight, self.bias), self.activation)
-        many = x.numel() >= _PACKED_ROWS * channels
-        # A matrix product is a 1x1 convolution; its rows are pixels.
-        if many and self._packed.takes(weight := self.weight[:, :, None, None]):
+        if x.numel() >= _PACKED_ROWS * channels:
+            # A matrix product is a 1x1 convolution; its rows are pixels.
             pixels = x.reshape(1, 1, -1, channels).permute(0, 3, 1, 2)
-            y = self._packed(pixels, weight, self.bias, _NO_PADDING, self.activation)
-            return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+            run = self._packed.prepared(pixels, self.weight[:, :, None, None], _NO_PADDING)
+            if run is not None:
+                y = run(pixels, self.bias, self.activation, None)
+                return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
         y = linear(x.reshape(-1, channels), self.weight, self.bias, self.activation)
         return y.view(*x.shape[:-1], -1)
 

@@ -7,6 +7,7 @@ that need none. Their fused relu and relu6 turn NaN into 0, so those two run in 
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ def usable(x: Tensor, *parameters: Tensor | None) -> bool:
 
     It may not where the caller chose a backend, nor where anything watches or transforms single
     operators: autograd, autocast, compilation, tracing, functorch, dispatch modes (flop counters,
-    fake tensors). Whether the weight itself can be packed, `PackedConv2d.takes` tells.
+    fake tensors). Whether the weight itself can be packed, `PackedConv2d` tells.
 
     Example:
         >>> usable(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3, requires_grad=True))
@@ -88,25 +89,28 @@ def usable(x: Tensor, *parameters: Tensor | None) -> bool:
 
 
 class Source(NamedTuple):
-    """Which weight something was made from, and when."""
+    """Which weight something was made from, and when.
 
-    weight: Tensor
+    The alias keeps the storage alive: no other tensor can take its address.
+    """
+
+    weight: ReferenceType[Tensor]
+    alias: Tensor
+    address: int
     version: int
 
     @staticmethod
     def of(weight: Tensor) -> "Source":
-        """Note this weight. An alias keeps its storage alive: no other can take its address."""
-        return Source(weight.detach(), weight._version)
+        """Note this weight."""
+        return Source(ref(weight), weight.detach(), weight.data_ptr(), weight._version)
 
     def is_of(self, weight: Tensor) -> bool:
-        """Whether it is this weight, not written to since."""
-        own = self.weight
-        return (
-            own.data_ptr() == weight.data_ptr()
-            and self.version == weight._version
-            and own.shape == weight.shape
-            and own.stride() == weight.stride()
-        )
+        """Whether it is this weight or another view like it, not written to since."""
+        if self.address != weight.data_ptr() or self.version != weight._version:
+            return False
+        if self.weight() is weight:
+            return True
+        return self.alias.shape == weight.shape and self.alias.stride() == weight.stride()
 
 
 class Settings(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Size, Tensor
 
 from sepconv.kernels.geometry import Sides
 from sepconv.ops import reference
@@ -13,13 +13,6 @@ from sepconv.ops.onednn import Settings, Source, activate_, convolve, pack, pack
 
 _MOST_SHAPES = 4  # of inputs that a convolution keeps something for
 _Kept = TypeVar("_Kept")
-
-
-class _Made(NamedTuple):
-    """What was packed, by shape of the input."""
-
-    source: Source
-    packed: dict[Any, Tensor]
 
 
 class PackedConv2d:
@@ -36,7 +29,8 @@ class PackedConv2d:
     Example:
         >>> conv = PackedConv2d(1, 1)
         >>> x, weight = torch.tensor([1.0, float("nan")]).expand(1, 3, 1, 2), torch.ones(4, 3, 1, 1)
-        >>> conv(x, weight, None, (0, 0, 0, 0), "relu")[0, 0] if conv.takes(weight) else None
+        >>> run = conv.prepared(x, weight, (0, 0, 0, 0))
+        >>> run(x, None, "relu", None)[0, 0] if run else None
         tensor([[3., nan]])
     """
 
@@ -50,49 +44,58 @@ class PackedConv2d:
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedConv2d, (self._stride, self._groups)
 
-    def takes(self, weight: Tensor) -> bool:
-        """Whether this weight can be packed. Asked before each call, it looks for changes."""
-        if self._made is None or not self._made.source.is_of(weight):
+    def prepared(self, x: Tensor, weight: Tensor, padding: Sides) -> "ConvolutionRun | None":
+        """What runs inputs like x, or None if the weight cannot be packed.
+
+        Args:
+            x: `[N, C, H, W]`.
+            weight: `[K, C/groups, R, S]`.
+            padding: Top, bottom, left, right.
+        """
+        # Read once and replaced as a whole: another thread may run the same convolution.
+        made = self._made
+        if made is None or not made.source.is_of(weight):
             if not packs(weight):
-                return False
-            self._made = _Made(Source.of(weight), {})
-        return True
+                return None
+            made = _Made(Source.of(weight), {})
+        key = (x.shape, padding)
+        run = made.runs.get(key)
+        if run is None:
+            before, padded = evenly(x.shape, padding)
+            settings = Settings.of(before, self._stride, self._groups)
+            run = ConvolutionRun(padding, settings, pack(weight, settings, padded))
+            self._made = _Made(made.source, with_newest(made.runs, key, run))
+        return run
+
+
+class ConvolutionRun(NamedTuple):
+    """A convolution of inputs of one shape, by a packed weight."""
+
+    padding: Sides
+    settings: Settings
+    packed: Tensor
 
     def __call__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        padding: Sides,
-        activation: str | None = None,
-        residual: Any = None,
+        self, x: Tensor, bias: Tensor | None, activation: str | None, residual: Any
     ) -> Tensor:
         """Return `activation(x * weight + bias + residual)`, channels_last and fresh.
 
         Args:
             x: `[N, C, H, W]`, `usable` with the weight and the bias.
-            weight: `[K, C/groups, R, S]`, as `takes` has just allowed.
             bias: `[K]`, or none.
-            padding: Top, bottom, left, right.
             activation: As the ops name it.
             residual: Whatever adds to the result, or none.
         """
-        x, before = evenly_padded(x, padding)
-        settings = Settings.of(before, self._stride, self._groups)
-        early = activation if residual is None else None
-        y = convolve(x, self._weight_for(x, weight, settings), bias, settings, early)
-        return y if residual is None else add_activate_(y, residual, activation)
+        x = evenly_padded(x, self.padding)
+        if residual is None:
+            return convolve(x, self.packed, bias, self.settings, activation)
+        y = convolve(x, self.packed, bias, self.settings, None)
+        return add_activate_(y, residual, activation)
 
-    def _weight_for(self, x: Tensor, weight: Tensor, settings: Settings) -> Tensor:
-        # Read once and replaced as a whole: another thread may run the same convolution.
-        made = self._made
-        assert made is not None
-        key = (x.shape, *settings.padding)
-        packed = made.packed.get(key)
-        if packed is None:
-            packed = pack(weight, settings, x.shape)
-            self._made = made._replace(packed=with_newest(made.packed, key, packed))
-        return packed
+
+class _Made(NamedTuple):
+    source: Source
+    runs: dict[tuple[Size, Sides], ConvolutionRun]
 
 
 def with_newest(kept: Mapping[Any, _Kept], key: Any, value: _Kept) -> dict[Any, _Kept]:
@@ -100,12 +103,24 @@ def with_newest(kept: Mapping[Any, _Kept], key: Any, value: _Kept) -> dict[Any, 
     return {**dict(list(kept.items())[1 - _MOST_SHAPES :]), key: value}
 
 
-def evenly_padded(x: Tensor, padding: Sides) -> tuple[Tensor, tuple[int, int]]:
-    """The input, channels_last, padded if its sides differ; and what is left to pad."""
+def evenly(shape: Size, padding: Sides) -> tuple[tuple[int, int], list[int]]:
+    """What a convolution pads above and to the left, and the shape of what it pads.
+
+    oneDNN pads the same below and to the right; the rest is done before.
+    """
+    n, channels, h, w = shape
+    top, bottom, left, right = padding
+    if top == bottom and left == right:
+        return (top, left), [n, channels, h, w]
+    return (0, 0), [n, channels, h + top + bottom, w + left + right]
+
+
+def evenly_padded(x: Tensor, padding: Sides) -> Tensor:
+    """The input, channels_last, and padded if its sides differ."""
     top, bottom, left, right = padding
     if top != bottom or left != right:
-        x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
-    return x.contiguous(memory_format=torch.channels_last), (top, left)
+        x = F.pad(x, (left, right, top, bottom))
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def add_activate_(y: Tensor, residual: Any, activation: str | None) -> Tensor:

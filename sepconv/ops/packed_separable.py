@@ -15,7 +15,7 @@ from torch import Size, Tensor
 from sepconv.kernels.geometry import Geometry, Sides
 from sepconv.ops import reference
 from sepconv.ops.onednn import Settings, Source, activate_, convolve, convolve_add_, pack, packs
-from sepconv.ops.packed import add_activate_, evenly_padded, joins, with_newest
+from sepconv.ops.packed import add_activate_, evenly, evenly_padded, joins, with_newest
 from sepconv.ops.strips import Strip, strips_for
 
 _POINTWISE = Settings.of((0, 0), 1, 1)
@@ -104,16 +104,15 @@ class _Weights:
     """The weights by filter set; the m-th set has the m-th filter of each channel."""
 
     def __init__(self, dw: Tensor, pw: Tensor, channels: int) -> None:
-        self._sources = (Source.of(dw), Source.of(pw))
+        self._dw, self._pw = Source.of(dw), Source.of(pw)
         self.channels, self.features, self.element_size = channels, len(pw), pw.element_size()
         sets = len(dw) // channels
-        self.filters = [self._sources[0].weight[m::sets] for m in range(sets)]
-        self.mixing = [self._sources[1].weight[:, m::sets] for m in range(sets)]
+        self.filters = [self._dw.alias[m::sets] for m in range(sets)]
+        self.mixing = [self._pw.alias[:, m::sets] for m in range(sets)]
 
     def are(self, dw: Tensor, pw: Tensor, channels: int) -> bool:
         """Whether they are these, not written to since."""
-        dw_source, pw_source = self._sources
-        return dw_source.is_of(dw) and pw_source.is_of(pw) and self.channels == channels
+        return self._dw.is_of(dw) and self._pw.is_of(pw) and self.channels == channels
 
     @cached_property
     def products(self) -> Sequence[Tensor]:
@@ -134,11 +133,7 @@ def _prepared(shape: Size, weights: _Weights, padding: Sides, stride: int) -> Ru
     p, q = Geometry((stride, stride), padding).output_size((h, w), sizes[2:])
     if p < 1 or q < 1:
         return None
-    top, bottom, left, right = padding
-    before = (top, left)
-    padded = (n, channels, h, w)
-    if top != bottom or left != right:
-        before, padded = (0, 0), (n, channels, h + top + bottom, w + left + right)
+    before, padded = evenly(shape, padding)
     settings = Settings.of(before, stride, channels)
     filters = [pack(each, settings, padded) for each in weights.filters]
     strips = strips_for(shape, sizes, weights.features, stride, padding, weights.element_size)
@@ -166,7 +161,7 @@ class _Whole(NamedTuple):
         activation: str | None,
         residual: Any,
     ) -> Tensor:
-        x, _ = evenly_padded(x, self.padding)
+        x = evenly_padded(x, self.padding)
         biases = _by_set(bias_dw, len(self.filters))
         z = convolve(x, self.filters[0], biases[0], self.settings, activation_mid)
         ends = len(self.filters) == 1 and residual is None
@@ -200,8 +195,9 @@ class _Striped(NamedTuple):
         activation: str | None,
         residual: Any,
     ) -> Tensor:
-        x, (_, left) = evenly_padded(x, self.padding)
+        x = evenly_padded(x, self.padding)
         channels, features = self.products[0].shape
+        _, left = self.settings.padding
         n, p, q = self.output
         y = x.new_empty((n * p * q, features))  # whatever the default dtype and device are
         result = y.view(n, p, q, features).permute(0, 3, 1, 2)

@@ -110,8 +110,8 @@ def test_another_answer_is_not_taken(monkeypatch):
     [
         ([{"dense": 0.5, "separable": 1.0}], True),  # long and clear
         ([{"dense": 1.0, "separable": 0.5}], False),
-        ([{"dense": 0.9, "separable": 1.0}, {"dense": 0.96, "separable": 1.0}], False),
-        ([{"dense": 1.1, "separable": 1.0}, {"dense": 0.94, "separable": 1.0}], True),
+        ([{"dense": 0.9, "separable": 1.0}, {"dense": 1.1, "separable": 1.0}], False),
+        ([{"dense": 1.1, "separable": 1.0}, {"dense": 0.9, "separable": 1.0}], True),
         ([{"dense": 1e-4, "separable": 1e-3}, {"dense": 2e-3, "separable": 1e-3}], False),
     ],
 )

@@ -185,9 +185,9 @@ def test_residuals(make, activation):
 def test_few_shapes_are_kept():
     conv, weight = PackedConv2d(1, 1), torch.randn(8, 4, 3, 3)
     for size in range(4, 20):
-        assert conv.takes(weight)
-        conv(torch.randn(1, 4, size, size), weight, None, (1, 1, 1, 1))
-    assert len(conv._made.packed) == packed._MOST_SHAPES
+        x = torch.randn(1, 4, size, size)
+        conv.prepared(x, weight, (1, 1, 1, 1))(x, None, None, None)
+    assert len(conv._made.runs) == packed._MOST_SHAPES
 
 
 @needs_onednn

@@ -57,7 +57,7 @@ def _channels_last(model: nn.Module, x: Tensor, dtype: str) -> Run:
 
 
 def _fused(model: nn.Module, x: Tensor, dtype: str) -> Run:
-    fused = sepconv.fuse(model, x, measure=False)
+    fused = sepconv.fuse(model, x)
     return lambda: fused(x)
 
 
