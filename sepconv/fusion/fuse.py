@@ -13,6 +13,7 @@ from sepconv.fusion.verify import checked
 from sepconv.graph import ExampleInputs, split_inputs
 from sepconv.graph.checked import checked_model
 from sepconv.graph.state import copied
+from sepconv.ops.memory import mapped_anew
 from sepconv.reports.conversion import attach
 from sepconv.reports.fusion import FusionReport
 from sepconv.timing import take_turns
@@ -101,9 +102,10 @@ def _faster(
     report.latency_after = times.pop("fused")
     best = min(times, key=times.__getitem__)
     report.latency_before = times[best]
-    if report.latency_after <= MARGIN * report.latency_before:
+    report.kept = report.latency_after > MARGIN * report.latency_before
+    report.mapped = mapped_anew(forms[best if report.kept else "fused"])
+    if not report.kept:
         return lowered
-    report.kept = True
     return last if best == "channels_last" else plain
 
 

@@ -11,6 +11,8 @@ from rich.text import Text
 from sepconv.reports.table import LEFT, Columns, LayerTable, Row
 from sepconv.reports.totals import Total, timed, totals_table
 
+_MUCH = 2**22  # bytes mapped in a call that are worth a word
+
 
 @dataclass
 class FusedLayer:
@@ -47,6 +49,7 @@ class FusionReport:
         latency_before: Seconds of the original in its better memory format, None if not measured.
         latency_after: Seconds of the fused model.
         kept: Whether the original was returned because the fused model measured slower.
+        mapped: Bytes of memory that the system mapped anew in a call of what was returned.
     """
 
     layers: list[FusedLayer] = field(default_factory=list)
@@ -58,6 +61,7 @@ class FusionReport:
     latency_before: float | None = None
     latency_after: float | None = None
     kept: bool = False
+    mapped: int = 0
 
     @property
     def fused(self) -> list[FusedLayer]:
@@ -102,6 +106,9 @@ class FusionReport:
         if self.latency_before is not None and self.latency_after is not None:
             remark = "the original is faster and is kept" if self.kept else ""
             found.append(timed(self.latency_before, self.latency_after, remark))
+        if self.mapped >= _MUCH:
+            text = f"{self.mapped / 2**20:.0f} MiB mapped anew in each call"
+            found.append(Total("memory", f"{text}; sepconv.keep_freed_memory() spares it"))
         reasons = Counter(layer.reason for layer in self.layers if layer.reason)
         found += [Total("left", f"{n} x {reason}") for reason, n in reasons.most_common()]
         found += [Total("as it was", f"{name or 'all'}: {why}") for name, why in self.left.items()]

@@ -3,6 +3,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from sepconv.ops.memory import mapped_anew, resource
 
 # Three tensors of 28 MB at a time are more than glibc keeps by itself. The ninth field of its
 # `struct mallinfo2` counts the free bytes that it holds.
@@ -31,3 +34,11 @@ def bytes_held(root, keep: bool) -> int:
 def test_freed_memory_is_kept(pytestconfig):
     root = pytestconfig.rootpath
     assert bytes_held(root, keep=True) >= TENSORS > bytes_held(root, keep=False)
+
+
+@pytest.mark.skipif(resource is None, reason="the system does not tell")
+def test_what_is_mapped_anew_is_told():
+    # Above 32 MB glibc maps each block by itself; in pages of 2 MB that is 32 faults.
+    assert mapped_anew(lambda: torch.empty(2**24).fill_(1)) >= 32 * 4096
+    held = torch.ones(2**20)
+    assert mapped_anew(lambda: held.mul_(2)) < 2**20

@@ -179,3 +179,14 @@ class TestFusion:
             "left         1 x cannot be traced: iterates over a value",
             "traced       at level graph",
         ]
+
+    def test_memory_that_is_taken_anew(self) -> None:
+        def told(mapped: int) -> list[str]:
+            report = sepconv.FusionReport([], checked=True, mapped=mapped)
+            return [t.sentence() for t in report.totals() if t.label == "memory"]
+
+        assert told(3 * 2**20) == []
+        expected = "memory 41 MiB mapped anew in each call; sepconv.keep_freed_memory() spares it"
+        assert told(41 * 2**20) == [expected]
+        lines = printed(sepconv.FusionReport([], checked=True, mapped=41 * 2**20))
+        assert max(map(len, lines)) <= 80

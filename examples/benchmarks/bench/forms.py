@@ -1,7 +1,8 @@
 """One form of a network, in a process of its own, that runs when it is told to.
 
 Threads that wait for work spin for a while: those of one library spoil what the next one in the
-same process takes. So each form lives in its own process, and `Form` is the handle on it.
+same process takes. So each form lives in its own process, and `Form` is the handle on it. All keep
+freed memory: what the system maps anew in a call, or not, depends on all that a process did before.
 """
 
 import json
@@ -205,5 +206,6 @@ def _serve(spec: Spec) -> None:
 
 
 if __name__ == "__main__":
+    sepconv.keep_freed_memory()
     told = json.loads(sys.argv[1])
     _serve(Spec(**told | {"shape": tuple(told["shape"])}))
