@@ -57,9 +57,12 @@ def _fastest(
 ) -> Callable[..., Tensor]:
     (stride, across), padding, dilation = geometry
     # Backends are called where tensors are fake.
-    with unset_fake_temporarily(), torch.no_grad(), torch.device("cpu"):
+    with unset_fake_temporarily(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
-        x, dw, pw = (torch.randn(shape, generator=generator) for shape in shapes)
+        x, dw, pw = (
+            torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+            for shape in shapes
+        )
         settings = (geometry.stride, padding, dilation, mid, activation)
         separable = FusedSeparableConv2d(dw, pw, None, None, *settings)
         dense = composed(separable, shapes.x[1])
