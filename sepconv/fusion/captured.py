@@ -27,6 +27,7 @@ from sepconv.factorize.fold import batch_norm_affine, fold_after
 from sepconv.fusion.by_sets import Shapes, fastest
 from sepconv.kernels.geometry import Geometry
 from sepconv.ops.arguments import geometry_of
+from sepconv.ops.layout import is_channels_last
 from sepconv.ops.reference import separable_by_sets
 from sepconv.ops.stem import stem_takes
 
@@ -142,7 +143,8 @@ def _lower(graph: fx.Graph, fold: bool, kernels: bool) -> None:
         before = len(chain.nodes)
         _grow(chain, fold, kernels)
         done.update(chain.nodes)
-        if len(chain.nodes) > before or chain.kind not in ("conv2d", _OP_KINDS.get(node.target)):
+        same_call = chain.kind in ("conv2d", _OP_KINDS.get(node.target)) and chain.kind != "sets"
+        if len(chain.nodes) > before or not same_call:
             _replace(graph, chain)
     graph.lint()
 
@@ -199,8 +201,10 @@ def _called(node: fx.Node, kind: str) -> _Chain | None:
     if count == 2:
         chain.mid = epilogue.pop(0)  # type: ignore[assignment]
     if kind == "sets":
-        image, dw, pw = (_value(operand) for operand in (x, *others[:2]))
+        image, dw, pw, y = (_value(operand) for operand in (x, *others[:2], node))
         if image is None or dw is None or pw is None or image.dtype != torch.float32:
+            return None
+        if y is None or not is_channels_last(y):  # as the forms return it
             return None
         chain.shapes = Shapes(image.shape, dw.shape, pw.shape)
     # One that ends with an activation or a sum takes no more.
