@@ -10,22 +10,24 @@ On a CPU three forms compute the same, and which is fastest depends on the sizes
 They take the arguments of `reference.separable_by_sets`, in whose place they are called.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from sepconv.factorize import Form, dense_weight
 from sepconv.fusion.dense import is_faster
 from sepconv.kernels.geometry import Geometry
 from sepconv.nn import FusedSeparableConv2d
-from sepconv.nn.composed import composed
+from sepconv.nn.composed import composed, product
 from sepconv.ops.constant import constant_separable_conv2d
+from sepconv.ops.onednn import fits
+from sepconv.ops.packed import evenly, evenly_padded
 from sepconv.ops.reference import activate
+from sepconv.ops.separable import bundled
 from sepconv.ops.strips import strips_for
 
 
@@ -55,7 +57,6 @@ def fastest(
 def _fastest(
     shapes: Shapes, geometry: Geometry, mid: str | None, activation: str | None, threads: int
 ) -> Callable[..., Tensor]:
-    (stride, across), padding, dilation = geometry
     # Backends are called where tensors are fake.
     with unset_fake_temporarily(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
@@ -63,73 +64,37 @@ def _fastest(
             torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
             for shape in shapes
         )
-        settings = (geometry.stride, padding, dilation, mid, activation)
+        settings = (geometry.stride, geometry.padding, geometry.dilation, mid, activation)
         separable = FusedSeparableConv2d(dw, pw, None, None, *settings)
         dense = composed(separable, shapes.x[1])
         if dense is not None and is_faster(partial(dense, x), partial(separable, x)):
             return as_dense
-    packs = stride == across and dilation == (1, 1)
-    sizes = (shapes.x, shapes.dw, shapes.pw[0])
-    if packs and strips_for(*sizes, stride, padding, x.element_size()) is not None:
+    sizes = (shapes.x, shapes.dw, shapes.pw[0], geometry.stride[0], geometry.padding)
+    if fits(geometry.stride, geometry.dilation) and strips_for(*sizes, x.element_size()):
         return constant_separable_conv2d
     return by_sets
 
 
-def by_sets(
-    x: Tensor,
-    weight_dw: Tensor,
-    weight_pw: Tensor,
-    bias_dw: Tensor | None,
-    bias_pw: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation_mid: str | None,
-    activation: str | None,
-    residual: Tensor | None,
-) -> Tensor:
+def by_sets(*flat: Any) -> Tensor:
     """The m-th filters of all channels and the products of what they give, summed over m."""
-    x, before = _padded(x, padding)
-    sets = len(weight_dw) // x.shape[1]
+    x, (dw, pw, bias_dw, bias_pw), geometry, (mid, activation, residual) = bundled(*flat)
+    (before, _), sets = evenly(x.shape, geometry.padding), len(dw) // x.shape[1]
+    x = evenly_padded(x, geometry.padding)
     y = None
     for m in range(sets):
         bias = None if bias_dw is None else bias_dw[m::sets]
-        z = F.conv2d(x, weight_dw[m::sets], bias, stride, before, dilation, x.shape[1])
-        z = activate(z, activation_mid)
-        mixed = F.conv2d(z, weight_pw[:, m::sets], bias_pw if m == 0 else None)
+        z = F.conv2d(x, dw[m::sets], bias, geometry.stride, before, geometry.dilation, x.shape[1])
+        mixed = F.conv2d(activate(z, mid), pw[:, m::sets], bias_pw if m == 0 else None)
         y = mixed if y is None else y + mixed
     assert y is not None
     return activate(y if residual is None else y + residual, activation)
 
 
-def as_dense(
-    x: Tensor,
-    weight_dw: Tensor,
-    weight_pw: Tensor,
-    bias_dw: Tensor | None,
-    bias_pw: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation_mid: None,
-    activation: str | None,
-    residual: Tensor | None,
-) -> Tensor:
+def as_dense(*flat: Any) -> Tensor:
     """One convolution by the product of the factors."""
-    x, before = _padded(x, padding)
-    features, filters = weight_pw.shape[:2]
-    shape = (features, x.shape[1], *weight_dw.shape[2:])
-    weight = dense_weight(shape, Form(filters // x.shape[1]), weight_dw, weight_pw)
-    if bias_dw is not None:
-        moved = weight_pw.flatten(1) @ bias_dw
-        bias_pw = moved if bias_pw is None else bias_pw + moved
-    y = F.conv2d(x, weight, bias_pw, stride, before, dilation)
+    x, weights, geometry, (_, activation, residual) = bundled(*flat)
+    before, _ = evenly(x.shape, geometry.padding)
+    x = evenly_padded(x, geometry.padding)
+    weight, bias = product(weights, x.shape[1])
+    y = F.conv2d(x, weight, bias, geometry.stride, before, geometry.dilation)
     return activate(y if residual is None else y + residual, activation)
-
-
-def _padded(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
-    """The input channels_last, as the results are; padded if its sides differ; what is left."""
-    top, bottom, left, right = padding
-    if top != bottom or left != right:
-        x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
-    return x.contiguous(memory_format=torch.channels_last), (top, left)

@@ -1,9 +1,11 @@
 """The pass on a graph that Dynamo captured: calls of torch's functions, parameters as inputs.
 
-Two things are done. A BatchNorm with fixed statistics is folded into the convolution before it,
-where its parameters are constants (`frozen`) or a kernel of ours runs the convolution. And where
-our kernels run, depthwise and pointwise convolutions become our ops, with the activation and the
-sum behind them; a depthwise and the pointwise convolution after it become one.
+Three things are done. A BatchNorm with fixed statistics is folded into the convolution before it,
+where its parameters are constants (`frozen`) or a kernel of ours runs the convolution. Where our
+kernels run, depthwise and pointwise convolutions become our ops, with the activation and the sum
+behind them; a depthwise and the pointwise convolution after it become one. And where they do not,
+separable convolutions of several filters per channel, of constants, take the same behind them and
+become what runs fastest (`by_sets.py`).
 
 A fold is written into the graph as arithmetic on the weights: frozen weights are constants, for
 which Inductor computes it once, and for others it is done in each call. Nothing is folded that a
@@ -35,7 +37,6 @@ _OPS = torch.ops.sepconv
 _KINDS = ("depthwise", "pointwise", "separable", "stem")
 _OP_KINDS = {getattr(_OPS, f"{kind}_conv2d"): kind for kind in _KINDS}
 _OP_KINDS |= {op.default: kind for op, kind in _OP_KINDS.items()}
-_OP_KINDS[separable_by_sets] = "sets"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _ACTIVATIONS: dict[Any, str] = {
@@ -143,8 +144,7 @@ def _lower(graph: fx.Graph, fold: bool, kernels: bool) -> None:
         before = len(chain.nodes)
         _grow(chain, fold, kernels)
         done.update(chain.nodes)
-        same_call = chain.kind in ("conv2d", _OP_KINDS.get(node.target)) and chain.kind != "sets"
-        if len(chain.nodes) > before or not same_call:
+        if len(chain.nodes) > before or chain.kind not in ("conv2d", _OP_KINDS.get(node.target)):
             _replace(graph, chain)
     graph.lint()
 
@@ -166,7 +166,7 @@ def _convolution(node: fx.Node, kernels: bool) -> _Chain | None:
     """The chain that begins with `node`, if that is a convolution of images."""
     if _value(node) is None or node.op != "call_function":
         return None
-    kind = _OP_KINDS.get(node.target)
+    kind = "sets" if node.target is separable_by_sets else _OP_KINDS.get(node.target)
     if kind is not None:
         return _called(node, kind)
     if node.target is not torch.conv2d:
@@ -340,7 +340,7 @@ def _changes_nothing(node: fx.Node) -> bool:
     if node.target in _ACTIVATIONS:
         in_place = str(getattr(node.target, "__name__", node.target)).endswith("_")
         return not in_place and True not in (*node.args, *node.kwargs.values())
-    calls = {torch.conv2d, operator.add, torch.add, operator.getitem, folded}
+    calls = {torch.conv2d, operator.add, torch.add, operator.getitem, folded, separable_by_sets}
     return node.target in calls or node.target in _OP_KINDS
 
 

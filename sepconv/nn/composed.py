@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sepconv.factorize import Form, dense_weight
 from sepconv.nn.fused import FusedConv2d, FusedSeparableConv2d, FusedTuckerConv2d
+from sepconv.ops.reference import Weights
 
 
 class _Dense(NamedTuple):
@@ -52,16 +54,29 @@ def composed(module: nn.Module, channels: int) -> FusedConv2d | None:
     return FusedConv2d(whole.weight.to(dtype), bias, *settings)
 
 
+def product(weights: Weights, channels: int) -> tuple[Tensor, Tensor | None]:
+    """Weight [K, C, R, S] and bias [K] of a depthwise and a pointwise convolution together.
+
+    Args:
+        weights: Of both, with nothing nonlinear between them.
+        channels: C.
+    """
+    dw, pw, bias_dw, bias_pw = weights
+    shape = (pw.shape[0], channels, *dw.shape[2:])
+    weight = dense_weight(shape, Form(dw.shape[0] // channels), dw, pw)
+    if bias_dw is None:
+        return weight, bias_pw
+    moved = pw.flatten(1) @ bias_dw
+    return weight, moved if bias_pw is None else bias_pw + moved
+
+
 def _dense(part: nn.Module, channels: int) -> _Dense | None:
     """One convolution, or a depthwise and a pointwise one with nothing nonlinear between them."""
+    bias: Tensor | None
     if isinstance(part, FusedSeparableConv2d) and part.activation_mid is None:
-        mixing, filters = part.weight_pw.double().flatten(1), part.weight_dw.double()[:, 0]
-        by_filter = mixing[:, :, None, None] * filters
-        weight = by_filter.unflatten(1, (channels, -1)).sum(2)
-        bias = part.bias_pw
-        if part.bias_dw is not None:
-            moved = mixing @ part.bias_dw.double()
-            bias = moved if bias is None else bias + moved
+        tensors = (part.weight_dw, part.weight_pw, part.bias_dw, part.bias_pw)
+        doubles: Any = [None if t is None else t.double() for t in tensors]
+        weight, bias = product(Weights(*doubles), channels)
     elif isinstance(part, FusedConv2d) and part.groups == 1:
         weight, bias = part.weight.double(), part.bias
     else:

@@ -12,9 +12,10 @@ from sepconv.kernels.geometry import Geometry, Pair, Rule, Sides, padding_sides
 from sepconv.ops import reference
 from sepconv.ops.autocast import is_autocasting
 from sepconv.ops.layout import side_by_side
-from sepconv.ops.onednn import linear, usable
+from sepconv.ops.onednn import fits, linear, usable
 from sepconv.ops.packed import PackedConv2d
 from sepconv.ops.packed_separable import PackedSeparableConv2d
+from sepconv.ops.reference import Epilogue
 from sepconv.ops.stem import stem_conv2d, stem_takes
 
 _NO_PADDING = (0, 0, 0, 0)
@@ -52,7 +53,7 @@ class _FusedConvolution(_Fused):
         super().__init__()
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.channels_last = channels_last
-        self._packable = channels_last and stride[0] == stride[1] and dilation == (1, 1)
+        self._packable = channels_last and fits(stride, dilation)
 
     def _sides(self, x: Tensor, weight: Tensor) -> Sides:
         if not isinstance(self.padding, str):
@@ -199,7 +200,8 @@ class FusedSeparableConv2d(_FusedConvolution):
         if self._packable and usable(x, dw, pw, bias_dw, bias_pw):
             run = self._packed.prepared(x, dw, pw, sides)
             if run is not None:
-                return run(x, bias_dw, bias_pw, self.activation_mid, self.activation, residual)
+                epilogue = Epilogue(self.activation_mid, self.activation, residual)
+                return run(x, (bias_dw, bias_pw), epilogue)
 
         inside = None
         if residual is not None:

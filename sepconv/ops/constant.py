@@ -13,39 +13,33 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sepconv.ops import reference
 from sepconv.ops.arguments import check_separable
-from sepconv.ops.onednn import usable
+from sepconv.ops.onednn import fits, usable
 from sepconv.ops.packed_separable import PackedSeparableConv2d
-from sepconv.ops.reference import Epilogue, Weights
-from sepconv.ops.registry import GEOMETRY_SCHEMA, as_geometry, define, empty
+from sepconv.ops.registry import define, empty
+from sepconv.ops.separable import SCHEMA, bundled
 
 # By depthwise filters and stride.
 _prepared: MutableMapping[Tensor, dict[int, PackedSeparableConv2d]] = WeakTensorKeyDictionary()
 
 
-def _real(x: Tensor, *others: Any) -> Tensor:
-    weights, geometry, epilogue = Weights(*others[:4]), as_geometry(*others[4:7]), others[7:]
-    (stride, _), dilation = geometry.stride, geometry.dilation
-    if geometry.stride == (stride, stride) and dilation == (1, 1) and usable(x, *weights):
+def _real(*flat: Any) -> Tensor:
+    x, weights, geometry, epilogue = bundled(*flat)
+    if fits(geometry.stride, geometry.dilation) and usable(x, *weights):
+        stride = geometry.stride[0]
         by_stride = _prepared.setdefault(weights.dw, {})
         packed = by_stride.setdefault(stride, PackedSeparableConv2d(stride))
         run = packed.prepared(x, weights.dw, weights.pw, geometry.padding)
         if run is not None:
-            return run(x, weights.bias_dw, weights.bias_pw, *epilogue)
-    y = reference.separable_conv2d(x, weights, geometry, Epilogue(*epilogue))
+            return run(x, (weights.bias_dw, weights.bias_pw), epilogue)
+    y = reference.separable_conv2d(x, weights, geometry, epilogue)
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def _fake(x: Tensor, *others: Any) -> Tensor:
-    arguments = Weights(*others[:4]), as_geometry(*others[4:7]), Epilogue(*others[7:])
-    return empty(x, check_separable(x, *arguments), channels_last=True)
+def _fake(*flat: Any) -> Tensor:
+    x, *others = bundled(*flat)
+    return empty(x, check_separable(x, *others), channels_last=True)
 
 
-define(
-    "constant_separable_conv2d(Tensor x, Tensor weight_dw, Tensor weight_pw, Tensor? bias_dw, "
-    f"Tensor? bias_pw, {GEOMETRY_SCHEMA}, str? activation_mid, str? activation, "
-    "Tensor? residual) -> Tensor",
-    _real,
-    _fake,
-)
+define(f"constant_separable_conv2d{SCHEMA}", _real, _fake)
 
 constant_separable_conv2d = torch.ops.sepconv.constant_separable_conv2d.default

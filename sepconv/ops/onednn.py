@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sepconv.kernels.geometry import Pair
 from sepconv.ops.backend import chosen_backend
 
 # By our name of an activation: oneDNN's name, scalars and algorithm.
@@ -125,6 +126,11 @@ class Settings(NamedTuple):
     def of(padding: Sequence[int], stride: int, groups: int) -> "Settings":
         """Padding above and to the left, and the same on the other sides."""
         return Settings(list(padding), [stride, stride], [1, 1], groups)
+
+
+def fits(stride: Pair, dilation: Pair) -> bool:
+    """Whether packed convolutions have this geometry: one stride, and filters without gaps."""
+    return stride[0] == stride[1] and dilation == (1, 1)
 
 
 def packs(weight: Tensor) -> bool:

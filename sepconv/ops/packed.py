@@ -1,7 +1,7 @@
 """A convolution through oneDNN whose weight is packed once for each shape of input."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +130,7 @@ def add_activate_(y: Tensor, residual: Any, activation: str | None) -> Tensor:
     return reference.activate(y + residual, activation)
 
 
-def joins(residual: Any, y: Tensor) -> bool:
+def joins(residual: Any, y: Tensor) -> TypeGuard[Tensor]:
     """Whether a residual can be added in place: no broadcasting, no promotion, no gradient."""
     return (
         isinstance(residual, Tensor)

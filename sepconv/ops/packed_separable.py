@@ -7,7 +7,7 @@ that the cache holds go through each set whole, larger ones strip by strip (`str
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
@@ -16,33 +16,13 @@ from sepconv.kernels.geometry import Geometry, Sides
 from sepconv.ops import reference
 from sepconv.ops.onednn import Settings, Source, activate_, convolve, convolve_add_, pack, packs
 from sepconv.ops.packed import add_activate_, evenly, evenly_padded, joins, with_newest
+from sepconv.ops.reference import Epilogue
 from sepconv.ops.strips import Strip, strips_for
 
 _POINTWISE = Settings.of((0, 0), 1, 1)
 
 
-class Run(Protocol):
-    """A separable convolution of inputs of one shape, by prepared weights."""
-
-    def __call__(
-        self,
-        x: Tensor,
-        bias_dw: Tensor | None,
-        bias_pw: Tensor | None,
-        activation_mid: str | None,
-        activation: str | None,
-        residual: Any,
-    ) -> Tensor:
-        """Return the result `[N, K, P, Q]`, channels_last and fresh.
-
-        Args:
-            x: `[N, C, H, W]`, `usable` with the weights and biases.
-            bias_dw: `[C*M]`, or none.
-            bias_pw: `[K]`, or none.
-            activation_mid: Between the two, as the ops name it.
-            activation: At the end.
-            residual: Whatever adds to the result, or none.
-        """
+_Biases = tuple[Tensor | None, Tensor | None]
 
 
 class PackedSeparableConv2d:
@@ -58,7 +38,7 @@ class PackedSeparableConv2d:
         >>> conv, dw, pw = PackedSeparableConv2d(1), torch.ones(6, 1, 3, 3), torch.ones(4, 6, 1, 1)
         >>> x = torch.ones(1, 3, 5, 5)
         >>> run = conv.prepared(x, dw, pw, (1, 1, 1, 1))
-        >>> run(x, None, None, None, None, None)[0, 0, 0] if run else None
+        >>> run(x, (None, None), Epilogue(None, None, None))[0, 0, 0] if run else None
         tensor([24., 36., 36., 36., 24.])
     """
 
@@ -74,7 +54,7 @@ class PackedSeparableConv2d:
 
     def prepared(
         self, x: Tensor, weight_dw: Tensor, weight_pw: Tensor, padding: Sides
-    ) -> Run | None:
+    ) -> "Run | None":
         """What runs inputs like x, or None if these weights cannot be prepared for them.
 
         Args:
@@ -123,10 +103,10 @@ class _Weights:
 
 class _Made(NamedTuple):
     weights: _Weights
-    runs: dict[tuple[Size, Sides], Run | None]
+    runs: "dict[tuple[Size, Sides], Run | None]"
 
 
-def _prepared(shape: Size, weights: _Weights, padding: Sides, stride: int) -> Run | None:
+def _prepared(shape: Size, weights: _Weights, padding: Sides, stride: int) -> "Run | None":
     """What runs inputs of this shape; None if they give no pixel."""
     n, channels, h, w = shape
     sizes = weights.filters[0].shape
@@ -138,46 +118,45 @@ def _prepared(shape: Size, weights: _Weights, padding: Sides, stride: int) -> Ru
     filters = [pack(each, settings, padded) for each in weights.filters]
     strips = strips_for(shape, sizes, weights.features, stride, padding, weights.element_size)
     if strips is not None:
-        return _Striped(padding, settings, filters, weights.products, (n, p, q), strips)
+        return StripedRun(padding, settings, filters, weights.products, (n, p, q), strips)
     middle = (n, channels, p, q)
     mixing = [pack(each.contiguous(), _POINTWISE, middle) for each in weights.mixing]
-    return _Whole(padding, settings, filters, mixing)
+    return WholeRun(padding, settings, filters, mixing)
 
 
-class _Whole(NamedTuple):
-    """Each set one after the other, by convolutions."""
+class WholeRun(NamedTuple):
+    """Each set of filters one after the other, by convolutions; of inputs of one shape."""
 
     padding: Sides
     settings: Settings
     filters: Sequence[Tensor]  # of each set, packed
     mixing: Sequence[Tensor]  # likewise
 
-    def __call__(
-        self,
-        x: Tensor,
-        bias_dw: Tensor | None,
-        bias_pw: Tensor | None,
-        activation_mid: str | None,
-        activation: str | None,
-        residual: Any,
-    ) -> Tensor:
+    def __call__(self, x: Tensor, biases: _Biases, epilogue: Epilogue) -> Tensor:
+        """Return the convolution `[N, K, P, Q]`, channels_last and fresh.
+
+        Args:
+            x: `[N, C, H, W]`, `usable` with the weights and biases.
+            biases: `[C*M]` and `[K]`, or none.
+            epilogue: Its residual may be whatever adds to the result.
+        """
+        (bias_dw, bias_pw), (mid, activation, residual) = biases, epilogue
         x = evenly_padded(x, self.padding)
-        biases = _by_set(bias_dw, len(self.filters))
-        z = convolve(x, self.filters[0], biases[0], self.settings, activation_mid)
+        by_set = _by_set(bias_dw, len(self.filters))
+        z = convolve(x, self.filters[0], by_set[0], self.settings, mid)
         ends = len(self.filters) == 1 and residual is None
         y = convolve(z, self.mixing[0], bias_pw, _POINTWISE, activation if ends else None)
-        for filters, bias, mixing in zip(
-            self.filters[1:], biases[1:], self.mixing[1:], strict=True
-        ):
-            z = convolve(x, filters, bias, self.settings, activation_mid)
+        others = zip(self.filters[1:], by_set[1:], self.mixing[1:], strict=True)
+        for filters, bias, mixing in others:
+            z = convolve(x, filters, bias, self.settings, mid)
             convolve_add_(y, z, mixing, _POINTWISE)
         if residual is not None:
             return add_activate_(y, residual, activation)
         return y if ends else activate_(y, activation)
 
 
-class _Striped(NamedTuple):
-    """All sets of a strip before the next strip; by products, which write where they are told."""
+class StripedRun(NamedTuple):
+    """All sets of a strip before the next strip, by products, which write where they are told."""
 
     padding: Sides
     settings: Settings
@@ -186,15 +165,9 @@ class _Striped(NamedTuple):
     output: tuple[int, int, int]  # N, P, Q
     strips: Sequence[Strip]
 
-    def __call__(
-        self,
-        x: Tensor,
-        bias_dw: Tensor | None,
-        bias_pw: Tensor | None,
-        activation_mid: str | None,
-        activation: str | None,
-        residual: Any,
-    ) -> Tensor:
+    def __call__(self, x: Tensor, biases: _Biases, epilogue: Epilogue) -> Tensor:
+        """Return the same as `WholeRun`."""
+        (bias_dw, bias_pw), (mid, activation, residual) = biases, epilogue
         x = evenly_padded(x, self.padding)
         channels, features = self.products[0].shape
         _, left = self.settings.padding
@@ -204,9 +177,9 @@ class _Striped(NamedTuple):
         added = None
         if joins(residual, result):
             added = residual.permute(0, 2, 3, 1).reshape(y.shape)
-        late = residual is not None and added is None
+        late = residual if added is None else None
 
-        biases = _by_set(bias_dw, len(self.filters))
+        by_set = _by_set(bias_dw, len(self.filters))
         for strip in self.strips:
             part = x.narrow(0, *strip.images).narrow(2, *strip.rows)
             out = y.narrow(0, *strip.pixels)
@@ -214,13 +187,16 @@ class _Striped(NamedTuple):
             if added is not None:
                 begun = _sum(added.narrow(0, *strip.pixels), bias_pw, out)
             settings = self.settings._replace(padding=[strip.padding, left])
-            for filters, bias, product in zip(self.filters, biases, self.products, strict=True):
-                z = convolve(part, filters, bias, settings, activation_mid)
+            for filters, bias, product in zip(self.filters, by_set, self.products, strict=True):
+                z = convolve(part, filters, bias, settings, mid)
                 rows = z.permute(0, 2, 3, 1).narrow(1, *strip.kept).reshape(-1, channels)
                 begun = _multiply_add(begun, rows, product, out)
-            if not late:
+            if late is None:
                 activate_(out, activation)
-        return reference.activate(result + residual, activation) if late else result
+        return result if late is None else reference.activate(result + late, activation)
+
+
+Run = WholeRun | StripedRun
 
 
 def _by_set(bias: Tensor | None, sets: int) -> Sequence[Tensor | None]:

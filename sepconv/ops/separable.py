@@ -119,8 +119,8 @@ def run_fwd(
     return kernel_module("separable").separable_fwd(x, *weights, geometry, *epilogue, **options)
 
 
-def _arguments(x: Tensor, *others: Any) -> tuple[Tensor, Weights, Geometry, Epilogue]:
-    """What the dispatcher passes one by one."""
+def bundled(x: Tensor, *others: Any) -> tuple[Tensor, Weights, Geometry, Epilogue]:
+    """What the dispatcher, or a captured graph, passes one by one."""
     geometry = as_geometry(*others[4:7])
     return x, Weights(*others[:4]), geometry, Epilogue(*others[7:])
 
@@ -130,7 +130,7 @@ def _gives_channels_last(x: Tensor, weights: Weights) -> bool:
 
 
 def _real(*flat: Any) -> Tensor:
-    x, weights, *_ = arguments = _arguments(*flat)
+    x, weights, *_ = arguments = bundled(*flat)
     check_separable(*arguments)
     if not can_run_kernels(x):
         return reference.separable_conv2d(*arguments)
@@ -138,7 +138,7 @@ def _real(*flat: Any) -> Tensor:
 
 
 def _fake(*flat: Any) -> Tensor:
-    x, weights, *_ = arguments = _arguments(*flat)
+    x, weights, *_ = arguments = bundled(*flat)
     return empty(x, check_separable(*arguments), _gives_channels_last(x, weights))
 
 
@@ -183,10 +183,13 @@ def _flops(
     return 2 * n * p * q * (prod(weight_dw) + prod(weight_pw))
 
 
+SCHEMA = (
+    "(Tensor x, Tensor weight_dw, Tensor weight_pw, Tensor? bias_dw, Tensor? bias_pw, "
+    f"{GEOMETRY_SCHEMA}, str? activation_mid, str? activation, Tensor? residual) -> Tensor"
+)
+
 define(
-    "separable_conv2d(Tensor x, Tensor weight_dw, Tensor weight_pw, Tensor? bias_dw, "
-    f"Tensor? bias_pw, {GEOMETRY_SCHEMA}, str? activation_mid, str? activation, "
-    "Tensor? residual) -> Tensor",
+    f"separable_conv2d{SCHEMA}",
     _real,
     _fake,
     autograd=differentiable(_setup, _backward, activation_at=9),

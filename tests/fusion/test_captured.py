@@ -374,9 +374,8 @@ class TestSets:
         backend = check(net, frozen=True, kernels=False, aot=True)
         assert backend.calls() == [form]
 
+    @pytest.mark.parametrize("form", FORMS[::2], indirect=True, ids=lambda form: form.__name__)
     def test_a_middle_that_is_no_product(self, form):
-        if form == "as_dense":
-            return
         weights = (drawn(2 * C, 1, 3, 3), drawn(5, 2 * C, 1, 1), drawn(2 * C), None)
 
         def net(x):

@@ -39,17 +39,16 @@ def test_separable(sets, stride, padding):
 
 
 @pytest.mark.parametrize(("rank_in", "rank_out"), [(2, None), (None, 3), (2, 3)])
-@pytest.mark.parametrize("kernel_size", [3, 1])
-def test_ranks_of_channels(rank_in, rank_out, kernel_size):
-    if kernel_size == 1 and rank_in is None:
-        return
-    conv = SeparableConv2d(4, 6, kernel_size, 2, kernel_size // 2, channel_multiplier=1)
-    if kernel_size == 3:
-        conv = SeparableConv2d(
-            4, 6, 3, 2, 1, channel_multiplier=2, rank_in=rank_in, rank_out=rank_out
-        )
-    else:
-        conv = SeparableConv2d(4, 6, 1, 2, rank_in=rank_in)
+def test_ranks_of_channels(rank_in, rank_out):
+    ranks = {"channel_multiplier": 2, "rank_in": rank_in, "rank_out": rank_out}
+    check_lowered(SeparableConv2d(4, 6, 3, 2, 1, **ranks))
+
+
+def test_two_pointwise_convolutions():
+    check_lowered(SeparableConv2d(4, 6, 1, 2, rank_in=2))
+
+
+def check_lowered(conv: SeparableConv2d) -> None:
     *_, last = conv.factors.values()
     check(fused_separable(conv, last, conv.bias, "relu", True), drawn(2, 4, 9, 9))
 

@@ -15,7 +15,7 @@ from sepconv.ops.reference import Epilogue, Weights, separable_conv2d
 needs_onednn = pytest.mark.skipif(
     onednn._OPERATORS is None, reason="needs a torch with oneDNN's operators"
 )
-PLAIN = (None, None, None, None, None)  # no biases, activations, residual
+PLAIN = (None, None), Epilogue(None, None, None)
 
 
 @needs_onednn
@@ -37,7 +37,7 @@ def test_values(monkeypatch, most, activation, sides, stride):
         epilogue = Epilogue(activation, activation, residual)
         expected = separable_conv2d(x, Weights(dw, pw, *biases), geometry, epilogue)
         for _ in range(2):
-            got = conv.prepared(x, dw, pw, sides)(x, *biases, *epilogue)
+            got = conv.prepared(x, dw, pw, sides)(x, biases, epilogue)
             assert got.is_contiguous(memory_format=torch.channels_last)
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5, equal_nan=True)
 
@@ -107,6 +107,6 @@ def test_defaults_of_the_process_and_gradients_of_a_residual(monkeypatch, most):
     assert got.dtype is torch.float32
     assert torch.equal(got, expected)
     residual = torch.randn(1, 3, 6, 6, requires_grad=True)
-    y = run(x, None, torch.randn(3), None, "relu", residual)
+    y = run(x, (None, torch.randn(3)), Epilogue(None, "relu", residual))
     y.sum().backward()
     assert torch.equal(residual.grad, (y > 0).float())
